@@ -1,0 +1,82 @@
+"""The autoencoder between pictures and latents."""
+
+import pytorch_lightning as pl
+import torch
+import torch.nn as nn
+
+from ldm.lr_scheduler import with_scheduler
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+
+class AutoencoderKL(pl.LightningModule):
+    """Variational autoencoder (Rombach et al. 2022): pictures [B, 3, H, W] in [-1, 1] <-> latents [B, z, H/f, W/f].
+
+    `ddconfig` are the arguments of Encoder and Decoder; `embed_dim` the channels of the latents; `lossconfig` the
+    objective, needed for training only; `monitor` the logged value that decides which checkpoint is best.
+    """
+
+    def __init__(
+        self,
+        ddconfig: dict,
+        lossconfig: dict,
+        embed_dim: int,
+        image_key: str = "image",
+        monitor: str | None = None,
+        scheduler_config: dict | None = None,
+    ):
+        super().__init__()
+        if not ddconfig["double_z"]:
+            raise ValueError("ddconfig.double_z is False: AutoencoderKL needs mean and variance")
+        self.image_key = image_key
+        self.monitor = monitor
+        self.embed_dim = embed_dim
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.factor = self.encoder.factor
+        self.loss = instantiate_from_config(lossconfig)
+        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.scheduler_config = scheduler_config
+        self.learning_rate = 1e-4  # scripts/train.py sets the config's base_learning_rate
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
+        """The posterior over latents. Raises ValueError for sides that are not multiples of f."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents [B, embed_dim, h, w] -> pictures [B, 3, f h, f w], about [-1, 1] and not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(
+        self, x: torch.Tensor, sample_posterior: bool = True
+    ) -> tuple[torch.Tensor, DiagonalGaussianDistribution]:
+        posterior = self.encode(x)
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(z), posterior
+
+    def get_input(self, batch: dict) -> torch.Tensor:
+        """Pictures [B, 3, H, W] from a batch's [B, H, W, 3]."""
+        return batch[self.image_key].permute(0, 3, 1, 2).contiguous()
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        inputs = self.get_input(batch)
+        loss, parts = self.loss(inputs, *self(inputs))
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        inputs = self.get_input(batch)
+        _, parts = self.loss(inputs, *self(inputs, sample_posterior=False))
+        self.log_dict({f"val/{name}": value for name, value in parts.items()}, prog_bar=True, batch_size=len(inputs))
+
+    @torch.no_grad()
+    def log_images(self, batch: dict, n: int = 8) -> dict[str, torch.Tensor]:
+        """Pictures and their reconstructions, [n, 3, H, W] in [-1, 1]."""
+        inputs = self.get_input(batch)[:n]
+        return {"inputs": inputs, "reconstructions": self(inputs, sample_posterior=False)[0]}
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
+        return with_scheduler(optimizer, self.scheduler_config)

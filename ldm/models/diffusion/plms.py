@@ -1,0 +1,54 @@
+"""PLMS: the linear multi-step method of PNDM (Liu, Ren, Lin & Zhao, arXiv:2202.09778)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, PredictEps, Step
+
+# Adams-Bashforth weights of the newest noise prediction and those before it, by how many there are.
+ADAMS_BASHFORTH = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),  # eq. 12
+}
+
+
+class PLMSSampler(DDIMSampler):
+    """DDIM's tables and transfer (eq. 9 is DDIM's step without noise), moved by an extrapolated noise e'.
+
+    The first step has no past to extrapolate from and calls the model twice: n steps are n + 1 calls.
+    """
+
+    name = "PLMS"
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """As DDIMSampler.make_schedule; PLMS is deterministic, so ValueError unless `ddim_eta` is 0."""
+        if ddim_eta != 0:
+            raise ValueError(f"PLMS is deterministic: eta must be 0, got {ddim_eta} (DDIM takes eta > 0)")
+        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+
+    def _steps(
+        self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
+    ) -> Iterator[Step]:
+        e = deque(maxlen=4)  # e_t, e_{t+δ}, e_{t+2δ}, e_{t+3δ}
+        for i in reversed(range(n_steps)):
+            x = keep(x, float(self.ddim_alphas[i]))
+            e.appendleft(predict_eps(x, int(self.ddim_timesteps[i])))
+            if len(e) == 1:  # pseudo improved Euler: the mean of the slopes at both ends of the step
+                x_end, _ = self._update(x, e[0], i, noise)
+                e_prime = (e[0] + predict_eps(x_end, int(self.ddim_timesteps[max(i - 1, 0)]))) / 2
+            else:
+                e_prime = sum(w * e_k for w, e_k in zip(ADAMS_BASHFORTH[len(e)], e, strict=True))
+            x, pred_x0 = self._update(x, e_prime, i, noise)
+            yield x, pred_x0

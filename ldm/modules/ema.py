@@ -1,0 +1,57 @@
+"""Exponential moving average of a network's weights, under the key names of CompVis checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+
+class LitEma(nn.Module):
+    """Keeps a running average of all trainable parameters of a model, as buffers named without dots.
+
+    decay_t = min(decay, (1 + t) / (10 + t)), so that the first updates forget the initial weights quickly.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True):
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"EMA decay is {decay}: it must lie in [0, 1]")
+        self.buffer_names = {}
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.buffer_names[name] = name.replace(".", "")
+                self.register_buffer(self.buffer_names[name], parameter.detach().clone())
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """Moves the average a step towards the model's present weights."""
+        decay = self.decay.item()
+        if self.num_updates >= 0:
+            self.num_updates += 1
+            decay = min(decay, (1 + self.num_updates.item()) / (10 + self.num_updates.item()))
+        parameters = dict(model.named_parameters())
+        for name, buffer_name in self.buffer_names.items():
+            getattr(self, buffer_name).lerp_(parameters[name].to(getattr(self, buffer_name)), 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the averaged weights into the model."""
+        parameters = dict(model.named_parameters())
+        for name, buffer_name in self.buffer_names.items():
+            parameters[name].copy_(getattr(self, buffer_name))
+
+    @contextmanager
+    def average_parameters(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the model has the averaged weights; afterwards its own again."""
+        parameters = dict(model.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.buffer_names}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)

@@ -1,0 +1,274 @@
+"""UNet, autoencoder and their blocks against recorded outputs of the reference implementation."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm.modules.attention import CrossAttention, SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock, UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+GOLDENS = "tests/goldens"
+
+
+def assert_close(actual, expected, rtol=1e-5):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= rtol, f"relative error {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def params():
+    return OmegaConf.load(f"{GOLDENS}/tiny_ldm.yaml").model.params
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {key: value.float() for key, value in load_file(f"{GOLDENS}/tiny_ldm.safetensors").items()}
+
+
+def build(config, weights, prefix):
+    module = instantiate_from_config(config)
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def unet(params, weights):
+    return build(params.unet_config, weights, "model.diffusion_model.")
+
+
+@pytest.fixture(scope="module")
+def vae(params, weights):
+    return build(params.first_stage_config, weights, "first_stage_model.")
+
+
+@pytest.fixture(scope="module")
+def unet_golden():
+    return load_file(f"{GOLDENS}/ldm_unet.safetensors")
+
+
+@pytest.fixture(scope="module")
+def vae_golden():
+    return load_file(f"{GOLDENS}/ldm_vae.safetensors")
+
+
+@pytest.mark.parametrize("dim", [32, 320, 33])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_timestep_embedding(unet_golden, dim, kind):
+    group = f"timestep_embedding/dim{dim}"
+    t = unet_golden[f"{group}/t_{kind}"]
+    error = (timestep_embedding(t, dim) - unet_golden[f"{group}/out_{kind}"]).abs().max()
+    assert error <= t.max() * 2**-24  # exp differs by one ulp between processors, and t multiplies it
+
+
+@pytest.mark.parametrize("case", ["square", "float_t", "nonsquare", "batch3", "one"])
+@torch.no_grad()
+def test_unet(unet, unet_golden, case):
+    x, t, context, out = (unet_golden[f"unet/{case}/{name}"] for name in ("x", "t", "context", "out"))
+    assert_close(unet(x, t, context=context), out)
+
+
+@torch.no_grad()
+def test_every_recorded_block(unet, unet_golden):
+    """Each block on the recorded input of its own, so that errors cannot cancel or add up."""
+    checked = 0
+    for name, module in unet.named_modules():
+        group = f"inter/{name}"
+        if f"{group}/in0" not in unet_golden:
+            continue
+        inputs = [unet_golden[f"{group}/in{i}"] for i in range(2) if f"{group}/in{i}" in unet_golden]
+        kwargs = {"context": unet_golden[f"{group}/in_context"]} if f"{group}/in_context" in unet_golden else {}
+        assert_close(module(*inputs, **kwargs), unet_golden[f"{group}/out"])
+        checked += 1
+    assert checked == 17
+
+
+@torch.no_grad()
+def test_intermediate_activations(unet, unet_golden):
+    outputs = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out))
+        for name, module in unet.named_modules()
+    ]
+    case = {name: unet_golden[f"unet/one/{name}"] for name in ("x", "t", "context")}
+    unet(case["x"], case["t"], context=case["context"])
+    for hook in hooks:
+        hook.remove()
+    names = [key.split("/")[1] for key in unet_golden if key.startswith("inter/") and key.endswith("/out")]
+    assert len(names) > 80
+    for name in names:
+        assert_close(outputs[name], unet_golden[f"inter/{name}/out"])
+
+
+@torch.no_grad()
+def test_unet_takes_latents_of_any_size(unet):
+    x = torch.randn(1, 4, 9, 14, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(1))
+    out = unet(x, torch.tensor([3]), context=context)
+    assert out.shape == x.shape and out.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+@torch.no_grad()
+def test_autoencoder(vae, vae_golden, case):
+    golden = {name: vae_golden[f"{case}/{name}"] for name in ("image", "encoder_out", "moments", "sample", "kl")}
+    assert_close(vae.encoder(golden["image"]), golden["encoder_out"])
+    posterior = vae.encode(golden["image"])
+    assert_close(posterior.parameters, golden["moments"])
+    for name in ("mean", "logvar", "std"):
+        assert_close(getattr(posterior, name), vae_golden[f"{case}/{name}"])
+    assert_close(posterior.kl(), golden["kl"])
+    assert_close(posterior.sample(vae_golden[f"{case}/sample_noise"]), golden["sample"])
+    assert_close(vae.post_quant_conv(golden["sample"]), vae_golden[f"{case}/post_quant"])
+    assert_close(vae.decode(golden["sample"]), vae_golden[f"{case}/decode"])
+
+
+def test_log_variance_is_clamped(vae_golden):
+    posterior = DiagonalGaussianDistribution(vae_golden["clamp/moments"])
+    for name in ("mean", "logvar", "std"):
+        assert torch.equal(getattr(posterior, name), vae_golden[f"clamp/{name}"])
+
+
+def test_gaussian_against_torch_distributions():
+    moments = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = DiagonalGaussianDistribution(moments.flip(1))
+    posterior = DiagonalGaussianDistribution(moments)
+    p = torch.distributions.Normal(posterior.mean, posterior.std)
+    q = torch.distributions.Normal(other.mean, other.std)
+    x = moments[:, :4] * 0.3
+    torch.testing.assert_close(posterior.nll(x), -p.log_prob(x).sum((1, 2, 3)))
+    torch.testing.assert_close(posterior.kl(other), torch.distributions.kl_divergence(p, q).sum((1, 2, 3)))
+    certain = DiagonalGaussianDistribution(moments, deterministic=True)
+    assert torch.equal(certain.sample(), certain.mode()) and not certain.kl().any()
+
+
+def test_encoder_refuses_sides_that_do_not_divide(vae):
+    with pytest.raises(ValueError, match=r"66x64.*multiples of 4"):
+        vae.encode(torch.zeros(1, 3, 64, 66))
+
+
+SMALL = {
+    "image_size": 8,
+    "in_channels": 4,
+    "model_channels": 32,
+    "out_channels": 4,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_heads": 2,
+}
+
+
+def randomised(unet, seed=0):
+    """Zero-initialised layers would hide what flows through them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return unet
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resblock_updown": True},
+        {"use_scale_shift_norm": True},
+        {"num_classes": 3},
+        {"conv_resample": False},
+        {"use_new_attention_order": True, "num_heads": -1, "num_head_channels": 16},
+        {"use_spatial_transformer": True, "context_dim": 12, "transformer_depth": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_unet(options):
+    unet = randomised(UNetModel(**(SMALL | options)))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor([0, 2]) if "num_classes" in options else None
+    context = torch.ones(2, 3, 12) if "context_dim" in options else None
+    t = torch.tensor([5, 900])
+    out = unet(x, t, context=context, y=y)
+    assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
+    assert not torch.allclose(out, unet(x, t + 50, context=context, y=y))
+    if y is not None:
+        assert not torch.allclose(out, unet(x, t, y=y.flip(0)))
+
+
+def test_scale_shift_norm_is_film():
+    block = randomised(ResBlock(32, 16, 0.0, use_scale_shift_norm=True))
+    x, emb = torch.randn(1, 32, 4, 4), torch.randn(1, 16)
+    scale, shift = block.emb_layers(emb)[..., None, None].chunk(2, dim=1)
+    norm, rest = block.out_layers[0], block.out_layers[1:]
+    expected = x + rest(norm(block.in_layers(x)) * (1 + scale) + shift)
+    torch.testing.assert_close(block(x, emb), expected)
+
+
+def test_attention_orders_agree_after_permuting_the_rows():
+    old = randomised(AttentionBlock(32, num_heads=2))
+    new = AttentionBlock(32, num_heads=2, use_new_attention_order=True)
+    new.load_state_dict(old.state_dict())
+    rows = torch.arange(96).reshape(2, 3, 16).transpose(0, 1).reshape(-1)  # (head, qkv) -> (qkv, head)
+    new.qkv.weight.data, new.qkv.bias.data = old.qkv.weight.data[rows], old.qkv.bias.data[rows]
+    x = torch.randn(2, 32, 3, 5)
+    torch.testing.assert_close(new(x), old(x))
+
+
+def test_cross_attention_is_softmax_attention():
+    torch.manual_seed(0)
+    attention = CrossAttention(query_dim=12, context_dim=10, heads=3, dim_head=4).double()
+    x, context = torch.randn(2, 7, 12).double(), torch.randn(2, 5, 10).double()
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    q = attention.to_q(x).reshape(2, 7, 3, 4)
+    k = attention.to_k(context).reshape(2, 5, 3, 4)
+    v = attention.to_v(context).reshape(2, 5, 3, 4)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 2
+    weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
+    expected = attention.to_out(torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2))
+    torch.testing.assert_close(attention(x, context, mask=mask), expected)
+
+
+def test_checkpointing_changes_no_gradient():
+    options = {"use_spatial_transformer": True, "context_dim": 12}
+    stored = randomised(UNetModel(**(SMALL | options)))
+    recomputed = UNetModel(**(SMALL | options | {"use_checkpoint": True}))
+    recomputed.load_state_dict(stored.state_dict())
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 3, 12)
+    for unet in (stored, recomputed):
+        unet.train()(x, t, context=context).square().sum().backward()
+    for a, b in zip(stored.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_dim": 12}, "go together"),
+        ({"num_heads": -1}, "num_heads or num_head_channels"),
+        ({"model_channels": 40}, "multiple of 32"),
+        ({"use_fp16": True}, "use_fp16"),
+        ({"n_embed": 8}, "n_embed"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNetModel(**(SMALL | options))
+
+
+def test_bad_inputs_are_refused():
+    with pytest.raises(ValueError, match="labels"):
+        UNetModel(**SMALL)(torch.zeros(1, 4, 8, 8), torch.tensor([1]), y=torch.tensor([0]))
+    with pytest.raises(ValueError, match="multiples of 2"):
+        UNetModel(**SMALL, resblock_updown=True)(torch.zeros(1, 4, 9, 8), torch.tensor([1]))
+
+
+def test_no_attention_matrix_is_materialised(monkeypatch):
+    """Attention goes through the fused kernel, which never holds N x N scores."""
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), fused(*a, **k))[1]
+    )
+    SpatialTransformer(32, 2, 16, context_dim=8)(torch.randn(1, 32, 4, 6), torch.randn(1, 3, 8))
+    AttentionBlock(32)(torch.randn(1, 32, 4, 4))
+    assert len(calls) == 3
