@@ -23,14 +23,16 @@ def make_beta_schedule(
     """
     if n_timestep < 1:
         raise ValueError(f"n_timestep is {n_timestep}: a schedule needs at least one step")
+    # On the CPU also while a model is built on the meta device: these are numbers of the config, not weights.
+    options = {"dtype": torch.float64, "device": "cpu"}
     if schedule == "linear":
-        return torch.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=torch.float64) ** 2
+        return torch.linspace(linear_start**0.5, linear_end**0.5, n_timestep, **options) ** 2
     if schedule == "sqrt_linear":
-        return torch.linspace(linear_start, linear_end, n_timestep, dtype=torch.float64)
+        return torch.linspace(linear_start, linear_end, n_timestep, **options)
     if schedule == "sqrt":
-        return torch.linspace(linear_start, linear_end, n_timestep, dtype=torch.float64) ** 0.5
+        return torch.linspace(linear_start, linear_end, n_timestep, **options) ** 0.5
     if schedule == "cosine":
-        steps = torch.arange(n_timestep + 1, dtype=torch.float64) / n_timestep + cosine_s
+        steps = torch.arange(n_timestep + 1, **options) / n_timestep + cosine_s
         alphas_cumprod = torch.cos(steps / (1 + cosine_s) * math.pi / 2) ** 2
         alphas_cumprod = alphas_cumprod / alphas_cumprod[0]
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]

@@ -1,0 +1,256 @@
+"""Checkpoint files: the formats in which Stable Diffusion's weights come, and the one that we write.
+
+Reading is memory-mapped: the tensors of a file cost no memory until they are used, and nothing is executed.
+"""
+
+import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+logger = logging.getLogger(__name__)
+
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
+SAFETENSORS_SUFFIX = ".safetensors"
+
+# Network -> where its running averages stand, and what stands there although the averages were removed.
+EMA_PREFIXES = {"model.": "model_ema.", "cond_stage_model.": "cond_stage_ema."}
+EMA_BOOKKEEPING = frozenset(f"{ema}{name}" for ema in EMA_PREFIXES.values() for name in ("decay", "num_updates"))
+
+# Computed from the config, in full precision, wherever they come from.
+SCHEDULE_KEYS = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    }
+)
+
+# What training leaves in a file and inference does not need: a key that is one of these, or begins with it up to
+# a dot, is dropped unless the model has it.
+TRAINING_ONLY = (
+    "model_ema",
+    "cond_stage_ema",
+    "loss",
+    "first_stage_model.loss",
+    "first_stage_model.model_ema",
+    "lvlb_weights",
+    "logvar",
+    "optimizer",
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "cond_stage_model.logit_scale",
+    "cond_stage_model.text_projection",
+)
+
+# Keys by which other files are known, with what to say about them.
+FOREIGN_KEYS = (
+    ("weight_quantizer", "a quantized checkpoint (cali_ckpt), which goes on top of a float model"),
+    ("lora_", "a LoRA, which holds changes to a model and no model"),
+    ("down_blocks.", "a file in the diffusers layout, where CompVis's single-file layout is needed"),
+    ("conditioner.embedders.", "a Stable Diffusion XL checkpoint"),
+    ("joint_blocks.", "a Stable Diffusion 3 checkpoint"),
+    ("double_blocks.", "a Flux checkpoint"),
+    ("cond_stage_model.model.", "a Stable Diffusion 2 checkpoint (OpenCLIP, context of 1024)"),
+)
+CONTEXT_KEY = ".attn2.to_k.weight"  # [channels, context_dim]
+
+# Classes that training leaves beside the weights: callbacks, settings, scalars. Stand-ins take their place.
+HARMLESS_PACKAGES = frozenset({"pytorch_lightning", "lightning", "omegaconf", "numpy", "typing"})
+HARMLESS_TYPES = frozenset(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple"))
+DEFAULT_DICT = "collections.defaultdict"
+
+
+class _StandIn:
+    """Takes whatever a pickle gives to an object that we do not need, and does nothing with it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty_dict(*args: Any) -> dict:
+    """In place of a defaultdict: an allowed type to put its items into."""
+    return {}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .ckpt, .pt, .pth (torch zip) or .safetensors file by name, memory-mapped, on the CPU.
+
+    A `state_dict` inside the file is taken in place of the whole; what is not a tensor is left out.
+    Raises FileNotFoundError for a missing path, and ValueError, in one line, for a directory, another suffix, an
+    empty, truncated or corrupt file, one without tensors, and one whose pickle refers to unknown code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is not a file: give the path of a checkpoint")
+    if path.stat().st_size == 0:
+        raise ValueError(f"checkpoint {str(path)!r} is empty")
+    if path.suffix == SAFETENSORS_SUFFIX:
+        tensors = _read_safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        tensors = _read_torch(path)
+    else:
+        suffixes = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
+        raise ValueError(f"{str(path)!r} is no known kind of checkpoint: its name must end in {suffixes}")
+    if not tensors:
+        raise ValueError(f"checkpoint {str(path)!r} holds no tensors")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # the library has its own exception type beside OSError
+        raise _unreadable(path, error) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"checkpoint {str(path)!r} is corrupt, truncated, or no torch zip file")
+    try:
+        classes = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception as error:  # whatever a damaged archive or pickle leads to
+        raise _unreadable(path, error) from error
+    foreign = sorted(name for name in classes if not _is_harmless(name))
+    if foreign:
+        raise ValueError(f"checkpoint {str(path)!r} wants to run code ({_some(foreign)}): refused")
+    try:
+        with safe_globals([(_empty_dict if name == DEFAULT_DICT else _StandIn, name) for name in classes]):
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not named tensors")
+    return {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _is_harmless(name: str) -> bool:
+    return name.split(".")[0] in HARMLESS_PACKAGES or name in {*HARMLESS_TYPES, DEFAULT_DICT}
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(f"checkpoint {str(path)!r} cannot be read, it is corrupt or truncated: {reason}")
+
+
+def averaged_weights(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The EMA weights in `tensors` under the names of the weights that they are averages of.
+
+    The average of `model.a.b` is stored as `model_ema.ab`: without the dots. Empty for a file without averages. Of
+    a network with only some averages none is taken, with a warning that names the file, `source`.
+    """
+    averages = {}
+    for prefix, ema_prefix in EMA_PREFIXES.items():
+        if any(name.startswith(ema_prefix) and name not in EMA_BOOKKEEPING for name in tensors):
+            own = [name for name in tensors if name.startswith(prefix) and tensors[name].is_floating_point()]
+            stored = {name: ema_prefix + name.removeprefix(prefix).replace(".", "") for name in own}
+            lacking = [name for name in own if stored[name] not in tensors]
+            if lacking:
+                logger.warning("%s: averages not used, those of %s are missing", source, _some(lacking))
+            else:
+                averages |= {name: tensors[stored[name]] for name in own}
+    return averages
+
+
+def is_training_only(name: str) -> bool:
+    """Whether `name` is on the list of what inference does not need."""
+    return any(name == entry or name.startswith(entry + ".") for entry in TRAINING_ONLY)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Put `tensors` into a model built on the meta device, as they are (no copy); the names left out of it.
+
+    The schedule is no part of this. Raises ValueError when a weight is missing, unexpected or of another shape;
+    `source` names the file in the message.
+    """
+    known = model.state_dict()
+    ignored = [name for name in tensors if name not in known and is_training_only(name)]
+    skipped = {*ignored, *SCHEDULE_KEYS}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    hint = _other_architecture(weights, known)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:  # torch lists every mismatch with both shapes, one to a line
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(lines, 2)}{hint}") from error
+    missing = [name for name in missing if name not in SCHEDULE_KEYS]
+    problems = {"missing": missing, "unexpected": unexpected}
+    listed = [f"{what} keys: {len(names)} ({_some(names)})" for what, names in problems.items() if names]
+    if listed:
+        raise ValueError(f"checkpoint {source!r} does not fit the config: {', '.join(listed)}{hint}")
+    return ignored
+
+
+def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
+    """What the file seems to be when it is not of the config's model; empty when nothing tells."""
+    for mark, what in FOREIGN_KEYS:
+        if any(mark in name for name in tensors) and not any(mark in name for name in known):
+            return f"; it looks like {what}"
+    for name in tensors:
+        if name.endswith(CONTEXT_KEY) and name in known and tensors[name].shape[1] != known[name].shape[1]:
+            found, expected = tensors[name].shape[1], known[name].shape[1]
+            return f"; its text encoder has {found} channels, the config's {expected} (SD 1: 768, SD 2: 1024)"
+    return ""
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def save_checkpoint(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a .safetensors file whose floating-point tensors have `dtype` (the schedule stays as it is).
+
+    metadata: short facts for the file's header, kept as strings. The file appears complete or not at all.
+    Raises ValueError for another suffix.
+    """
+    path = Path(path)
+    if path.suffix != SAFETENSORS_SUFFIX:
+        raise ValueError(f"{str(path)!r} must end in {SAFETENSORS_SUFFIX}")
+    tensors = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    stored = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(stored, temporary, metadata={str(key): str(value) for key, value in (metadata or {}).items()})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.is_floating_point() and name not in SCHEDULE_KEYS
+    return tensor.detach().to(device="cpu", dtype=dtype if cast else tensor.dtype).contiguous()

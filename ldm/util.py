@@ -1,0 +1,144 @@
+"""From configs to objects: the `target:` / `params:` convention of CompVis's yaml files, and the model loader."""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import averaged_weights, fill, read_weights
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def exists(value: Any) -> bool:
+    """True unless `value` is None."""
+    return value is not None
+
+
+def default(value: T | None, fallback: T | Callable[[], T]) -> T:
+    """`value`, or when it is None the fallback (called first if it is a function)."""
+    if value is not None:
+        return value
+    return fallback() if callable(fallback) else fallback
+
+
+def get_obj_from_str(path: str) -> Any:
+    """The class or function that a dotted path names, e.g. "torch.nn.Identity".
+
+    Raises ValueError when the path is not dotted, its module cannot be found, or it lacks that name.
+    """
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name:
+        raise ValueError(f"target {path!r} is not a dotted path such as 'torch.nn.Identity'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"target {path!r}: no module named {error.name!r}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"target {path!r}: module {module_name!r} has no {name!r}")
+    return getattr(module, name)
+
+
+def instantiate_from_config(config: Mapping[str, Any]) -> Any:
+    """Call `config["target"]` with the keyword arguments `config["params"]`.
+
+    `config` is an OmegaConf node or a dict; `params` may be absent or empty. Nested nodes are passed on as
+    they are. Raises ValueError without a target, for a target that cannot be imported, for params that are
+    not a mapping, and for params that the target refuses by name.
+    """
+    if not isinstance(config, Mapping) and not hasattr(config, "keys"):
+        raise ValueError(f"a config with 'target' and 'params' is expected, got {type(config).__name__}")
+    if "target" not in config:
+        raise ValueError(f"config has no 'target' (its keys: {', '.join(map(str, config.keys())) or 'none'})")
+    params = config.get("params")
+    params = {} if params is None else params
+    if not hasattr(params, "keys"):
+        raise ValueError(f"params of {config['target']} must be a mapping, got {type(params).__name__}")
+    target = get_obj_from_str(config["target"])
+    arguments = {str(key): params[key] for key in params}
+    _check_arguments(config["target"], target, arguments)
+    return target(**arguments)
+
+
+def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # some builtin types have none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"params of {name}: {error}") from error
+
+
+def load_model_from_config(
+    config: Mapping[str, Any],
+    ckpt: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    use_ema: bool = True,
+    verbose: bool = False,
+) -> nn.Module:
+    """The LatentDiffusion of `config`, filled from the checkpoint `ckpt`, on `device`, in eval mode.
+
+    config: a whole config, or its `model` node.
+    dtype: of the weights (None: float32). Tensors of the file that have it already are used where they lie in the
+        memory-mapped file; others are converted one by one. The noise schedule is computed from the config.
+    tokenizer: directory of the tokenizer's files; None: `tokenizer/` beside the checkpoint, or its own directory,
+        or else what the text encoder's version names.
+    use_ema: take the averaged weights (EMA) of a network where the file has a full set of them.
+    verbose: log what was left out of the file at INFO.
+
+    Raises FileNotFoundError or ValueError, in one line, for a file that is missing, unreadable, hostile or of another
+    model; see `ldm.checkpoint`.
+    """
+    source = str(ckpt)
+    tensors = read_weights(ckpt)
+    with torch.device("meta"):  # no memory for weights that the file brings; the schedule is computed all the same
+        model = instantiate_from_config(_for_inference(config.get("model", config)))
+    _place_tokenizer(model, Path(ckpt), tokenizer)
+    if use_ema:
+        tensors |= averaged_weights(tensors, source)
+    ignored = fill(model, tensors, source)
+    logger.log(logging.INFO if verbose else logging.DEBUG, "%s: ignored %s", source, ", ".join(ignored) or "nothing")
+    _check_schedule(model, tensors, source)
+    for part in model.children():  # the networks; the schedule stays float32
+        part.to(device=device, dtype=dtype or torch.float32)
+    return model.to(device).eval()
+
+
+def _for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model node `config`, without a second set of weights to average."""
+    params = config.get("params") or {}
+    target = {"target": config["target"]} if "target" in config else {}
+    return target | {"params": {key: params[key] for key in params} | {"use_ema": False}}
+
+
+def _place_tokenizer(model: nn.Module, ckpt: Path, directory: str | Path | None) -> None:
+    encoder = model.cond_stage_model
+    if hasattr(encoder, "set_tokenizer_candidates"):
+        encoder.set_tokenizer_candidates((ckpt.parent / "tokenizer", ckpt.parent))
+        if directory is not None:
+            encoder.set_tokenizer(directory)
+    elif directory is not None:
+        raise ValueError(f"tokenizer {str(directory)!r} given, but {type(encoder).__name__} takes none")
+
+
+def _check_schedule(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    stored = tensors.get("alphas_cumprod")
+    if stored is not None and (
+        stored.shape != model.alphas_cumprod.shape or (stored - model.alphas_cumprod).abs().max() > 0.01
+    ):
+        raise ValueError(
+            f"checkpoint {source!r} was trained with another noise schedule than the config's: "
+            f"check timesteps, linear_start, linear_end and beta_schedule"
+        )

@@ -1,0 +1,472 @@
+"""The model loader: every layout of a checkpoint, no second copy of the weights, and what it refuses."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ldm import checkpoint
+from ldm.checkpoint import SCHEDULE_KEYS, read_weights, save_checkpoint
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import default, exists, get_obj_from_str, instantiate_from_config, load_model_from_config
+
+GOLDENS = Path("tests/goldens")
+SHAPES_TOKENIZER = Path("models/ldm/shapes/tokenizer")
+UNET_KEY = "model.diffusion_model.out.2.weight"
+TEXT_CONFIG = {**json.loads((GOLDENS / "clip_text_tiny.json").read_text()), "vocab_size": 624}
+
+
+@pytest.fixture
+def config():
+    return OmegaConf.load(GOLDENS / "tiny_ldm.yaml")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """The tiny model's state dict in float32. Do not write into it: `dict(golden)` is a copy of the names."""
+    return {key: value.float() for key, value in load_file(GOLDENS / "tiny_ldm.safetensors").items()}
+
+
+def half(state):
+    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def ema_name(key):
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def assert_holds(model, expected):
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in state.items():
+        assert value.dtype == torch.float32, key
+        torch.testing.assert_close(value, expected[key], rtol=1e-6 if key in SCHEDULE_KEYS else 0, atol=0)
+
+
+# --- what can be read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model.ckpt", lambda state, path: torch.save({"state_dict": state, "global_step": 7}, path)),
+        ("model.pth", torch.save),
+        ("model.pt", lambda state, path: torch.save({"state_dict": state}, path)),
+        ("model.safetensors", save_file),
+    ],
+)
+def test_every_layout_gives_the_same_model(config, golden, tmp_path, name, write, precision):
+    write(half(golden) if precision == "float16" else golden, tmp_path / name)
+    model = load_model_from_config(config, tmp_path / name)
+    assert_holds(model, golden)  # the golden weights are exact in float16, the schedule is computed
+    assert not model.training
+    assert model.device == torch.device("cpu")
+
+
+def test_model_node_alone_is_enough(config, golden):
+    assert_holds(load_model_from_config(config.model, GOLDENS / "tiny_ldm.safetensors"), golden)
+
+
+def test_plain_dict_config(config, golden):
+    plain = OmegaConf.to_container(config)
+    assert_holds(load_model_from_config(plain, GOLDENS / "tiny_ldm.safetensors"), golden)
+
+
+def test_schedule_need_not_be_in_the_file(config, golden, tmp_path):
+    save_file({key: value for key, value in golden.items() if key not in SCHEDULE_KEYS}, tmp_path / "m.safetensors")
+    assert_holds(load_model_from_config(config, tmp_path / "m.safetensors"), golden)
+
+
+def test_dtype_is_that_of_the_weights_and_not_of_the_schedule(config):
+    model = load_model_from_config(config, GOLDENS / "tiny_ldm.safetensors", dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert {getattr(model, key).dtype for key in SCHEDULE_KEYS} == {torch.float32}
+
+
+def test_training_checkpoint_of_lightning(config, golden, tmp_path):
+    trainer_state = {
+        "epoch": 3,
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "best": np.float64(2.0)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3), "step": np.int64(4)}}}],
+        "lr_schedulers": defaultdict(list, {"base_lrs": [1e-4]}),
+        "hyper_parameters": OmegaConf.create({"a": [1, {"b": 2}]}),
+        "state_dict": golden,
+    }
+    torch.save(trainer_state, tmp_path / "last.ckpt")
+    assert_holds(load_model_from_config(config, tmp_path / "last.ckpt"), golden)
+
+
+def test_training_only_keys_are_ignored_by_name(config, golden, tmp_path, caplog):
+    extra = {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
+        "first_stage_model.loss.logvar": torch.zeros(()),
+        "lvlb_weights": torch.zeros(1000),
+        "logvar": torch.zeros(1000),
+    }
+    torch.save({"state_dict": golden | extra}, tmp_path / "m.ckpt")
+    with caplog.at_level(logging.INFO):
+        assert_holds(load_model_from_config(config, tmp_path / "m.ckpt", verbose=True), golden)
+    assert all(key in caplog.text for key in extra)
+
+
+# --- averaged weights -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def averages(golden):
+    return {key: value + 1 for key, value in golden.items() if key.startswith("model.")}
+
+
+def test_full_set_of_averages_is_used(config, golden, averages, tmp_path):
+    stored = {ema_name(key): value for key, value in averages.items()} | {"model_ema.decay": torch.tensor(0.999)}
+    torch.save({"state_dict": golden | stored}, tmp_path / "m.ckpt")
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden | averages)
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt", use_ema=False), golden)
+
+
+def test_incomplete_averages_are_not_used(config, golden, averages, tmp_path, caplog):
+    stored = {ema_name(key): value for key, value in averages.items() if key != UNET_KEY}
+    torch.save({"state_dict": golden | stored}, tmp_path / "m.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden)
+    assert f"averages not used, those of {UNET_KEY} are missing" in caplog.text
+
+
+def test_checkpoint_of_our_own_training(config, golden, tmp_path):
+    """The names under which LitEma keeps averages are those that the loader looks for."""
+    with torch.device("meta"):
+        training = instantiate_from_config(
+            {"target": config.model.target, "params": {**config.model.params, "use_ema": True}}
+        )
+    state = {key: torch.zeros(value.shape) for key, value in training.state_dict().items()} | golden
+    averages = {key: torch.full_like(value, 2.0) for key, value in golden.items() if key.startswith("model.")}
+    for key, value in averages.items():
+        assert ema_name(key) in state
+        state[ema_name(key)] = value
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    config.model.params.use_ema = True
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden | averages)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def mapped_ranges(path):
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_float32_weights_are_used_where_they_lie_in_the_file(config, golden, tmp_path, name):
+    path = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(golden, path)
+    model = load_model_from_config(config, path)
+    ranges = mapped_ranges(path.resolve())
+    for key, parameter in model.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in ranges), key
+
+
+def test_conversion_keeps_no_second_copy(config, golden, tmp_path, monkeypatch):
+    """Nothing of a converted file stays alive beside the model."""
+    save_file(half(golden), tmp_path / "m.safetensors")
+    alive = []
+
+    def remember(path):
+        tensors = read_weights(path)
+        alive.extend(StorageWeakRef(value.untyped_storage()) for value in tensors.values())
+        return tensors
+
+    monkeypatch.setattr("ldm.util.read_weights", remember)
+    model = load_model_from_config(config, tmp_path / "m.safetensors")
+    assert alive
+    assert all(reference.expired() for reference in alive)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+# --- the text encoder and its tokenizer -------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_text(config, golden, tmp_path):
+    """A config with a text encoder, and a checkpoint with the newer names of its weights."""
+    config.model.params.cond_stage_config = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"text_config": TEXT_CONFIG},
+    }
+    text = FrozenCLIPEmbedder(text_config=TEXT_CONFIG).state_dict()
+    renamed = {
+        "cond_stage_model." + key.replace("text_model.", ""): value
+        for key, value in text.items()
+        if not key.endswith("position_ids")
+    }
+    save_file(golden | renamed, tmp_path / "model.safetensors")
+    return config, tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "."])
+def test_tokenizer_beside_the_checkpoint(with_text, place):
+    config, path = with_text
+    shutil.copytree(SHAPES_TOKENIZER, path.parent / place, dirs_exist_ok=True)
+    model = load_model_from_config(config, path)
+    assert model.get_learned_conditioning(["a red circle"]).shape == (1, 77, 24)
+
+
+def test_tokenizer_of_ones_own(with_text):
+    config, path = with_text
+    model = load_model_from_config(config, path, tokenizer=SHAPES_TOKENIZER)
+    assert model.get_learned_conditioning(["a red circle"]).isfinite().all()
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        load_model_from_config(config, path, tokenizer=path.parent / "nowhere")
+
+
+def test_tokenizer_for_a_model_without_one(config):
+    with pytest.raises(ValueError, match="Identity takes none"):
+        load_model_from_config(config, GOLDENS / "tiny_ldm.safetensors", tokenizer=SHAPES_TOKENIZER)
+
+
+# --- files that do not fit --------------------------------------------------------------------------------
+
+
+def refused(config, path, error=ValueError):
+    with pytest.raises(error) as caught:
+        load_model_from_config(config, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def refused_state(config, state, tmp_path):
+    save_file(state, tmp_path / "m.safetensors")
+    return refused(config, tmp_path / "m.safetensors")
+
+
+def test_missing_and_unexpected_keys_are_named(config, golden, tmp_path):
+    state = dict(golden) | {"model.diffusion_model.extra": torch.zeros(1)}
+    del state[UNET_KEY]
+    message = refused_state(config, state, tmp_path)
+    assert f"missing keys: 1 ({UNET_KEY})" in message
+    assert "unexpected keys: 1 (model.diffusion_model.extra)" in message
+
+
+def test_many_keys_are_counted(config, golden, tmp_path):
+    vae = [key for key in golden if key.startswith("first_stage_model.")]
+    message = refused_state(config, {key: golden[key] for key in golden if key not in vae}, tmp_path)
+    assert f"missing keys: {len(vae)} (" in message
+    assert f"and {len(vae) - 4} more" in message
+
+
+def test_other_shape_is_named_with_both_shapes(config, golden, tmp_path):
+    message = refused_state(config, golden | {UNET_KEY: torch.zeros(4, 9, 3, 3)}, tmp_path)
+    for part in (UNET_KEY, "[4, 9, 3, 3]", "[4, 32, 3, 3]"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("cond_stage_model.model.positional_embedding", "Stable Diffusion 2"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "Stable Diffusion XL"),
+        ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3"),
+        ("lora_unet_down.alpha", "LoRA"),
+        ("model.out.2.weight_quantizer.alpha", "cali_ckpt"),
+    ],
+)
+def test_other_architectures_are_recognised(config, tmp_path, key, what):
+    assert what in refused_state(config, {key: torch.zeros(1)}, tmp_path)
+
+
+def test_context_of_another_text_encoder_is_recognised(config, golden, tmp_path):
+    wide = {key: torch.zeros(len(value), 1024) for key, value in golden.items() if key.endswith("attn2.to_k.weight")}
+    assert "text encoder has 1024 channels, the config's 24" in refused_state(config, golden | wide, tmp_path)
+
+
+def test_other_schedule_is_refused(config, golden, tmp_path):
+    config.model.params.linear_end = 0.02
+    assert "another noise schedule" in refused_state(config, golden, tmp_path)
+
+
+# --- files that cannot be read ----------------------------------------------------------------------------
+
+
+class _Exploit:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_hostile_pickle_is_refused_and_not_run(config, golden, tmp_path):
+    path, target = tmp_path / "m.ckpt", tmp_path / "executed"
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "callbacks": _Exploit(target)}, path)
+    assert "wants to run code (posix.system)" in refused(config, path)
+    assert not target.exists()
+
+
+def test_bare_pickle_is_refused_and_not_run(config, tmp_path):
+    path, target = tmp_path / "m.ckpt", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(_Exploit(target)))
+    assert "no torch zip file" in refused(config, path)
+    assert not target.exists()
+
+
+def test_whole_pickled_model_is_refused(config, tmp_path):
+    torch.save(FrozenCLIPEmbedder(text_config=TEXT_CONFIG, device="meta"), tmp_path / "m.pt")
+    assert "wants to run code" in refused(config, tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
+def test_truncated_file(config, golden, tmp_path, name, keep):
+    path = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)({UNET_KEY: golden[UNET_KEY]}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    assert ("is empty" if keep == 0 else "truncated") in refused(config, path)
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.safetensors"])
+def test_arbitrary_bytes(config, tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(range(256)) * 40)
+    assert "corrupt" in refused(config, tmp_path / name)
+
+
+def test_zip_that_is_no_checkpoint(config, tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "cannot be read" in refused(config, tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({}, "holds no tensors"), ({"state_dict": {}}, "holds no tensors"), ([torch.zeros(1)], "holds a list")],
+)
+def test_file_without_named_tensors(config, tmp_path, content, message):
+    torch.save(content, tmp_path / "m.pth")
+    assert message in refused(config, tmp_path / "m.pth")
+
+
+def test_paths_that_are_no_checkpoint(config, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    (tmp_path / "folder.ckpt").mkdir()
+    assert "no checkpoint at" in refused(config, tmp_path / "absent.ckpt", FileNotFoundError)
+    assert "not a file" in refused(config, tmp_path / "folder.ckpt")
+    assert "must end in .ckpt, .pt, .pth, .safetensors" in refused(config, tmp_path / "weights.bin")
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def test_saved_model_can_be_loaded(config, golden, tmp_path):
+    path = tmp_path / "new" / "m.safetensors"
+    save_checkpoint(load_model_from_config(config, GOLDENS / "tiny_ldm.safetensors"), path, metadata={"steps": 3})
+    stored = load_file(path)
+    assert {value.dtype for key, value in stored.items() if key not in SCHEDULE_KEYS} == {torch.float16}
+    assert {stored[key].dtype for key in SCHEDULE_KEYS} == {torch.float32}
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"steps": "3"}
+    assert_holds(load_model_from_config(config, path), golden)
+
+
+def test_model_can_be_saved_over_its_own_file(config, golden, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(golden, path)
+    model = load_model_from_config(config, path)
+    save_checkpoint(model, path, dtype=torch.float32)
+    assert_holds(model, golden)
+    assert_holds(load_model_from_config(config, path), golden)
+
+
+def test_integers_stay_integers(tmp_path):
+    save_checkpoint({"ids": torch.arange(5), "w": torch.ones(2, 3).T}, tmp_path / "m.safetensors")
+    stored = load_file(tmp_path / "m.safetensors")
+    assert stored["ids"].tolist() == [0, 1, 2, 3, 4]
+    assert (stored["w"].dtype, stored["w"].shape) == (torch.float16, (3, 2))
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint({"w": torch.ones(1)}, path)
+
+    def full_disk(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint({"w": torch.zeros(1)}, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
+    assert load_file(path)["w"].item() == 1
+
+
+def test_only_safetensors_are_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        save_checkpoint({"w": torch.ones(1)}, tmp_path / "m.ckpt")
+
+
+# --- configs ----------------------------------------------------------------------------------------------
+
+
+def test_sd_v1_has_the_keys_of_its_public_checkpoint():
+    config = OmegaConf.load("configs/stable-diffusion/v1-inference.yaml")
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model)
+    expected = json.loads((GOLDENS / "sd_v1_state_dict.json").read_text())["keys"]
+    assert len(expected) == 1143
+    assert expected == {
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for key, value in model.state_dict().items()
+    }
+
+
+def test_instantiate_passes_nested_nodes_on():
+    layer = instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2}})
+    assert layer.weight.shape == (2, 3)
+    assert isinstance(instantiate_from_config({"target": "torch.nn.Identity", "params": None}), torch.nn.Identity)
+    nested = instantiate_from_config(
+        OmegaConf.create({"target": "builtins.dict", "params": {"inner": {"target": "torch.nn.Identity"}}})
+    )
+    assert nested["inner"].target == "torch.nn.Identity"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("torch.nn.Identity", "got str"),
+        ({"params": {}}, "has no 'target'"),
+        ({"target": "Identity"}, "not a dotted path"),
+        ({"target": "no_such_package.Thing"}, "no module named 'no_such_package'"),
+        ({"target": "torch.nn.NoSuchLayer"}, "has no 'NoSuchLayer'"),
+        ({"target": "torch.nn.Linear", "params": [1]}, "must be a mapping"),
+        ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, "'out_features'"),
+        ({"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1, "size": 2}}, "'size'"),
+    ],
+)
+def test_bad_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        instantiate_from_config(config)
+
+
+def test_small_helpers():
+    assert exists(0) and not exists(None)
+    assert (default(None, 3), default(None, lambda: 4), default(0, 3)) == (3, 4, 0)
+    assert get_obj_from_str("torch.nn.Identity") is torch.nn.Identity
