@@ -118,7 +118,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def register_schedule(self) -> None:
         """(Re)computes the 12 buffers of the noise process from the config: in float64, kept as float32."""
-        betas = make_beta_schedule(*self.schedule).to("cpu").numpy()
+        betas = make_beta_schedule(*self.schedule).numpy()
         alphas_cumprod = np.cumprod(1.0 - betas)
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
         # DDPM eq. 7; v_posterior blends it with the upper bound beta_t.

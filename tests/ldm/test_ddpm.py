@@ -1,0 +1,199 @@
+"""The noise process against recorded tables; the training objective against its definition."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm.lr_scheduler import LambdaLinearScheduler
+from ldm.modules.diffusionmodules.util import make_beta_schedule
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.util import instantiate_from_config
+
+GOLDENS = "tests/goldens"
+
+
+def build(**params):
+    config = OmegaConf.load(f"{GOLDENS}/tiny_ldm.yaml").model
+    config.params.update(params)
+    return instantiate_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build().eval()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(f"{GOLDENS}/ldm_schedule.safetensors")
+
+
+def test_schedule_buffers_are_exact(model, golden):
+    names = [k.removeprefix("buffers/") for k in golden if k.startswith("buffers/") and "lvlb" not in k]
+    assert len(names) == 12
+    for name in names:
+        assert torch.equal(getattr(model, name), golden[f"buffers/{name}"]), name
+
+
+@pytest.mark.parametrize("name", ["linear", "sqrt_linear", "sqrt", "cosine"])
+def test_beta_schedules(golden, name):
+    betas = make_beta_schedule(name, 1000, linear_start=1e-4, linear_end=2e-2)
+    torch.testing.assert_close(betas, golden[f"beta_schedule/{name}"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", ["mid", "edge"])
+def test_noise_process(model, golden, case):
+    g = {key.split("/")[2]: value for key, value in golden.items() if key.startswith(f"q/{case}/")}
+    x_t = model.q_sample(g["x0"], g["t"], g["noise"])
+    torch.testing.assert_close(x_t, g["q_sample"], rtol=1e-6, atol=1e-6)
+    x_0 = model.predict_start_from_noise(x_t, g["t"], g["noise"])
+    torch.testing.assert_close(x_0, g["predict_start_from_noise"], rtol=1e-5, atol=1e-5)
+    mean, variance, logvar = model.q_posterior(g["x0"], x_t, g["t"])
+    torch.testing.assert_close(mean, g["q_posterior_mean"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(variance, g["q_posterior_var"]) and torch.equal(logvar, g["q_posterior_logvar"])
+
+
+def test_first_stage_of_the_whole_model(model, golden):
+    vae = load_file(f"{GOLDENS}/ldm_vae.safetensors")
+    weights = {k: v.float() for k, v in load_file(f"{GOLDENS}/tiny_ldm.safetensors").items()}
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        posterior = model.encode_first_stage(vae["a/image"])
+        scaled = model.get_first_stage_encoding(posterior, noise=vae["a/sample_noise"])
+        torch.testing.assert_close(scaled, vae["a/first_stage_encoding"], rtol=1e-5, atol=1e-5)
+        decoded = model.decode_first_stage(vae["a/z_scaled"])
+        torch.testing.assert_close(decoded, vae["a/decode_first_stage"], rtol=1e-5, atol=3e-5)
+
+
+def test_conditioning_may_be_wrapped(model):
+    x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        plain = model.apply_model(x, t, c)
+        assert torch.equal(plain, model.apply_model(x, t, [c]))
+        assert torch.equal(plain, model.apply_model(x, t, {"c_crossattn": [c]}))
+
+
+def batch_of(model, n=4):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "moments": torch.randn(n, 8, 8, 8, generator=generator),
+        model.cond_stage_key: torch.randn(n, 5, 24, generator=generator),
+    }
+
+
+def test_loss_is_the_weighted_error_of_the_noise(model):
+    batch = batch_of(model)
+    x_0 = model.get_input(batch)
+    t, noise = torch.tensor([0, 10, 500, 999]), torch.randn_like(x_0)
+    context = batch[model.cond_stage_key]
+    with torch.no_grad():
+        error = (model.apply_model(model.q_sample(x_0, t, noise), t, context) - noise).square().mean([1, 2, 3])
+        torch.testing.assert_close(model.p_losses(x_0, context, t, noise), error.mean())
+        weighted = build(snr_gamma=5.0).eval()
+        weighted.load_state_dict(model.state_dict())
+        snr = model.alphas_cumprod[t] / (1 - model.alphas_cumprod[t])
+        expected = (error * torch.minimum(snr, torch.tensor(5.0)) / snr).mean()
+        torch.testing.assert_close(weighted.p_losses(x_0, context, t, noise), expected)
+
+
+def test_moments_and_pictures_give_the_same_latents(model):
+    picture = torch.rand(2, 16, 16, 3) * 2 - 1
+    with torch.no_grad():
+        posterior = model.encode_first_stage(picture.permute(0, 3, 1, 2))
+    torch.manual_seed(3)
+    from_moments = model.get_input({"moments": posterior.parameters})
+    torch.manual_seed(3)
+    from_picture = model.get_input({model.first_stage_key: picture})
+    torch.testing.assert_close(from_moments, from_picture)
+    assert from_moments.shape == (2, 4, 4, 4)
+
+
+def test_captions_are_dropped_in_training_only():
+    model = build(unconditional_rate=0.25)
+    captions = ["a red circle"] * 2000
+    torch.manual_seed(0)
+    dropped = model.train()._drop_captions(captions)
+    assert 0.2 < dropped.count("") / len(dropped) < 0.3
+    assert set(dropped) == {"", "a red circle"}
+    assert model.eval()._drop_captions(captions) == captions
+
+
+def test_training_changes_the_unet_and_its_average_only():
+    model = build(use_ema=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.1)
+    model.train()
+    x_0 = model.get_input(batch_of(model))
+    model.p_losses(x_0, torch.randn(4, 5, 24), torch.tensor([1, 2, 3, 4]), torch.randn_like(x_0)).backward()
+    optimizer.step()
+    model.on_train_batch_end()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("model.", "model_ema.")) for name in changed)
+    assert not model.first_stage_model.training
+
+
+def test_ema_scope_swaps_and_restores():
+    model = build(use_ema=True)
+    own = model.model.diffusion_model.out[2].bias
+    own.data.fill_(2.0)
+    with model.ema_scope():
+        assert not own.any()
+    assert (own == 2.0).all()
+    with pytest.raises(RuntimeError), model.ema_scope():
+        raise RuntimeError
+    assert (own == 2.0).all()
+
+
+def test_ema_follows_its_formula():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    ema = LitEma(layer, decay=0.5)
+    layer.weight.data.fill_(3.0)
+    ema(layer)  # decay = min(0.5, 2 / 11)
+    assert ema.weight.item() == pytest.approx(2 / 11 * 1.0 + 9 / 11 * 3.0)
+    assert set(ema.state_dict()) == {"decay", "num_updates", "weight"}
+    with pytest.raises(ValueError, match="decay"):
+        LitEma(layer, decay=1.5)
+
+
+def test_ema_has_the_key_names_of_public_checkpoints():
+    keys = build(use_ema=True).state_dict()
+    for name in (key for key in keys if key.startswith("model.")):
+        assert "model_ema." + name.removeprefix("model.").replace(".", "") in keys
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"parameterization": "x0"},
+        {"loss_type": "huber"},
+        {"conditioning_key": "concat"},
+        {"num_timesteps_cond": 2},
+        {"beta_schedule": "unknown"},
+    ],
+    ids=str,
+)
+def test_unsupported_settings_are_refused(params):
+    with pytest.raises(ValueError, match=str(next(iter(params.values())))):
+        build(**params)
+
+
+def test_learning_rate_schedule():
+    scheduler = LambdaLinearScheduler([10], f_min=[0.1], f_max=[1.0], f_start=[0.0], cycle_lengths=[100])
+    assert scheduler.schedule(0) == 0.0
+    assert scheduler.schedule(5) == pytest.approx(0.5)
+    assert scheduler.schedule(10) == pytest.approx(0.1 + 0.9 * 0.9)
+    assert scheduler.schedule(55) == pytest.approx(0.1 + 0.9 * 0.45)
+    assert scheduler.schedule(100) == scheduler.schedule(10**6) == 0.1
+    v1 = LambdaLinearScheduler([10000], f_min=[1.0], f_max=[1.0], f_start=[1e-6], cycle_lengths=[1e13])
+    assert v1.schedule(5000) == pytest.approx(0.5, abs=1e-5) and v1.schedule(10**6) == 1.0
+    with pytest.raises(ValueError, match="same length"):
+        LambdaLinearScheduler([1, 2], f_min=[1.0], f_max=[1.0], f_start=[1.0], cycle_lengths=[1])
+
+
+def test_posterior_sample_is_seedable():
+    posterior = DiagonalGaussianDistribution(torch.zeros(1, 8, 2, 2))
+    draws = [posterior.sample(generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*draws) and draws[0].std() > 0
