@@ -1,0 +1,143 @@
+"""Training, interrupting, resuming and exporting, on networks of a few channels."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ldm.data.latents import CachedLatents
+from ldm.util import instantiate_from_config, load_model_from_config
+from scripts import train
+
+DDCONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 32,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 8,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "norm_groups": 2,
+}
+SHAPES = {"target": "ldm.data.shapes.ShapesDataset", "params": {"size": 8, "split": "train", "resolution": 32}}
+TRAINER = {
+    "max_steps": 2,
+    "precision": "32-true",
+    "gradient_clip_val": 1.0,
+    "checkpoint_every": 2,
+    "log_images_every": 2,
+}
+
+
+def autoencoder(lossconfig):
+    params = {"embed_dim": 4, "ddconfig": DDCONFIG, "lossconfig": lossconfig}
+    return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """Config files of a tiny autoencoder and a tiny model on its latents; the present folder is empty."""
+    root = train.__file__.rsplit("/scripts/", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    first = {
+        "model": {"base_learning_rate": 1e-3} | autoencoder({"target": "ldm.modules.losses.ReconstructionLoss"}),
+        "data": {
+            "batch_size": 4,
+            "num_workers": 0,
+            "train": {"target": "ldm.data.crops.RandomCrops", "params": {"size": 16, "dataset": SHAPES}},
+            "validation": SHAPES,
+        },
+        "trainer": TRAINER | {"export": "autoencoder.safetensors"},
+    }
+    second = OmegaConf.to_container(OmegaConf.load(f"{root}/configs/shapes/txt2img.yaml"))
+    params = second["model"]["params"]
+    params["first_stage_config"] = autoencoder({"target": "torch.nn.Identity"})
+    params["unet_config"]["params"] |= {"model_channels": 8, "channel_mult": [1, 1], "num_heads": 2, "context_dim": 16}
+    params["unet_config"]["params"] |= {"attention_resolutions": [1], "norm_groups": 2}
+    params["cond_stage_config"]["params"]["tokenizer"] = f"{root}/models/ldm/shapes/tokenizer"
+    params["cond_stage_config"]["params"]["text_config"] |= {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
+    latents = {
+        "dataset": SHAPES,
+        "autoencoder": "autoencoder.yaml",
+        "ckpt": "autoencoder.safetensors",
+        "folder": "latents",
+    }
+    second["data"] = {
+        "batch_size": 4,
+        "num_workers": 0,
+        "train": {"target": "ldm.data.latents.CachedLatents", "params": latents},
+        "validation": SHAPES,
+    }
+    second["trainer"] = TRAINER | {
+        "export": "model.safetensors",
+        "init_from": {"first_stage_model.": "autoencoder.safetensors"},
+    }
+    OmegaConf.save(first, "autoencoder.yaml")
+    OmegaConf.save(second, "txt2img.yaml")
+    return tmp_path
+
+
+def test_both_stages_end_in_a_model_that_loads(configs):
+    train.main(["--config", "autoencoder.yaml", "--device", "cpu"])
+    train.main(["--config", "txt2img.yaml", "--device", "cpu"])
+    model = load_model_from_config(OmegaConf.load("txt2img.yaml"), "model.safetensors")
+    stored = load_file("autoencoder.safetensors")
+    weight = model.first_stage_model.encoder.conv_in.weight
+    assert torch.equal(weight.half(), stored["encoder.conv_in.weight"])
+    assert not any(name.startswith(("model_ema.", "cond_stage_ema.")) for name in load_file("model.safetensors"))
+    grids = sorted(path.name for path in (configs / "runs" / "txt2img" / "samples").iterdir())
+    assert grids == ["000002-samples.png"]
+    with safe_open("model.safetensors", "pt") as file:
+        assert file.metadata()["steps"] == "2"
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(configs):
+    arguments = ["--config", "autoencoder.yaml", "--device", "cpu"]
+    train.main([*arguments, "--outdir", "whole", "--max_steps", "4", "--export", "whole.safetensors"])
+    train.main([*arguments, "--outdir", "parts", "--max_steps", "2", "--export", ""])
+    assert not (configs / "autoencoder.safetensors").exists()
+    train.main([*arguments, "--outdir", "parts", "--max_steps", "4", "--export", "parts.safetensors"])
+    whole, parts = load_file("whole.safetensors"), load_file("parts.safetensors")
+    start = instantiate_from_config(OmegaConf.load("autoencoder.yaml").model).state_dict()
+    assert whole.keys() == parts.keys() == {name for name in start if not name.startswith("loss")}
+    steps = torch.load("parts/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert steps == 4
+
+
+def test_weights_of_a_run_can_be_exported_later(configs):
+    arguments = ["--config", "autoencoder.yaml", "--device", "cpu"]
+    train.main([*arguments, "--export", "at_end.safetensors"])
+    train.main([*arguments, "--export_only", "--export", "later.safetensors"])
+    at_end, later = load_file("at_end.safetensors"), load_file("later.safetensors")
+    assert all(torch.equal(at_end[name], later[name]) for name in at_end)
+
+
+def test_latents_are_encoded_once_and_depend_on_the_weights(configs):
+    train.main(["--config", "autoencoder.yaml", "--device", "cpu"])
+    arguments = {"dataset": SHAPES, "autoencoder": "autoencoder.yaml", "ckpt": "autoencoder.safetensors"}
+    data = CachedLatents(**arguments, folder="latents")
+    (cache,) = (configs / "latents").glob("*.npy")
+    written = cache.stat().st_mtime_ns
+    assert len(data) == 8 and data[0]["moments"].shape == (8, 16, 16)
+    again = CachedLatents(**arguments, folder="latents")
+    assert cache.stat().st_mtime_ns == written and again[3]["caption"] == data[3]["caption"]
+    train.main(["--config", "autoencoder.yaml", "--device", "cpu", "--restart", "--seed", "1"])
+    CachedLatents(**arguments, folder="latents")
+    assert len(list((configs / "latents").glob("*.npy"))) == 2
+
+
+def test_bad_input_is_one_line(configs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "missing.yaml"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "txt2img.yaml", "--device", "cpu"])
+    assert stop.value.code == 2 and "autoencoder.safetensors" in capsys.readouterr().err
