@@ -1,0 +1,28 @@
+"""A checkpoint of the embedded model's architecture with random weights, for the commands to run on."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.checkpoint import save_checkpoint
+from ldm.util import instantiate_from_config
+from scripts.common import EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def random_ckpt(tmp_path_factory):
+    """Its path. Nothing in it is zero, so that prompt and noise reach the picture."""
+    config = OmegaConf.load(EMBEDDED).model
+    config.params.use_ema = False
+    del config.params.cond_stage_config.params["tokenizer"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = instantiate_from_config(config)
+        for name, parameter in model.model.named_parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.5 if "attn2" in name else 0.05)
+        for parameter in model.cond_stage_model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_checkpoint(model, path)
+    return path

@@ -1,0 +1,491 @@
+"""scripts/txt2img.py on random weights and tiny pictures: what it writes, what it repeats, what it refuses."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.modules.attention import BasicTransformerBlock
+from scripts import common, txt2img
+
+TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(random_ckpt, tmp_path):
+    """run(*flags) -> outdir; a prompt and an outdir are added where there are none."""
+
+    def call(*flags, outdir="out"):
+        flags = [str(flag) for flag in flags]
+        prompt = [] if {"--prompt", "--from-file"} & set(flags) else ["--prompt", "a red circle"]
+        folder = tmp_path / outdir
+        files = ["--config", str(common.EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(folder)]
+        txt2img.main([*files, *TINY, *prompt, *flags])
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def refused(run, tmp_path, capsys):
+    """refused(*flags) -> the one line on stderr, having left nothing behind."""
+
+    def call(*flags, outdir="refused"):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run(*flags, outdir=outdir)
+        lines = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return call
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def picture(folder, i):
+    return np.asarray(Image.open(folder / f"samples/{i:05}.png")).astype(int)
+
+
+def difference(a, b):
+    return np.abs(a - b).max()
+
+
+def all_bytes(outdir):
+    return {path.relative_to(outdir): path.read_bytes() for path in outdir.rglob("*.png")}
+
+
+def no_model(*args):
+    raise AssertionError("the model was built")
+
+
+# --- what it writes ----------------------------------------------------------------------------------------
+
+
+def test_writes_pictures_grid_settings_and_log(run, capsys, random_ckpt):
+    outdir = run("--n_samples", 2, "--n_iter", 1, "--seed", 7, "--negative_prompt", "blue")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"embedded shapes model ({random_ckpt})"
+    assert re.fullmatch(r"2 pictures in \S+ s: \S+ pictures/s, \S+ s/step", out[1])
+    assert names(outdir) == ["grid-0000.png", "log.txt", "samples", "settings.yaml"]
+    assert names(outdir / "samples") == ["00000.png", "00001.png"]
+    assert Image.open(outdir / "samples/00000.png").size == (48, 32)
+    assert difference(picture(outdir, 0), picture(outdir, 1)) > 20
+    log = (outdir / "log.txt").read_text()
+    assert "embedded shapes model" in log and "pictures/s" in log and "--negative_prompt" in log
+    settings = yaml.safe_load((outdir / "settings.yaml").read_text())
+    assert (settings["prompts"], settings["pictures"]) == (["a red circle"], 2)
+    chosen = {"height": 32, "width": 48, "sampler": "ddim", "steps": 2, "scale": 4.0, "eta": 0.0, "precision": "full"}
+    assert {name: settings[name] for name in chosen} == chosen
+    assert settings["versions"]["torch"] == torch.__version__ and len(settings["ckpt_sha256"]) == 64
+
+
+def test_each_png_tells_how_it_was_drawn(run):
+    outdir = run("--n_samples", 2, "--n_iter", 1, "--seed", 7, "--negative_prompt", "blue", "--prompt", "ein Kreis: ○")
+    info = Image.open(outdir / "samples/00001.png").info
+    assert info["prompt"] == "ein Kreis: ○" and info["seed"] == "8"
+    told = json.loads(info["dsdiff"])
+    assert (told["prompt"], told["seed"], told["run_seed"], told["steps"]) == ("ein Kreis: ○", 8, 7, 2)
+    first, second, third = info["parameters"].split("\n")
+    assert (first, second) == ("ein Kreis: ○", "Negative prompt: blue")
+    start = "Steps: 2, Sampler: DDIM, CFG scale: 4, Seed: 8, Size: 48x32, Model hash: "
+    assert third == f"{start}{told['ckpt_sha256'][:10]}, Model: model"
+
+
+def test_the_png_is_enough_to_draw_the_picture_again(run):
+    outdir = run("--n_iter", 1, "--seed", 7, "--ratio", 0.5)
+    again = run("--n_iter", 1, "--seed", 9, "--ratio", 0.5, "--n_samples", 1, outdir="again")
+    assert difference(picture(outdir, 2), picture(again, 0)) <= 1
+
+
+def test_a_second_run_goes_on_counting(run):
+    outdir = run("--n_samples", 1)
+    before = all_bytes(outdir)
+    run("--n_samples", 1, "--n_iter", 1, "--seed", 43)
+    assert names(outdir / "samples") == ["00000.png", "00001.png", "00002.png"]
+    assert names(outdir)[:2] == ["grid-0000.png", "grid-0001.png"]
+    after = all_bytes(outdir)
+    assert all(after[name] == before[name] for name in before)
+    assert difference(picture(outdir, 1), picture(outdir, 2)) <= 1  # seed 42 + 1 and seed 43
+
+
+def test_skips(run):
+    assert names(run("--n_iter", 1, "--n_samples", 1, "--skip_grid")) == ["log.txt", "samples", "settings.yaml"]
+    outdir = run("--n_iter", 1, "--n_samples", 1, "--skip_save", outdir="b")
+    assert names(outdir) == ["grid-0000.png", "log.txt", "settings.yaml"]
+
+
+def test_grid_rows_and_pages(tmp_path):
+    pictures = [Image.new("RGB", (4, 2), (i + 1, 0, 0)) for i in range(7)]
+    page = txt2img.tile(pictures, 3)
+    assert page.size == (3 * 6 + 2, 3 * 4 + 2)
+    pixels = np.asarray(page)[..., 0]
+    assert pixels[2::4, 2::6].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+    grids = txt2img.Grids(tmp_path, first=3, columns=40)
+    grids.add(pictures * 6)
+    grids.flush()
+    assert [Image.open(tmp_path / name).size for name in names(tmp_path)] == [(40 * 6 + 2, 6), (2 * 6 + 2, 6)]
+    assert names(tmp_path) == ["grid-0003.png", "grid-0004.png"]
+
+
+# --- what a picture depends on -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--ddim_eta", 1], ["--ratio", 0.5, "--merge_mlp"]], ids=str)
+def test_batch_size_changes_rounding_only(run, flags):
+    a = run("--n_samples", 3, "--n_iter", 1, *flags)
+    b = run("--n_samples", 1, "--n_iter", 3, *flags, outdir="b")
+    assert all(difference(picture(a, i), picture(b, i)) <= 1 for i in range(3))
+    assert difference(picture(a, 0), picture(a, 1)) > 20
+
+
+def test_fixed_code_gives_all_pictures_the_noise_of_the_seed(run):
+    outdir = run("--n_samples", 1, "--fixed_code", "--seed", 3)
+    assert (picture(outdir, 0) == picture(outdir, 1)).all()
+    plain = run("--n_samples", 1, "--n_iter", 1, "--seed", 3, outdir="plain")
+    assert (picture(outdir, 0) == picture(plain, 0)).all()
+    assert Image.open(outdir / "samples/00001.png").info["seed"] == "3"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt", "two black stars"],
+        ["--negative_prompt", "blue"],
+        ["--scale", 1],
+        ["--plms"],
+        ["--dpm_solver"],
+        ["--ddim_eta", 1],
+        ["--ddim_steps", 3],
+        ["--seed", 43],
+        ["--ratio", 0.75],
+        ["--precision", "autocast"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flag_reaches_the_picture(run, flags):
+    one = ["--n_samples", 1, "--n_iter", 1]
+    assert (picture(run(*one), 0) != picture(run(*one, *flags, outdir="b"), 0)).any()
+
+
+def test_prompts_of_a_file_in_order_once_per_round(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red circle\r\n\r\n  a blue star\n\na green ring".encode())
+    outdir = run("--from-file", file, "--n_samples", 2, "--n_iter", 2, "--skip_grid")
+    prompts = [Image.open(outdir / f"samples/{i:05}.png").info["prompt"] for i in range(6)]
+    assert prompts == ["a red circle", "a blue star", "a green ring"] * 2
+    alone = run("--prompt", "a blue star", "--seed", 43, "--n_samples", 1, "--n_iter", 1, outdir="alone")
+    assert difference(picture(outdir, 1), picture(alone, 0)) <= 1
+
+
+def test_ratio_0_leaves_the_model_unpatched(random_ckpt):
+    args = ["--prompt", "a ring", "--config", str(common.EMBEDDED), "--ckpt", str(random_ckpt)]
+    for ratio, patched in (("0", False), ("0.5", True)):
+        parsed = txt2img.parse_args([*args, "--ratio", ratio])
+        model = common.build_model(parsed, common.choose_model(parsed))
+        blocks = [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
+        assert blocks and all((type(block) is not BasicTransformerBlock) is patched for block in blocks)
+
+
+# --- resuming ----------------------------------------------------------------------------------------------
+
+LONG = ["--n_samples", 2, "--n_iter", 2, "--ratio", 0.5, "--ddim_eta", 0.5]
+
+
+def interrupt_batch(monkeypatch, number):
+    """Ctrl-C in the first step of that batch."""
+    calls = []
+
+    def sample(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return common.sample(*args, **kwargs)
+
+    monkeypatch.setattr(txt2img, "sample", sample)
+
+
+def test_resume_ends_with_the_pictures_of_an_uninterrupted_run(run, monkeypatch, capsys):
+    whole = run(*LONG, outdir="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        interrupt_batch(patch, 2)
+        run(*LONG)
+    assert exit.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("interrupted: 2 pictures drawn") and "--resume" in last
+    outdir = run(*LONG, "--resume")
+    assert "2 pictures in" in capsys.readouterr().out
+    assert all_bytes(outdir) == all_bytes(whole)
+
+
+def test_resume_draws_what_is_missing_or_damaged(run, capsys):
+    outdir = run(*LONG)
+    run("--n_samples", 1, "--n_iter", 1, "--seed", 1)  # a later run; its settings are the ones to resume
+    before = all_bytes(outdir)
+    shutil.copy(outdir / "samples/00000.png", outdir / "samples/00004.png")
+    os.truncate(outdir / "samples/00004.png", 300)
+    capsys.readouterr()
+    run("--n_samples", 1, "--n_iter", 1, "--seed", 1, "--resume")
+    assert "1 pictures in" in capsys.readouterr().out
+    assert all_bytes(outdir) == before
+
+
+def test_resume_of_a_complete_run_needs_no_model(run, monkeypatch, capsys):
+    outdir = run(*LONG)
+    before = all_bytes(outdir)
+    monkeypatch.setattr(txt2img, "build_model", no_model)
+    run(*LONG, "--resume")
+    assert "nothing left to draw" in capsys.readouterr().out
+    assert all_bytes(outdir) == before
+
+
+def test_resume_of_nothing_begins(run):
+    outdir = run("--n_samples", 1, "--n_iter", 1, "--resume")
+    assert names(outdir / "samples") == ["00000.png"]
+
+
+def test_resume_refuses_other_settings(run, refused, monkeypatch):
+    outdir = run("--n_samples", 1, "--n_iter", 1)
+    monkeypatch.setattr(txt2img, "build_model", no_model)
+    flags = ["--resume", "--n_samples", 1, "--n_iter", 1]
+    assert "scale (4.0 there, 5.0 here)" in refused(*flags, "--scale", 5, outdir="out")
+    assert "prompts" in refused(*flags, "--prompt", "a ring", outdir="out")
+    assert "merge" in refused(*flags, "--ratio", 0.5, outdir="out")
+    (outdir / "settings.yaml").write_text("[1")
+    assert "settings.yaml' cannot be read" in refused(*flags, outdir="out")
+    (outdir / "settings.yaml").unlink()
+    assert "no settings.yaml" in refused(*flags, outdir="out")
+
+
+# --- what it refuses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--H", 100], "--H 100 is not a multiple of 8: use 96 or 104"),
+        (["--W", 3], "--W 3 is not a multiple of 8: use 8"),
+        (["--C", 3], "--C 3 contradicts the model, which has 4"),
+        (["--f", 4], "--f 4 contradicts the model, which has 8"),
+        (["--ddim_steps", 0], "--ddim_steps: must be a whole number of 1 or more, got '0'"),
+        (["--ddim_steps", 1001], "1..1000, got 1001"),
+        (["--ddim_eta", 2], "in 0..1"),
+        (["--scale", "nan"], "--scale: must be a number"),
+        (["--scale", "inf"], "--scale: must be a number"),
+        (["--seed", -1], "--seed"),
+        (["--n_samples", 0], "--n_samples"),
+        (["--n_iter", "x"], "--n_iter"),
+        (["--sed", 1], "unrecognized arguments: --sed 1"),
+        (["--precision", "half"], "--precision"),
+        (["--plms", "--dpm_solver"], "not allowed with"),
+        (["--plms", "--ddim_eta", 0.5], "--ddim_eta 0.5 has no effect with --plms"),
+        (["--dpm_solver", "--ddim_eta", 0], "--ddim_eta 0 has no effect with --dpm_solver"),
+        (["--negative_prompt", "x", "--scale", 1], "--negative_prompt has no effect with --scale 1"),
+        (["--prompt", "x", "--from-file", "y"], "either --prompt TEXT or --from-file FILE"),
+        (["--skip_grid", "--n_rows", 2], "--n_rows has no effect with --skip_grid"),
+        (["--skip_save", "--resume"], "--resume"),
+        (["--ratio", 0.8], "ratio is 0.8: with tiles of 2 x 2 it must lie in [0, 0.75]"),
+        (["--ratio", 0.5, "--no-merge_attn"], "nothing to merge"),
+        (["--merge_mlp", "--sx", 4], "--sx, --merge_mlp has no effect: add --ratio"),
+        (["--max_downsample", 3, "--ratio", 0.5], "--max_downsample"),
+        (["--from-file", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["--device", "mps"], "device 'mps' is not supported"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["--tokenizer", "missing"], "no tokenizer in 'missing'"),
+        (["--ckpt", "missing.ckpt"], "no checkpoint at 'missing.ckpt'"),
+        (["--ckpt", "."], "is not a file"),
+        (["--config", "missing.yaml"], "No such file or directory"),
+        (["--prompt", "\udcff"], "use UTF-8"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_flag(refused, flags, says):
+    assert says in refused(*flags)
+
+
+@pytest.mark.parametrize("name", common.QUANTIZATION_FLAGS)
+def test_quantization_is_refused(refused, name):
+    value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"]}.get(name, [8] if "bit" in name else [])
+    assert refused(f"--{name}", *value).startswith(
+        f"error: quantization is not available in this version: leave out --{name}"
+    )
+
+
+def test_bad_prompt_file(refused, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n  \n")
+    assert "holds no prompts" in refused("--from-file", file)
+    file.write_bytes(b"a red circle\n\xff\xfe")
+    assert "no UTF-8 text" in refused("--from-file", file)
+
+
+def test_bad_config(refused, tmp_path):
+    file = tmp_path / "config.yaml"
+    for text, says in [
+        ("model: [1", "is no valid yaml"),
+        ("model: {target: torch.nn.Identity}", "describes no latent diffusion model"),
+        ("- 1", "describes no latent diffusion model"),
+        (common.EMBEDDED.read_text() + "\n  stpes: 3\n", "sampling may hold description, height"),
+        (common.EMBEDDED.read_text().replace("\n  steps: 50", "\n  steps: x"), "sampling.steps cannot be 'x'"),
+    ]:
+        file.write_text(text)
+        assert says in refused("--config", file)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_bad_checkpoint(refused, tmp_path, random_ckpt):
+    good = random_ckpt.read_bytes()
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.ckpt")
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    (tmp_path / "truncated.safetensors").write_bytes(good[: len(good) // 2])
+    (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 1000)
+    for name, says in {
+        "other.ckpt": "does not fit the config",
+        "hostile.ckpt": "wants to run code",
+        "pickle.ckpt": "corrupt, truncated, or no torch zip file",
+        "empty.ckpt": "is empty",
+        "truncated.safetensors": "corrupt or truncated",
+        "garbage.safetensors": "corrupt or truncated",
+    }.items():
+        assert says in refused("--ckpt", tmp_path / name)
+
+
+def test_unwritable_outdir_is_told_before_the_model_loads(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(txt2img, "build_model", no_model)
+    (tmp_path / "file").write_text("")
+    assert "is not a directory" in refused(outdir="file")
+    assert "is not a directory" in refused(outdir="file/out")
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.access(tmp_path / "closed", os.W_OK):  # root may write anywhere but here
+        assert "cannot write to '/proc/out'" in refused(outdir="/proc/out")
+    else:
+        assert "cannot write to" in refused(outdir="closed/out")
+
+
+def test_verbose_shows_where_an_error_comes_from(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--ckpt", "missing.ckpt", "--verbose")
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("error: no checkpoint at 'missing.ckpt'")
+
+
+def test_defects_are_not_disguised(run, monkeypatch, tmp_path):
+    for defect in (TypeError("x"), RuntimeError("x"), AssertionError("x")):
+
+        def fail(*args, defect=defect):
+            raise defect
+
+        monkeypatch.setattr(txt2img, "build_model", fail)
+        with pytest.raises(type(defect)):
+            run()
+
+
+def test_out_of_memory_is_told(refused, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(txt2img, "build_model", fail)
+    assert "out of memory: use a smaller --n_samples" in refused()
+
+
+# --- which model -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """The files in which checkpoints are looked for, none of which exists."""
+    files = {common.STABLE_DIFFUSION: (tmp_path / "sd.ckpt", tmp_path / "sd.safetensors")}
+    files[common.EMBEDDED] = (tmp_path / "shapes.safetensors",)
+    monkeypatch.setattr(common, "CHECKPOINTS", files)
+    return tmp_path
+
+
+def choose(config=None, ckpt=None):
+    return common.choose_model(Namespace(config=config, ckpt=ckpt))
+
+
+def test_stable_diffusion_if_it_is_there_else_the_embedded_model(places):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*sd\.ckpt and .*shapes\.safetensors"):
+        choose()
+    (places / "shapes.safetensors").touch()
+    choice = choose()
+    assert str(choice) == f"embedded shapes model ({places / 'shapes.safetensors'})"
+    assert (choice.height, choice.width, choice.channels, choice.factor) == (128, 128, 4, 8)
+    for name in ("sd.safetensors", "sd.ckpt"):
+        (places / name).touch()
+        choice = choose()
+        assert str(choice) == f"Stable Diffusion v1 ({places / name})"
+    assert (choice.height, choice.width, choice.steps, choice.scale) == (512, 512, 50, 7.5)
+
+
+def test_config_and_checkpoint_find_each_other(places):
+    for name in ("sd.safetensors", "shapes.safetensors", "own.ckpt"):
+        (places / name).touch()
+    assert choose(ckpt=str(places / "shapes.safetensors")).config_path == common.EMBEDDED
+    assert choose(ckpt=str(places / "own.ckpt")).config_path == common.STABLE_DIFFUSION
+    assert choose(config=str(common.STABLE_DIFFUSION)).ckpt == places / "sd.safetensors"
+    shutil.copy(common.EMBEDDED, places / "own.yaml")
+    with pytest.raises(ValueError, match="comes with no checkpoint: give one with --ckpt"):
+        choose(config=str(places / "own.yaml"))
+
+
+def test_a_config_without_sampling_defaults_to_the_size_of_its_latents(places):
+    (places / "own.ckpt").touch()
+    (places / "own.yaml").write_text(common.STABLE_DIFFUSION.read_text().split("sampling:")[0])
+    choice = choose(config=str(places / "own.yaml"), ckpt=str(places / "own.ckpt"))
+    assert (choice.description, choice.height, choice.width, choice.steps) == ("own", 512, 512, 50)
+
+
+def test_runs_anywhere(run, monkeypatch, tmp_path, random_ckpt):
+    monkeypatch.chdir(tmp_path)
+    one = ["--n_samples", 1, "--n_iter", 1]
+    a = run(*one, "--config", os.path.relpath(common.EMBEDDED), "--ckpt", os.path.relpath(random_ckpt), outdir="a")
+    b = run(*one, "--tokenizer", common.ROOT / "models/ldm/shapes/tokenizer", outdir="b")
+    assert (picture(a, 0) == picture(b, 0)).all()
+
+
+def test_as_a_program_from_another_folder(tmp_path):
+    def program(*flags):
+        command = [sys.executable, Path(txt2img.__file__), *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    shown = program("--help")
+    assert shown.returncode == 0 and "--max_downsample" in shown.stdout and not shown.stderr
+    failed = program("--prompt", "x", "--config", "missing.yaml", "--ckpt", "pyproject.toml")
+    assert failed.returncode == 2
+    assert failed.stderr == "error: no checkpoint at 'pyproject.toml': give its path with --ckpt\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_model(tmp_path, capsys):
+    if not common.CHECKPOINTS[common.EMBEDDED][0].exists():
+        pytest.skip("models/ldm/shapes/model.safetensors is not there: train it with scripts/train.py")
+    flags = ["--prompt", "a red circle on a white background", "--n_samples", "1", "--n_iter", "1", "--device", "cpu"]
+    txt2img.main([*flags, "--config", str(common.EMBEDDED), "--ddim_steps", "10", "--outdir", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("embedded shapes model (")
+    pixels = picture(tmp_path, 0)
+    assert pixels.shape == (128, 128, 3)
+    red, green, blue = pixels.reshape(-1, 3).T
+    assert ((red - green > 60) & (red - blue > 60)).mean() > 0.02
