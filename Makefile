@@ -1,0 +1,34 @@
+# make demo: sets up the environment and draws pictures; make test: sets up the environment and runs the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+OUT ?= outputs/demo
+
+.PHONY: demo test lint train clean
+
+demo: $(VENV)/ready
+	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \
+		--from-file configs/shapes/demo_prompts.txt
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Hours on a CPU, minutes on a GPU; each step goes on where it was interrupted.
+train: $(VENV)/ready
+	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml
+	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml
+	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
+
+# The marker is written last, so that an interrupted installation is begun again.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs
