@@ -13,14 +13,17 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
 from scripts.common import ArgumentParser, command
 
@@ -97,8 +100,11 @@ def initialise(model: pl.LightningModule, init_from: DictConfig | None) -> None:
             raise ValueError(f"{path} does not fit the part {prefix!r} of {type(model).__name__}")
 
 
-def export(model: pl.LightningModule, path: str, facts: dict) -> None:
-    """Writes the weights for inference, float16: averaged where the model keeps an average."""
+def export(model: pl.LightningModule, path: str, facts: dict, pictures: DataLoader) -> None:
+    """Writes the weights for inference, float16: averaged where the model keeps an average, an autoencoder's latents
+    normalised over `pictures`, so that the scale factor of a model on top of it is 1."""
+    if isinstance(model, AutoencoderKL):
+        model.eval().normalise_latents(torch.cat([model.get_input(batch) for batch in pictures]))
     with model.ema_scope() if hasattr(model, "ema_scope") else nullcontext():
         weights = {name: value for name, value in model.state_dict().items() if not is_training_only(name)}
         save_checkpoint(weights, path, metadata=facts)
@@ -118,17 +124,21 @@ def main(argv: list[str]) -> None:
     pl.seed_everything(args.seed, workers=True)
     model = instantiate_from_config(config.model)
     model.learning_rate = config.model.base_learning_rate
+    validation = loader(config.data, "validation", shuffle=False)
     if args.export_only:
         state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["state_dict"])
-        return export(model, target, {"config": args.config, "steps": state["global_step"]})
+        return export(model, target, {"config": args.config, "steps": state["global_step"]}, validation)
     initialise(model, options.get("init_from"))
-    train, validation = loader(config.data, "train", True), loader(config.data, "validation", False)
+    train = loader(config.data, "train", shuffle=True)
     samples = SampleGrids(outdir / "samples", options.log_images_every, next(iter(validation)))
     trainer = build_trainer(options, outdir, args.device, samples)
-    trainer.fit(model, train, validation, ckpt_path=last if last.exists() and not args.restart else None)
+    # On CPUs the fused kernel's backward is slower than plain matrix products, and the latents are small.
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        trainer.fit(model, train, validation, ckpt_path=last if last.exists() and not args.restart else None)
     if target and trainer.global_step >= options.max_steps:
-        export(model, target, {"config": args.config, "steps": trainer.global_step})
+        export(model, target, {"config": args.config, "steps": trainer.global_step}, validation)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class CachedLatents(Dataset):
     under a name that hashes the data set's config and the weights, so that neither can go stale.
     """
 
-    def __init__(self, dataset: dict, autoencoder: str, ckpt: str, folder: str, batch_size: int = 64):
+    def __init__(self, dataset: dict, autoencoder: str, ckpt: str, folder: str, batch_size: int = 16):
         self.source = instantiate_from_config(dataset)
         digest = hashlib.sha256(Path(ckpt).read_bytes())
         digest.update(json.dumps(OmegaConf.to_container(OmegaConf.create(dict(dataset))), sort_keys=True).encode())
@@ -40,7 +40,7 @@ class CachedLatents(Dataset):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = instantiate_from_config(OmegaConf.load(autoencoder).model)
         model.load_state_dict({name: value.float() for name, value in read_weights(ckpt).items()})
-        model.to(device).eval()
+        model.to(device, memory_format=torch.channels_last).eval()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         moments, captions, start = None, [], 0
         bar = tqdm(total=len(self.source), desc="encoding", unit="picture", smoothing=0.05)

@@ -75,6 +75,22 @@ class AutoencoderKL(pl.LightningModule):
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
 
+    @torch.no_grad()
+    def normalise_latents(self, x: torch.Tensor) -> None:
+        """Gives each latent channel mean 0 and variance 1 over the pictures x [B, 3, H, W]; decoding undoes it exactly.
+
+        The affine map is folded into the 1x1 convolutions on either side of the latents.
+        """
+        z = self.encode(x).sample()
+        mean, std = z.mean(dim=[0, 2, 3]), z.std(dim=[0, 2, 3])
+        inner, outer = self.quant_conv, self.post_quant_conv
+        n = self.embed_dim
+        inner.weight[:n] /= std[:, None, None, None]
+        inner.bias[:n] = (inner.bias[:n] - mean) / std
+        inner.bias[n:] -= 2 * std.log()  # log variances
+        outer.bias += outer.weight[:, :, 0, 0] @ mean
+        outer.weight *= std[None, :, None, None]
+
     def get_input(self, batch: dict) -> torch.Tensor:
         """Pictures [B, 3, H, W] from a batch's [B, H, W, 3]."""
         return batch[self.image_key].permute(0, 3, 1, 2).contiguous()

@@ -9,6 +9,7 @@ from ldm.modules.attention import CrossAttention, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock, UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.losses import ReconstructionLoss
 from ldm.util import instantiate_from_config
 
 GOLDENS = "tests/goldens"
@@ -272,3 +273,52 @@ def test_no_attention_matrix_is_materialised(monkeypatch):
     SpatialTransformer(32, 2, 16, context_dim=8)(torch.randn(1, 32, 4, 6), torch.randn(1, 3, 8))
     AttentionBlock(32)(torch.randn(1, 32, 4, 4))
     assert len(calls) == 3
+
+
+def tiny_autoencoder(params):
+    config = OmegaConf.to_container(params.first_stage_config)
+    config["params"]["ddconfig"]["norm_groups"] = 8
+    torch.manual_seed(0)
+    return instantiate_from_config(config).eval()
+
+
+@torch.no_grad()
+def test_normalised_latents_decode_to_the_same_pictures(params):
+    vae = tiny_autoencoder(params)
+    pictures = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    vae.post_quant_conv.bias.normal_()
+    before, posterior = vae(pictures, sample_posterior=False)
+    std = posterior.std
+    scale = posterior.sample().std(dim=[0, 2, 3])
+    vae.normalise_latents(pictures)
+    after, posterior = vae(pictures, sample_posterior=False)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.mode().mean([0, 2, 3]), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(posterior.mode().std([0, 2, 3]), torch.ones(4), rtol=0.02, atol=0)
+    torch.testing.assert_close(posterior.std, std / scale[:, None, None], rtol=0.02, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_new_autoencoder_lets_flat_colours_through(params):
+    """Two flat pictures differ in their reconstruction from the start; with PyTorch's own start they hardly do."""
+    vae = tiny_autoencoder(params)
+    colours = torch.tensor([[0.8, -0.6, 0.1], [-0.5, 0.4, 0.9]])[:, :, None, None].expand(2, 3, 32, 32)
+    latents = vae.encode(colours).mode()
+    assert (latents[0] - latents[1]).abs().mean() > 0.1
+    assert vae.encode(colours).std.max() < 0.1
+
+
+@torch.no_grad()
+def test_reconstruction_loss_is_zero_for_equal_pictures_and_grows_with_blur():
+    loss = ReconstructionLoss(kl_weight=0.0)
+    posterior = DiagonalGaussianDistribution(torch.zeros(1, 8, 2, 2))
+    picture = torch.zeros(1, 3, 16, 16)
+    picture[..., 8:] = 1.0
+    assert loss(picture, picture, posterior)[0] == 0
+    blurred = torch.nn.functional.avg_pool2d(picture, 5, 1, 2)
+    shifted = picture + (blurred - picture).abs().mean()
+    total, parts = loss(picture, blurred, posterior)
+    # The same L1 distance costs more where edges are lost.
+    assert total > loss(picture, shifted, posterior)[0] and parts["edge_loss"] > 0
+    weighted = ReconstructionLoss(kl_weight=1.0)(picture, picture, DiagonalGaussianDistribution(torch.ones(1, 8, 2, 2)))
+    torch.testing.assert_close(weighted[0], DiagonalGaussianDistribution(torch.ones(1, 8, 2, 2)).kl()[0])
