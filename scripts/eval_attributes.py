@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Do the pictures show what their captions ask for? python scripts/eval_attributes.py --n 256
 
-Draws captions of the procedural data set, generates their pictures with the embedded model, reads these with a
-small detector, and counts how often colour, shape, texture, size, number of objects and relation are right. What a
-caption leaves open is not judged. Beside the generated pictures stand two ceilings: `rendered`, real pictures of the
-same captions, and `autoencoder`, these after encoding and decoding. Split `test` has combinations of words
-that training showed, each caption of `heldout` one that it did not.
+Draws captions of the procedural data set, generates their pictures with the embedded model, reads these with a small
+detector, and counts how often colour, shape, texture, size, number of objects and relation are right. What a caption
+leaves open is not judged. Beside the generated pictures stand two ceilings: `rendered`, real pictures of the same
+captions, and `autoencoder`, these after encoding and decoding. The captions of split `test` hold combinations that
+training showed, each caption of `heldout` at least one that it did not.
 
 With --images DIR it judges the PNGs of a folder instead, as scripts/txt2img.py writes them (prompt inside).
 Writes attributes.json, a sheet of pictures with their captions, and prompts-SPLIT.txt for txt2img's --from-file.
@@ -15,7 +15,6 @@ Writes attributes.json, a sheet of pictures with their captions, and prompts-SPL
 import argparse
 import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,90 +31,123 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its paren
 
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import initial_noise
-from ldm.util import load_model_from_config
+from scripts.common import (
+    EMBEDDED,
+    QUANTIZATION_FLAGS,
+    SAMPLERS,
+    ArgumentParser,
+    SamplingOptions,
+    add_model_arguments,
+    add_tome_arguments,
+    build_model,
+    check_writable,
+    choose_device,
+    choose_model,
+    command,
+    decode,
+    merge_options,
+    number,
+    sample,
+    to_pictures,
+    write_file,
+    write_png,
+)
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+READER = ROOT / "models/ldm/shapes/reader.safetensors"
 ATTRIBUTES = ("color", "shape", "texture", "size", "count", "relation")
 
 Verdict = dict[str, bool]
 Counts = dict[str, dict[str, float]]  # attribute -> right, n, percent, low, high
+Source = Callable[[slice], Tensor]  # which captions -> their pictures [B, 3, H, W] in [0, 1]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--n", type=number(int, 1), default=256, help="captions of each split (default: %(default)s)")
+    parser.add_argument(
+        "--split", dest="captions", default="both", choices=["test", "heldout", "both"], help="(default: %(default)s)"
     )
-    parser.add_argument("--n", type=int, default=256, help="captions of each split")
-    parser.add_argument("--split", default="both", choices=["test", "heldout", "both"])
-    parser.add_argument("--sampler", default="ddim", choices=SAMPLERS)
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps")
-    parser.add_argument("--scale", type=float, default=5.0, help="guidance; 1 is none")
-    parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--images", type=Path, help="judge the PNGs of this folder instead of generating")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/attributes"))
-    parser.add_argument("--config", default=str(ROOT / "configs/shapes/txt2img.yaml"))
-    parser.add_argument("--ckpt", default=str(ROOT / "models/ldm/shapes/model.safetensors"))
-    parser.add_argument("--reader", type=Path, default=ROOT / "models/ldm/shapes/reader.safetensors")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if args.n < 1 or args.batch_size < 1 or args.steps < 1 or args.seed < 0:
-        parser.error("--n, --batch_size and --steps must be at least 1, --seed at least 0")
-    return args
+    parser.add_argument("--sampler", default="ddim", choices=["ddim", "plms", "dpm"], help="(default: %(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), metavar="N", help="of the sampler (default: the model's)")
+    parser.add_argument(
+        "--scale", type=number(float, 0), metavar="X", help="guidance; 1 is none (default: the model's)"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="of captions and noise")
+    parser.add_argument("--batch_size", type=number(int, 1), default=16, help="(default: %(default)s)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="judge the PNGs of DIR instead of generating")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/attributes"), help="(default: %(default)s)")
+    parser.add_argument("--reader", type=Path, default=READER, help="the detector's weights")
+    parser.add_argument("--verbose", action="store_true", help="show where an error comes from")
+    add_model_arguments(parser)
+    add_tome_arguments(parser)
+    # No other model knows the captions. Pictures of a quantized one are judged with --images.
+    parser.set_defaults(config=str(EMBEDDED), **dict.fromkeys(QUANTIZATION_FLAGS))
+    return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------- pictures
 
 
-@torch.no_grad()
-def generate(
-    model: torch.nn.Module, captions: Sequence[str], seeds: Sequence[int], sampler: str, steps: int, scale: float
-) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1], one a caption, each from the noise of its own seed."""
-    shape = (model.channels, model.image_size, model.image_size)
-    samples, _ = SAMPLERS[sampler](model).sample(
-        S=steps,
-        batch_size=len(captions),
-        shape=shape,
-        conditioning=model.get_learned_conditioning(list(captions)),
-        unconditional_guidance_scale=scale,
-        unconditional_conditioning=model.get_learned_conditioning([""] * len(captions)) if scale != 1 else None,
-        x_T=initial_noise(seeds, shape, model.device),
-        verbose=False,
+def generator(args: argparse.Namespace) -> tuple[nn.Module, SamplingOptions]:
+    """The model, and how it is to draw: what the flags leave open is as it was trained for."""
+    choice = choose_model(args)
+    on_gpu = choose_device(args.device).type == "cuda"
+    options = SamplingOptions(
+        height=choice.height,
+        width=choice.width,
+        sampler=next(name for name in SAMPLERS if name.startswith(args.sampler)),
+        steps=args.steps or choice.steps,
+        eta=0.0,
+        scale=float(choice.scale if args.scale is None else args.scale),
+        negative_prompt="",
+        precision=args.precision or ("autocast" if on_gpu else "full"),
+        merge=merge_options(args),
     )
-    return model.decode_first_stage(samples).clamp(-1, 1)
+    return build_model(args, choice), options
 
 
 @torch.no_grad()
-def through_autoencoder(model: torch.nn.Module, images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1], encoded to the mean of its latent and decoded."""
-    first_stage = model.first_stage_model
-    return first_stage.decode(first_stage.encode(images).mode()).clamp(-1, 1)
+def through_autoencoder(model: nn.Module, images: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1], encoded to the mean of their latents and decoded."""
+    posterior = model.encode_first_stage(images.to(model.device) * 2 - 1)
+    return decode(model, model.get_first_stage_encoding(posterior.mode()))
 
 
-def tensor_of(picture: Image.Image) -> Tensor:
-    """float32 [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+def tensor_of(pictures: Sequence[Image.Image]) -> Tensor:
+    """float32 [B, 3, H, W] in [0, 1]."""
+    pixels = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in pictures])
+    return torch.from_numpy(pixels / 255).permute(0, 3, 1, 2)
 
 
-def picture_of(image: Tensor) -> Image.Image:
-    """The inverse of `tensor_of`."""
-    return Image.fromarray(((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().to(torch.uint8).numpy())
+def sources_of_split(
+    model: nn.Module, options: SamplingOptions, data: ShapesDataset, captions: Sequence[str], seed: int
+) -> dict[str, Source]:
+    """The three ways to the pictures of the captions of `data`; picture i starts from the noise of seed + i."""
+
+    def rendered(part: slice) -> Tensor:
+        return tensor_of([data.picture(i) for i in range(part.start, part.stop)])
+
+    def generated(part: slice) -> Tensor:
+        seeds = [seed + i for i in range(part.start, part.stop)]
+        return decode(model, sample(model, captions[part], seeds, options))
+
+    def decoded(part: slice) -> Tensor:
+        return through_autoencoder(model, rendered(part))
+
+    return {"generated": generated, "autoencoder": decoded, "rendered": rendered}
 
 
 def read_folder(folder: Path) -> tuple[list[SceneSpec], list[Image.Image]]:
     """Captions and pictures of the PNGs in `folder`; ValueError where one holds no prompt of the grammar."""
     paths = sorted(folder.glob("*.png"))
     if not paths:
-        raise ValueError(f"no PNG in {folder}: give the samples folder of a txt2img run")
+        raise ValueError(f"no PNG in {str(folder)!r}: give the samples folder of a txt2img run")
     pictures = [Image.open(path) for path in paths]
     for path, picture in zip(paths, pictures, strict=True):
         if "prompt" not in picture.info:
-            raise ValueError(f"{path} holds no prompt: pictures must come from scripts/txt2img.py")
+            raise ValueError(f"{str(path)!r} holds no prompt: pictures must come from scripts/txt2img.py")
+        if picture.size != pictures[0].size:
+            raise ValueError(f"{str(path)!r} is {picture.size}, the first is {pictures[0].size}: use one size")
     return [parse_caption(picture.info["prompt"]) for picture in pictures], pictures
 
 
@@ -182,92 +213,68 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], verdicts: Se
 
 
 def evaluate(
-    specs: Sequence[SceneSpec],
-    sources: dict[str, Callable[[slice], Tensor]],
-    reader: ShapesReader,
-    batch_size: int,
+    specs: Sequence[SceneSpec], sources: dict[str, Source], reader: ShapesReader, batch_size: int
 ) -> tuple[dict[str, list[Verdict]], list[Image.Image]]:
-    """Verdicts by source, and the pictures of the first one. A source gives images for a slice of `specs`."""
+    """Verdicts by source, and the pictures of the first source."""
     verdicts: dict[str, list[Verdict]] = {name: [] for name in sources}
     pictures: list[Image.Image] = []
     for start in tqdm(range(0, len(specs), batch_size), unit="batch"):
         part = slice(start, min(start + batch_size, len(specs)))
-        for name, images_of in sources.items():
-            images = images_of(part)
-            seen = reader.read(images.to(reader.device))
+        batches = {name: images_of(part) for name, images_of in sources.items()}
+        for name, images in batches.items():
+            seen = reader.read(images.to(reader.device) * 2 - 1)
             verdicts[name] += [judge(spec, objects) for spec, objects in zip(specs[part], seen, strict=True)]
-            if name == next(iter(sources)):
-                pictures += [picture_of(image) for image in images]
+        pictures += to_pictures(next(iter(batches.values())))
     return verdicts, pictures
 
 
-def sources_of_split(args: argparse.Namespace, model: torch.nn.Module, data: ShapesDataset) -> dict:
-    """The three ways to a picture of item i: generated, real after the autoencoder, real."""
-    captions = [caption(data.spec(i)) for i in range(len(data))]
-
-    def rendered(part: slice) -> Tensor:
-        return torch.stack([tensor_of(data.picture(i)) for i in range(part.start, part.stop)])
-
-    def generated(part: slice) -> Tensor:
-        seeds = [args.seed + i for i in range(part.start, part.stop)]
-        return generate(model, captions[part], seeds, args.sampler, args.steps, args.scale)
-
-    def decoded(part: slice) -> Tensor:
-        return through_autoencoder(model, rendered(part).to(model.device))
-
-    return {"generated": generated, "autoencoder": decoded, "rendered": rendered}
-
-
-def report(outdir: Path, split: str, specs: Sequence[SceneSpec], verdicts: dict, pictures: list) -> dict[str, Counts]:
-    """Print the table of a split, write its sheet and its captions, return its figures."""
+def report(
+    outdir: Path,
+    split: str,
+    specs: Sequence[SceneSpec],
+    verdicts: dict[str, list[Verdict]],
+    pictures: Sequence[Image.Image],
+) -> dict[str, Counts]:
+    """Print the table of a split, write its sheet and its captions, return its figures by source."""
     rows = {source: count(found) for source, found in verdicts.items()}
     tqdm.write(table(split, rows) + "\n")
     captions = [caption(spec) for spec in specs]
     shown = slice(0, 64)
     first = next(iter(verdicts.values()))
-    page = sheet(pictures[shown], captions[shown], first[shown])
-    _write(outdir / f"sheet-{split}.png", lambda path: page.save(path, format="PNG"))
-    _write(outdir / f"prompts-{split}.txt", lambda path: path.write_text("\n".join(captions) + "\n"))
+    write_png(outdir / f"sheet-{split}.png", sheet(pictures[shown], captions[shown], first[shown]))
+    write_file(outdir / f"prompts-{split}.txt", lambda path: path.write_text("\n".join(captions) + "\n"))
     return rows
 
 
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Never leaves a half-written file."""
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+def evaluate_folder(args: argparse.Namespace, reader: ShapesReader) -> dict[str, dict[str, Counts]]:
+    specs, ready = read_folder(args.images)
+    sources = {"images": lambda part: tensor_of(ready[part])}
+    return {"images": report(args.outdir, "images", specs, *evaluate(specs, sources, reader, args.batch_size))}
 
 
-def run(args: argparse.Namespace) -> None:
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    reader = ShapesReader.from_file(args.reader).to(args.device)
+def evaluate_model(args: argparse.Namespace, reader: ShapesReader) -> dict[str, dict[str, Counts]]:
+    model, options = generator(args)
     figures = {}
-    if args.images:
-        specs, ready = read_folder(args.images)
-        sources = {"images": lambda part: torch.stack([tensor_of(picture) for picture in ready[part]])}
-        figures["images"] = report(args.outdir, "images", specs, *evaluate(specs, sources, reader, args.batch_size))
-    else:
-        model = load_model_from_config(OmegaConf.load(args.config), args.ckpt, device=args.device)
-        for split in ("test", "heldout") if args.split == "both" else (args.split,):
-            data = ShapesDataset(args.n, split, seed=args.seed)
-            specs = [data.spec(i) for i in range(args.n)]
-            found = evaluate(specs, sources_of_split(args, model, data), reader, args.batch_size)
-            figures[split] = report(args.outdir, split, specs, *found)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    content = json.dumps({"settings": settings, "figures": figures}, indent=2)
-    _write(args.outdir / "attributes.json", lambda path: path.write_text(content + "\n"))
+    for split in ("test", "heldout") if args.captions == "both" else (args.captions,):
+        data = ShapesDataset(args.n, split, options.height, args.seed)
+        specs = [data.spec(i) for i in range(args.n)]
+        sources = sources_of_split(model, options, data, [caption(spec) for spec in specs], args.seed)
+        found = evaluate(specs, sources, reader, args.batch_size)
+        figures[split] = report(args.outdir, split, specs, *found)
+    return figures
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 2 after one line that says what is wrong with the input."""
+@command
+def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"eval_attributes.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    check_writable(args.outdir)
+    reader = ShapesReader.from_file(args.reader).to(choose_device(args.device))
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    figures = evaluate_folder(args, reader) if args.images else evaluate_model(args, reader)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    content = json.dumps({"arguments": given, "figures": figures}, indent=2, default=str)
+    write_file(args.outdir / "attributes.json", lambda path: path.write_text(content + "\n"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,6 +6,7 @@ the same command goes on where it stopped. At the end the weights are written in
 """
 
 import argparse
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
-from scripts.common import ArgumentParser, command
+from scripts.common import ArgumentParser, command, number
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -39,7 +41,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--export", help="where to write the float16 weights (default: the config's; '' writes none)")
     parser.add_argument("--export_only", action="store_true", help="write the weights of the run's last checkpoint")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="where to train")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--devices", type=number(int, 1), default=1, help="GPUs, or processes on the CPU, where one a core is fastest"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     return parser.parse_args(argv)
 
 
@@ -60,10 +65,13 @@ class SampleGrids(pl.Callback):
             module.train()
 
 
-def loader(data: DictConfig, part: str, shuffle: bool) -> DataLoader:
+def loader(data: DictConfig, part: str, shuffle: bool, devices: int = 1) -> DataLoader:
+    """Batches of the config's size, shared out to the devices."""
+    if data.batch_size % devices:
+        raise ValueError(f"batches of {data.batch_size} cannot be shared by {devices} devices: use another --devices")
     return DataLoader(
         instantiate_from_config(data[part]),
-        batch_size=data.batch_size,
+        batch_size=data.batch_size // devices,
         shuffle=shuffle,
         num_workers=data.num_workers,
         drop_last=shuffle,
@@ -71,13 +79,15 @@ def loader(data: DictConfig, part: str, shuffle: bool) -> DataLoader:
     )
 
 
-def build_trainer(options: DictConfig, outdir: Path, device: str, samples: SampleGrids) -> pl.Trainer:
+def build_trainer(options: DictConfig, outdir: Path, args: argparse.Namespace, samples: SampleGrids) -> pl.Trainer:
     checkpoints = ModelCheckpoint(
         dirpath=outdir / "checkpoints", every_n_train_steps=options.checkpoint_every, save_last=True, save_top_k=1
     )
     return pl.Trainer(
-        accelerator=device,
-        devices=1,
+        accelerator=args.device,
+        devices=args.devices,
+        # Buffers are averages of weights that are the same everywhere: no need to send them round at each step.
+        strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto",
         max_steps=options.max_steps,
         precision=options.precision,
         gradient_clip_val=options.gradient_clip_val,
@@ -121,23 +131,24 @@ def main(argv: list[str]) -> None:
     if args.max_steps:
         options.max_steps = args.max_steps
     target = options.get("export") if args.export is None else args.export
-    pl.seed_everything(args.seed, workers=True)
+    # Processes share the weights but not the noise.
+    pl.seed_everything(args.seed + int(os.environ.get("LOCAL_RANK", 0)), workers=True)
     model = instantiate_from_config(config.model)
     model.learning_rate = config.model.base_learning_rate
-    validation = loader(config.data, "validation", shuffle=False)
+    validation = loader(config.data, "validation", shuffle=False, devices=args.devices)
     if args.export_only:
         state = torch.load(last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["state_dict"])
         return export(model, target, {"config": args.config, "steps": state["global_step"]}, validation)
     initialise(model, options.get("init_from"))
-    train = loader(config.data, "train", shuffle=True)
+    train = loader(config.data, "train", shuffle=True, devices=args.devices)
     samples = SampleGrids(outdir / "samples", options.log_images_every, next(iter(validation)))
-    trainer = build_trainer(options, outdir, args.device, samples)
+    trainer = build_trainer(options, outdir, args, samples)
     # On CPUs the fused kernel's backward is slower than plain matrix products, and the latents are small.
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
         trainer.fit(model, train, validation, ckpt_path=last if last.exists() and not args.restart else None)
-    if target and trainer.global_step >= options.max_steps:
+    if target and trainer.is_global_zero and trainer.global_step >= options.max_steps:
         export(model, target, {"config": args.config, "steps": trainer.global_step}, validation)
 
 

@@ -81,8 +81,9 @@ class AutoencoderKL(pl.LightningModule):
 
         The affine map is folded into the 1x1 convolutions on either side of the latents.
         """
-        z = self.encode(x).sample()
-        mean, std = z.mean(dim=[0, 2, 3]), z.std(dim=[0, 2, 3])
+        posterior = self.encode(x)
+        mean = posterior.mean.mean(dim=[0, 2, 3])
+        std = (posterior.mean.var(dim=[0, 2, 3]) + posterior.var.mean(dim=[0, 2, 3])).sqrt()
         inner, outer = self.quant_conv, self.post_quant_conv
         n = self.embed_dim
         inner.weight[:n] /= std[:, None, None, None]

@@ -1,5 +1,9 @@
 """Training, interrupting, resuming and exporting, on networks of a few channels."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -23,6 +27,7 @@ DDCONFIG = {
     "norm_groups": 2,
 }
 SHAPES = {"target": "ldm.data.shapes.ShapesDataset", "params": {"size": 8, "split": "train", "resolution": 32}}
+SINGLE_THREADED = os.environ | {"OMP_NUM_THREADS": "1"}
 TRAINER = {
     "max_steps": 2,
     "precision": "32-true",
@@ -141,3 +146,20 @@ def test_bad_input_is_one_line(configs, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", "txt2img.yaml", "--device", "cpu"])
     assert stop.value.code == 2 and "autoencoder.safetensors" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_weights(configs):
+    train.main(["--config", "autoencoder.yaml", "--device", "cpu"])
+    script = train.__file__
+    arguments = ["--config", "txt2img.yaml", "--device", "cpu", "--devices", "2", "--export", "two.safetensors"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=SINGLE_THREADED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    load_model_from_config(OmegaConf.load("txt2img.yaml"), "two.safetensors")
+    state = torch.load("runs/txt2img/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+
+
+def test_batches_that_cannot_be_shared_are_refused(configs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "autoencoder.yaml", "--device", "cpu", "--devices", "3"])
+    assert stop.value.code == 2 and "batches of 4" in capsys.readouterr().err
