@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -13,22 +12,23 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.checkpoint import read_weights
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
-
-logger = logging.getLogger(__name__)
 
 
 class CachedLatents(Dataset):
     """Posterior moments [2C, h, w] and captions of a data set given as a config.
 
     `autoencoder` is the config file of an AutoencoderKL and `ckpt` its weights. The cache, float16, lies in `folder`
-    under a name that hashes the data set's config and the weights, so that neither can go stale.
+    under a name that hashes what it depends on: the data set's config, a few of its items, and the weights.
     """
 
     def __init__(self, dataset: dict, autoencoder: str, ckpt: str, folder: str, batch_size: int = 16):
         self.source = instantiate_from_config(dataset)
         digest = hashlib.sha256(Path(ckpt).read_bytes())
         digest.update(json.dumps(OmegaConf.to_container(OmegaConf.create(dict(dataset))), sort_keys=True).encode())
+        for i in range(min(8, len(self.source))):  # a changed renderer shows here
+            digest.update(self.source[i]["image"].numpy().tobytes() + self.source[i]["caption"].encode())
         path = Path(folder) / f"{digest.hexdigest()[:16]}.npy"
         if not path.exists():
             self._encode(path, autoencoder, ckpt, batch_size)
@@ -37,27 +37,33 @@ class CachedLatents(Dataset):
 
     def _encode(self, path: Path, autoencoder: str, ckpt: str, batch_size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = instantiate_from_config(OmegaConf.load(autoencoder).model)
         model.load_state_dict({name: value.float() for name, value in read_weights(ckpt).items()})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device, memory_format=torch.channels_last).eval()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        moments, captions, start = None, [], 0
-        bar = tqdm(total=len(self.source), desc="encoding", unit="picture", smoothing=0.05)
-        for batch in DataLoader(self.source, batch_size=batch_size, num_workers=1):
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-                encoded = model.encode(model.get_input(batch).to(device)).parameters.float().cpu()
-            if moments is None:
-                shape = (len(self.source), *encoded.shape[1:])
-                moments = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-            moments[start : start + len(encoded)] = encoded.numpy()
-            captions += batch["caption"]
-            start += len(encoded)
-            bar.update(len(encoded))
-        bar.close()
+        try:
+            captions = self._write_moments(temporary, model, batch_size)
+            path.with_suffix(".json").write_text(json.dumps(captions))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_moments(self, file: Path, model: AutoencoderKL, batch_size: int) -> list[str]:
+        """Encodes all pictures into `file` and returns their captions."""
+        moments, captions = None, []
+        with tqdm(total=len(self.source), desc="encoding", unit="picture", smoothing=0.05) as bar:
+            for batch in DataLoader(self.source, batch_size=batch_size, num_workers=1):
+                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+                    encoded = model.encode(model.get_input(batch).to(model.device)).parameters.float().cpu()
+                if moments is None:
+                    shape = (len(self.source), *encoded.shape[1:])
+                    moments = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+                moments[len(captions) : len(captions) + len(encoded)] = encoded.numpy()
+                captions += batch["caption"]
+                bar.update(len(encoded))
         moments.flush()
-        path.with_suffix(".json").write_text(json.dumps(captions))
-        os.replace(temporary, path)
+        return captions
 
     def __len__(self) -> int:
         return len(self.moments)

@@ -4,6 +4,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn as nn
 
+from ldm.compat import check_neutral
 from ldm.lr_scheduler import with_scheduler
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
 from ldm.modules.diffusionmodules.util import zero_module
@@ -15,7 +16,8 @@ class AutoencoderKL(pl.LightningModule):
     """Variational autoencoder (Rombach et al. 2022): pictures [B, 3, H, W] in [-1, 1] <-> latents [B, z, H/f, W/f].
 
     `ddconfig` are the arguments of Encoder and Decoder; `embed_dim` the channels of the latents; `lossconfig` the
-    objective, needed for training only; `monitor` the logged value that decides which checkpoint is best.
+    objective, needed for training only; `monitor` the logged value that decides which checkpoint is best. The other
+    arguments of CompVis's class (`neutral`) are accepted at the values that change nothing, and refused at others.
     """
 
     def __init__(
@@ -26,8 +28,10 @@ class AutoencoderKL(pl.LightningModule):
         image_key: str = "image",
         monitor: str | None = None,
         scheduler_config: dict | None = None,
+        **neutral,
     ):
         super().__init__()
+        check_neutral(type(self), neutral, {"ckpt_path": None, "ignore_keys": (), "colorize_nlabels": None})
         if not ddconfig["double_z"]:
             raise ValueError("ddconfig.double_z is False: AutoencoderKL needs mean and variance")
         self.image_key = image_key

@@ -180,6 +180,14 @@ def test_unsupported_settings_are_refused(params):
         build(**params)
 
 
+def test_arguments_of_public_configs_are_known():
+    build(ckpt_path=None, ignore_keys=[], scale_by_std=False, original_elbo_weight=0, concat_mode=True)
+    with pytest.raises(ValueError, match="learn_logvar True"):
+        build(learn_logvar=True)
+    with pytest.raises(ValueError, match="no argument 'learn_logvars'"):
+        build(learn_logvars=False)
+
+
 def test_learning_rate_schedule():
     scheduler = LambdaLinearScheduler([10], f_min=[0.1], f_max=[1.0], f_start=[0.0], cycle_lengths=[100])
     assert scheduler.schedule(0) == 0.0

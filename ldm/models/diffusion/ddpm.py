@@ -10,12 +10,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ldm.compat import check_neutral
 from ldm.lr_scheduler import with_scheduler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
+
+# Arguments of CompVis's LatentDiffusion that we know and do not need, at the values that change nothing.
+NEUTRAL = {
+    "ckpt_path": None,
+    "ignore_keys": (),
+    "load_only_unet": False,
+    "concat_mode": True,
+    "cond_stage_forward": None,
+    "scale_by_std": False,
+    "clip_denoised": True,
+    "given_betas": None,
+    "original_elbo_weight": 0.0,
+    "l_simple_weight": 1.0,
+    "learn_logvar": False,
+    "logvar_init": 0.0,
+    "use_positional_encodings": False,
+}
 
 
 class DiffusionWrapper(nn.Module):
@@ -44,7 +62,8 @@ class LatentDiffusion(pl.LightningModule):
     `unconditional_rate` is the share of captions replaced by "" in training, which guidance needs;
     `snr_gamma` weights the loss by min(SNR_t, gamma) / SNR_t (Hang et al. 2023), None weights all steps alike.
     `num_timesteps_cond`, `log_every_t`, `image_size` and `monitor` describe how a checkpoint was trained; they are
-    kept as attributes. Only what the noise prediction of SD v1 needs is here: other values raise ValueError.
+    kept as attributes. Only what the noise prediction of SD v1 needs is here: other values raise ValueError, and the
+    remaining arguments of CompVis's class (`neutral`) are accepted only at the values that change nothing.
     """
 
     def __init__(
@@ -75,8 +94,10 @@ class LatentDiffusion(pl.LightningModule):
         unconditional_rate: float = 0.0,
         snr_gamma: float | None = None,
         scheduler_config: dict | None = None,
+        **neutral,
     ):
         super().__init__()
+        check_neutral(type(self), neutral, NEUTRAL)
         if parameterization != "eps":
             raise ValueError(f"parameterization {parameterization!r} is not supported: this model predicts eps")
         if loss_type not in ("l1", "l2"):

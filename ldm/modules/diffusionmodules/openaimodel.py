@@ -194,7 +194,8 @@ class AttentionBlock(nn.Module):
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(2)
         layout = "b (s h d) n -> s b h n d" if self.use_new_attention_order else "b (h s d) n -> s b h n d"
-        q, k, v = rearrange(self.qkv(self.norm(flat)), layout, s=3, h=self.num_heads)
+        # Contiguous, since the fused kernels take no strided channels; they alone keep no N x N matrix.
+        q, k, v = rearrange(self.qkv(self.norm(flat)), layout, s=3, h=self.num_heads).contiguous()
         h = self.proj_out(rearrange(self.attend(q, k, v), "b h n d -> b (h d) n"))
         return (flat + h).reshape(x.shape)
 

@@ -1,0 +1,13 @@
+"""What other people's configs say and we do not need."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_neutral(cls: type, given: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:
+    """Raises ValueError unless each argument in `given` is known and has the value at which it changes nothing."""
+    for name, value in given.items():
+        if name not in neutral:
+            raise ValueError(f"{cls.__name__} has no argument {name!r}: take it out of the config")
+        if value != neutral[name] and (value or neutral[name]):
+            raise ValueError(f"{cls.__name__}: {name} {value!r} is not supported: only {neutral[name]!r} is")
