@@ -5,11 +5,11 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint train bench clean
 
 demo: $(VENV)/ready
 	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \
-		--from-file configs/shapes/demo_prompts.txt
+		--config configs/shapes/txt2img.yaml --from-file configs/shapes/demo_prompts.txt
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
@@ -18,10 +18,13 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+bench: $(VENV)/ready
+	$(RUN) scripts/benchmark.py --outdir outputs/benchmark
+
 # Hours on a CPU, minutes on a GPU; each step goes on where it was interrupted.
 train: $(VENV)/ready
 	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml
-	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml
+	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml --devices 2
 	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
 
 # The marker is written last, so that an interrupted installation is begun again.

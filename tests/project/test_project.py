@@ -1,7 +1,9 @@
 """The files around the code: versions, commands, sizes."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +12,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "models" / "ldm" / "shapes"
+OURS = ("ldm", "tomesd", "qdiff", "scripts", "tests")
+PACKAGE_NAMES = {  # module -> package, where the two differ
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "pytorch_lightning": "pytorch-lightning",
+    "yaml": "pyyaml",
+}
 
 
 def pins(lines) -> dict[str, str]:
@@ -24,15 +33,33 @@ def test_requirements_and_conda_environment_agree():
     assert pins(pip) == requirements and len(requirements) > 10
 
 
-def test_everything_imported_is_required_and_everything_required_is_used():
-    names = {"pytorch-lightning": "pytorch_lightning", "pillow": "PIL"}
-    sources = "\n".join(
-        path.read_text() for folder in ("ldm", "tomesd", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
+def loaded_by_name(path: Path) -> set[str]:
+    """What a test asks for by a string: importorskip("x"), distribution("x")."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return {
+        call.args[0].value.split(".")[0]
+        for call in calls
+        if getattr(call.func, "attr", None) in ("importorskip", "distribution")
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+
+def test_everything_imported_is_required_and_everything_required_is_used(imports_of):
+    paths = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
+    imported = {name.split(".")[0] for path in paths for name in imports_of(path)} - {*OURS, *sys.stdlib_module_names}
+    by_tests = set().union(*(loaded_by_name(path) for path in (ROOT / "tests").rglob("*.py")))
+    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {"ruff"}  # run by `make lint`
+    required = pins((ROOT / "requirements.txt").read_text().splitlines()).keys()
+    assert used - required == set(), "imported, not required"
+    assert required - used == set(), "required, not used"
+
+
+def test_what_is_loaded_by_name_is_found(tmp_path):
+    source = tmp_path / "test_source.py"
+    source.write_text(
+        """a = pytest.importorskip("one.part")\nb = metadata.distribution('two')\nc = d.other("three")\n"""
     )
-    for package in pins((ROOT / "requirements.txt").read_text().splitlines()):
-        module = names.get(package, package)
-        if package != "ruff":  # run by `make lint`
-            assert re.search(rf"(import|from|importorskip\(\")\s*{module}\b", sources), package
+    assert loaded_by_name(source) == {"one", "two"}
 
 
 def test_packages_are_declared():
@@ -53,11 +80,21 @@ def test_readme_links_exist():
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "train"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "train", "bench"])
 def test_make_targets_exist(target):
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_embedded_model_is_small():
-    weights = list(EMBEDDED.glob("*.safetensors"))
-    assert weights and sum(path.stat().st_size for path in weights) <= 24e6
+def test_embedded_model_is_there_and_small():
+    assert (EMBEDDED / "model.safetensors").is_file() and (EMBEDDED / "reader.safetensors").is_file()
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 24e6
+
+
+def test_embedded_model_has_the_autoencoder_that_was_trained():
+    alone, whole = (
+        yaml.safe_load((ROOT / "configs" / "shapes" / name).read_text())["model"]["params"]
+        for name in ("autoencoder.yaml", "txt2img.yaml")
+    )
+    inside = whole["first_stage_config"]["params"]
+    assert alone["ddconfig"]["z_channels"] == whole["channels"]
+    assert (inside["ddconfig"], inside["embed_dim"]) == (alone["ddconfig"], alone["embed_dim"])

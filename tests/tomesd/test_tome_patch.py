@@ -460,3 +460,30 @@ def test_unet_equals_the_goldens(unet, goldens, no_grad, name):
     assert len(counts) == run["patched_blocks"]
     assert sum(count.tokens_processed < count.tokens_in for count in counts) == run["blocks_that_merge"]
     assert torch.equal(unet(**inputs), unpatched)
+
+
+def test_a_subclass_of_our_block_is_merged_as_the_block_itself(unet, goldens, no_grad):
+    from ldm.modules import attention
+
+    quantized = type("QuantBasicTransformerBlock", (attention.BasicTransformerBlock,), {})
+    inputs = inputs_of(next(iter(RUNS)), goldens)
+    unpatched = unet(**inputs)
+    tomesd.apply_patch(unet, max_downsample=2)
+    plain, counts = unet(**inputs), tomesd.token_report(unet)
+    tomesd.remove_patch(unet)
+    blocks = [module for module in unet.modules() if type(module) is attention.BasicTransformerBlock]
+    try:
+        for block in blocks:
+            block.__class__ = quantized
+        before = everything(unet)
+        tomesd.apply_patch(unet, max_downsample=2)
+        assert torch.equal(unet(**inputs), plain) and not torch.equal(plain, unpatched)
+        assert tomesd.token_report(unet) == counts and len(counts) == len(blocks) > 0
+        assert all(isinstance(block, quantized) and type(block) is not quantized for block in blocks)
+        tomesd.remove_patch(unet)
+        assert all(type(block) is quantized for block in blocks) and everything(unet) == before
+        assert torch.equal(unet(**inputs), unpatched)
+    finally:
+        tomesd.remove_patch(unet)
+        for block in blocks:
+            block.__class__ = attention.BasicTransformerBlock
