@@ -5,6 +5,7 @@ Reading is memory-mapped: the tensors of a file cost no memory until they are us
 
 import logging
 import os
+import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 SAFETENSORS_SUFFIX = ".safetensors"
+ZIP_MAGIC = b"PK\x03\x04"
 
 # Network -> where its running averages stand, and what stands there although the averages were removed.
 EMA_PREFIXES = {"model.": "model_ema.", "cond_stage_model.": "cond_stage_ema."}
@@ -100,8 +102,9 @@ def _empty_dict(*args: Any) -> dict:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .ckpt, .pt, .pth (torch zip) or .safetensors file by name, memory-mapped, on the CPU.
 
-    A `state_dict` inside the file is taken in place of the whole; what is not a tensor is left out.
-    Raises FileNotFoundError for a missing path, and ValueError, in one line, for a directory, another suffix, an
+    What the file holds decides which of the two it is, not its name (but a zip named .safetensors is not mapped).
+    A `state_dict` inside the file is taken in place of the whole; what is not a tensor, or has no name, is left out.
+    Raises FileNotFoundError for a missing path, and ValueError, in one line, for a directory, another kind of file, an
     empty, truncated or corrupt file, one without tensors, and one whose pickle refers to unknown code.
     """
     path = Path(path)
@@ -111,16 +114,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is not a file: give the path of a checkpoint")
     if path.stat().st_size == 0:
         raise ValueError(f"checkpoint {str(path)!r} is empty")
-    if path.suffix == SAFETENSORS_SUFFIX:
-        tensors = _read_safetensors(path)
-    elif path.suffix in TORCH_SUFFIXES:
-        tensors = _read_torch(path)
-    else:
-        suffixes = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
-        raise ValueError(f"{str(path)!r} is no known kind of checkpoint: its name must end in {suffixes}")
+    tensors = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not tensors:
         raise ValueError(f"checkpoint {str(path)!r} holds no tensors")
     return tensors
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether `path` is safetensors, or else a torch zip, by its first bytes; by its suffix where they tell nothing.
+
+    Raises ValueError for neither content nor suffix of a checkpoint.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(ZIP_MAGIC):
+        return False
+    if start[8:] == b"{":  # the header, in JSON, after its length in 8 bytes
+        return True
+    if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        suffixes = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
+        raise ValueError(f"{str(path)!r} is no known kind of checkpoint: its name must end in {suffixes}")
+    return path.suffix == SAFETENSORS_SUFFIX
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The facts in the header of a readable checkpoint, as `save_checkpoint` writes them; a torch zip has none."""
+    if not _is_safetensors(Path(path)):
+        return {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.metadata() or {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -143,14 +165,22 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {str(path)!r} wants to run code ({_some(foreign)}): refused")
     try:
         with safe_globals([(_empty_dict if name == DEFAULT_DICT else _StandIn, name) for name in classes]):
-            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            content = _load_zip(path)
     except Exception as error:
         raise _unreadable(path, error) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not named tensors")
-    return {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name: value.detach() for name, value in named.items()}
+
+
+def _load_zip(path: Path) -> Any:
+    if path.suffix != SAFETENSORS_SUFFIX:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:  # torch.load goes by the name, and maps no file whose name it does not have
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _is_harmless(name: str) -> bool:
@@ -189,13 +219,17 @@ def is_training_only(name: str) -> bool:
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
     """Put `tensors` into a model built on the meta device, as they are (no copy); the names left out of it.
 
-    The schedule is no part of this. Raises ValueError when a weight is missing, unexpected or of another shape;
-    `source` names the file in the message.
+    The schedule is no part of this. Raises ValueError when a weight is missing, unexpected, of another shape, integer
+    in place of floating point (or the reverse) or no plain tensor; `source` names the file in the message.
     """
     known = model.state_dict()
     ignored = [name for name in tensors if name not in known and is_training_only(name)]
     skipped = {*ignored, *SCHEDULE_KEYS}
     weights = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    strange = [f"{name} is no plain tensor" for name, tensor in weights.items() if not is_plain(tensor)]
+    strange += _other_kind(weights, {name: tensor for name, tensor in known.items() if tensor.is_floating_point()})
+    if strange:
+        raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(strange)}")
     hint = _other_architecture(weights, known)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -207,7 +241,25 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[s
     listed = [f"{what} keys: {len(names)} ({_some(names)})" for what, names in problems.items() if names]
     if listed:
         raise ValueError(f"checkpoint {source!r} does not fit the config: {', '.join(listed)}{hint}")
+    mistyped = _other_kind(model.state_dict(), known)  # again: on loading, modules may rename weights and mend integers
+    if mistyped:
+        raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(mistyped)}")
     return ignored
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` has its numbers at strides in memory: not sparse, nested, quantized or without any (meta)."""
+    plain_layout = tensor.layout == torch.strided and not tensor.is_nested
+    return plain_layout and not tensor.is_quantized and not tensor.is_meta
+
+
+def _other_kind(state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
+    """What is floating point in only one of the two."""
+    return [
+        f"{name} is {str(state[name].dtype).removeprefix('torch.')}, not {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in known.items()
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point()
+    ]
 
 
 def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
@@ -216,8 +268,10 @@ def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tenso
         if any(mark in name for name in tensors) and not any(mark in name for name in known):
             return f"; it looks like {what}"
     for name in tensors:
-        if name.endswith(CONTEXT_KEY) and name in known and tensors[name].shape[1] != known[name].shape[1]:
+        if name.endswith(CONTEXT_KEY) and name in known and tensors[name].ndim == 2:
             found, expected = tensors[name].shape[1], known[name].shape[1]
+            if found == expected:
+                continue
             return f"; its text encoder has {found} channels, the config's {expected} (SD 1: 768, SD 2: 1024)"
     return ""
 
@@ -234,8 +288,8 @@ def save_checkpoint(
 ) -> None:
     """Write a .safetensors file whose floating-point tensors have `dtype` (the schedule stays as it is).
 
-    metadata: short facts for the file's header, kept as strings. The file appears complete or not at all.
-    Raises ValueError for another suffix.
+    metadata: short facts for the file's header, kept as strings. The file appears complete or not at all, with the
+    permissions of any new file. Raises ValueError for another suffix.
     """
     path = Path(path)
     if path.suffix != SAFETENSORS_SUFFIX:
@@ -245,7 +299,10 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        usual_mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors takes 0600
         save_file(stored, temporary, metadata={str(key): str(value) for key, value in (metadata or {}).items()})
+        temporary.chmod(usual_mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

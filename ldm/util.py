@@ -3,14 +3,16 @@
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ldm.checkpoint import averaged_weights, fill, read_weights
+from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
 
 T = TypeVar("T")
 
@@ -18,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def exists(value: Any) -> bool:
-    """True unless `value` is None."""
+    """True unless `value` is None. Kept for third-party code written against CompVis's package."""
     return value is not None
 
 
 def default(value: T | None, fallback: T | Callable[[], T]) -> T:
-    """`value`, or when it is None the fallback (called first if it is a function)."""
+    """`value`, or when it is None the fallback (called first if it is a function). Kept like `exists`."""
     if value is not None:
         return value
     return fallback() if callable(fallback) else fallback
@@ -108,9 +110,12 @@ def load_model_from_config(
     _place_tokenizer(model, Path(ckpt), tokenizer)
     if use_ema:
         tensors |= averaged_weights(tensors, source)
-    ignored = fill(model, tensors, source)
+    try:
+        ignored = fill(model, tensors, source)
+        _check_schedule(model, tensors, source)
+    except ValueError as error:
+        raise ValueError(f"{error}{_written_for(ckpt, config)}") from error
     logger.log(logging.INFO if verbose else logging.DEBUG, "%s: ignored %s", source, ", ".join(ignored) or "nothing")
-    _check_schedule(model, tensors, source)
     for part in model.children():  # the networks; the schedule stays float32
         part.to(device=device, dtype=dtype or torch.float32)
     return model.to(device).eval()
@@ -134,11 +139,33 @@ def _place_tokenizer(model: nn.Module, ckpt: Path, directory: str | Path | None)
 
 
 def _check_schedule(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    stored = tensors.get("alphas_cumprod")
-    if stored is not None and (
-        stored.shape != model.alphas_cumprod.shape or (stored - model.alphas_cumprod).abs().max() > 0.01
-    ):
+    stored, own = tensors.get("alphas_cumprod"), model.alphas_cumprod
+    if stored is None:
+        return
+    if not is_plain(stored) or not stored.is_floating_point():
+        raise ValueError(f"checkpoint {source!r} is damaged: its alphas_cumprod are no floating-point numbers")
+    if stored.shape != own.shape or not (stored.float() - own).abs().max() <= 0.01:  # not: NaN differs too
         raise ValueError(
             f"checkpoint {source!r} was trained with another noise schedule than the config's: "
             f"check timesteps, linear_start, linear_end and beta_schedule"
         )
+
+
+def _written_for(ckpt: str | Path, config: Mapping[str, Any]) -> str:
+    """A hint at the config that the file's header names, unless it is `config`; empty without one."""
+    name = read_metadata(ckpt).get("config")
+    if not name or _is_config(name, config):
+        return ""
+    return f"; it was written for {name!r}, give it with --config"
+
+
+def _is_config(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether the file at `path` describes the same networks and schedule as `config`."""
+    if not path.endswith(".yaml") or not os.path.isfile(path):
+        return False
+    try:
+        theirs, ours = OmegaConf.load(path).model.params, config.get("model", config)["params"]
+        networks = {*theirs, *ours} - {"cond_stage_config"}  # whose tokenizer may have been looked for since
+        return all(theirs[key] == ours[key] for key in networks)
+    except Exception:  # the header is not ours to trust: whatever it leads to is not the config
+        return False

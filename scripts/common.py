@@ -1,36 +1,32 @@
-"""What the commands share: flags, errors, logs, the choice and building of the model, drawing, and writing files."""
+"""The choice and building of the model, and drawing with it."""
 
 import argparse
 import functools
 import hashlib
-import logging
-import logging.handlers
-import math
-import os
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import platform
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+import transformers
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import tomesd
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import check_steps, seeded_generators
+from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
 from ldm.util import load_model_from_config
+from scripts.console import logger
+from scripts.files import file_sha256
+from scripts.flags import given_flags, merge_options, refuse_quantization
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
@@ -45,261 +41,6 @@ CHECKPOINTS = {
     ),
     EMBEDDED: (ROOT / "models/ldm/shapes/model.safetensors",),
 }
-
-TOME_FLAGS = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
-QUANTIZATION_FLAGS = (
-    "ptq",
-    "quant_act",
-    "weight_bit",
-    "act_bit",
-    "quant_mode",
-    "cali_ckpt",
-    "cond",
-    "no_grad_ckpt",
-    "split",
-    "sm_abit",
-)
-
-PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
-logger = logging.getLogger("dsdiff")
-
-
-# --- errors ------------------------------------------------------------------------------------------------
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Tells bad flags in one line, and wants flags written in full."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], None]:
-    """Make `main(argv)` a command: what goes wrong becomes one line on stderr and an exit status.
-
-    2 for bad input (with --verbose after the traceback), 130 for Ctrl-C; its line holds what a KeyboardInterrupt says.
-    """
-
-    @functools.wraps(main)
-    def guarded(argv: Sequence[str] | None = None) -> None:
-        argv = sys.argv[1:] if argv is None else list(argv)
-        try:
-            main(argv)
-        except KeyboardInterrupt as interrupt:
-            _leave(130, f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
-        except (ValueError, OSError, NotImplementedError, MemoryError, RuntimeError) as error:
-            message = _describe(error)
-            if message is None:
-                raise
-            if "--verbose" in argv:
-                traceback.print_exc()
-            _leave(2, f"error: {message}")
-
-    return guarded
-
-
-def _leave(status: int, line: str) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
-    raise SystemExit(status) from None
-
-
-def _describe(error: Exception) -> str | None:
-    """What to say about bad input; None for an error that is a defect of the program."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {str(error.filename)!r}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: use a smaller --n_samples, --H or --W"
-    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        return None
-    return str(error) or type(error).__name__
-
-
-# --- logs --------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """The log file of a run: lines wait in memory until `open`, so that a run that never begins leaves no file."""
-
-    def __init__(self) -> None:
-        self.handler: logging.Handler = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
-
-    def open(self, path: Path) -> None:
-        """Append all lines so far, and those to come, to the file `path`."""
-        file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        waiting, self.handler = self.handler, file
-        logging.getLogger().addHandler(file)
-        logging.getLogger().removeHandler(waiting)
-        waiting.setTarget(file)
-        waiting.close()
-
-
-class _Console(logging.Handler):
-    """Writes to stdout, past the progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stdout)
-
-
-@contextmanager
-def logs(verbose: bool) -> Iterator[Log]:
-    """While open, our packages' lines go to stdout (with `verbose` the detailed ones too) and to the log's file."""
-    root, log = logging.getLogger(), Log()
-    console = _Console(logging.DEBUG if verbose else logging.INFO)
-    root.addHandler(console)
-    root.addHandler(log.handler)
-    levels = {name: logging.getLogger(name).level for name in PACKAGES}
-    for name in PACKAGES:
-        logging.getLogger(name).setLevel(logging.DEBUG)
-    try:
-        yield log
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for handler in (console, log.handler):
-            root.removeHandler(handler)
-            handler.close()
-
-
-# --- flags -------------------------------------------------------------------------------------------------
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) in low..high."""
-    what = "a whole number" if kind is int else "a number"
-    limits = f"of {low} or more" if high == math.inf else f"in {low}..{high}"
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {what} {limits}, got {text!r}")
-        return value
-
-    return parse
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="the model's yaml (default: Stable Diffusion v1's if its checkpoint is there or --ckpt is given, "
-        "else the embedded model's)",
-    )
-    group.add_argument("--ckpt", metavar="FILE", help=".ckpt or .safetensors (default: the config's, under models/ldm)")
-    group.add_argument("--tokenizer", metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    group.add_argument(
-        "--precision",
-        choices=["autocast", "full"],
-        help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
-        "(default: autocast on a GPU, full on the CPU)",
-    )
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    sampler = group.add_mutually_exclusive_group()
-    sampler.add_argument("--plms", action="store_true", help="sample with PLMS (default: DDIM)")
-    sampler.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++ (2M)")
-    group.add_argument(
-        "--ddim_steps", type=number(int, 1), metavar="N", help="steps, of whatever sampler (default: the model's)"
-    )
-    group.add_argument(
-        "--ddim_eta",
-        type=number(float, 0, 1),
-        metavar="X",
-        help="DDIM's noise in each step, 0..1 (default: 0, which is deterministic)",
-    )
-    group.add_argument(
-        "--scale",
-        type=number(float, 0),
-        metavar="X",
-        help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's)",
-    )
-    group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
-    group.add_argument(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=42,
-        metavar="N",
-        help="picture i starts from the noise of seed + i (default: %(default)s)",
-    )
-    group.add_argument(
-        "--n_samples", type=number(int, 1), default=3, metavar="N", help="pictures per batch (default: %(default)s)"
-    )
-    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height (default: the model's)")
-    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width (default: the model's)")
-    group.add_argument("--C", type=number(int, 1), metavar="N", help="channels of the latents; must be the model's")
-    group.add_argument("--f", type=number(int, 1), metavar="N", help="pixels per latent; must be the model's")
-
-
-def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("token merging (all but --ratio only with a --ratio above 0)")
-    group.add_argument(
-        "--ratio",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="X",
-        help="part of the tokens to merge, up to 1 - 1/(sx*sy); 0 merges none, 0.5 is wise (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_downsample",
-        type=int,
-        choices=[1, 2, 4, 8],
-        help="merge in blocks at 1/N of the latents' size or larger (default: 1)",
-    )
-    group.add_argument("--sx", type=number(int, 1), metavar="N", help="width of a tile (default: 2)")
-    group.add_argument("--sy", type=number(int, 1), metavar="N", help="height of a tile (default: 2)")
-    switch = argparse.BooleanOptionalAction
-    group.add_argument("--use_rand", action=switch, help="draw the token that a tile keeps (default: yes)")
-    group.add_argument("--merge_attn", action=switch, help="merge around self-attention (default: yes)")
-    group.add_argument("--merge_crossattn", action=switch, help="merge around cross-attention (default: no)")
-    group.add_argument("--merge_mlp", action=switch, help="merge around the feed-forward layers (default: no)")
-
-
-def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("quantization (not available in this version)")
-    for name in QUANTIZATION_FLAGS:
-        if name in ("weight_bit", "act_bit", "sm_abit"):
-            group.add_argument(f"--{name}", type=number(int, 1), metavar="BITS")
-        elif name in ("quant_mode", "cali_ckpt"):
-            group.add_argument(f"--{name}", metavar={"quant_mode": "MODE", "cali_ckpt": "FILE"}[name])
-        else:
-            group.add_argument(f"--{name}", action="store_true", default=None)
-
-
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The flags among `names` that stand on the command line."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def refuse_quantization(args: argparse.Namespace) -> None:
-    """Raise ValueError if a flag of the quantization group is given."""
-    given = _given(args, QUANTIZATION_FLAGS)
-    if given:
-        flags = ", ".join(f"--{name}" for name in given)
-        raise ValueError(f"quantization is not available in this version: leave out {flags}")
-
-
-def merge_options(args: argparse.Namespace) -> tomesd.MergeOptions | None:
-    """What --ratio and its group ask for; None for no merging. ValueError for what is out of range or idle."""
-    given = _given(args, TOME_FLAGS)
-    if args.ratio > 0:
-        return tomesd.MergeOptions(ratio=args.ratio, **given)
-    if given:
-        flags = ", ".join(f"--{name}" for name in given)
-        raise ValueError(f"without --ratio nothing is merged, so {flags} has no effect: add --ratio 0.5, say")
-    return None
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -331,10 +72,8 @@ class ModelChoice:
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the weights' file and of the config's model part."""
-        with open(self.ckpt, "rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
         architecture = yaml.safe_dump(self.config["model"]).encode()
-        return {"ckpt_sha256": weights, "config_sha256": hashlib.sha256(architecture).hexdigest()}
+        return {"ckpt_sha256": file_sha256(self.ckpt), "config_sha256": hashlib.sha256(architecture).hexdigest()}
 
 
 def choose_model(args: argparse.Namespace) -> ModelChoice:
@@ -347,7 +86,7 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
         raise FileNotFoundError(f"no checkpoint at {str(ckpt)!r}: give its path with --ckpt")
     if not ckpt.is_file():
         raise ValueError(f"{str(ckpt)!r} is not a file: give the path of a checkpoint with --ckpt")
-    config = _read_config(config_path)
+    config = read_config(config_path)
     return ModelChoice(config_path=config_path, config=config, ckpt=ckpt, **_model_facts(config, config_path))
 
 
@@ -370,8 +109,11 @@ def _choose_files(config: str | None, ckpt: str | None) -> tuple[Path, Path]:
     return Path(config), Path(ckpt)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config as plain dicts, a relative tokenizer directory found wherever the command runs."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A config as plain dicts, a relative tokenizer directory found wherever the command runs.
+
+    Raises OSError if it cannot be read, ValueError if it is no yaml.
+    """
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -452,14 +194,16 @@ def build_model(args: argparse.Namespace, choice: ModelChoice) -> nn.Module:
 class SamplingOptions:
     """How pictures are drawn, all defaults resolved.
 
-    height, width: pixels. sampler: a key of SAMPLERS. eta in [0, 1], of DDIM. precision: autocast or full.
-    merge: what the model's tokens are merged by, None without.
+    height, width: pixels. sampler: a key of SAMPLERS. steps: asked for; steps_taken: those that this gives (see
+    `make_ddim_timesteps`). eta in [0, 1], of DDIM. precision: autocast or full. merge: what the model's tokens are
+    merged by, None without.
     """
 
     height: int
     width: int
     sampler: str
     steps: int
+    steps_taken: int
     eta: float
     scale: float
     negative_prompt: str
@@ -468,34 +212,42 @@ class SamplingOptions:
 
 
 def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingOptions:
-    """What the flags say, and where they say nothing what the model was trained for.
+    """What the flags say, and where they say nothing what the model was trained for. Those of the size may be absent.
 
     Raises ValueError for a value that the model cannot have and for flags that would have no effect.
     """
     sampler = "plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim"
     if args.ddim_eta is not None and sampler != "ddim":
         raise ValueError(f"--ddim_eta {args.ddim_eta:g} has no effect with --{sampler}, which is deterministic")
+    size = given_flags(args, ("H", "W", "C", "f"))
     for flag, model_has in (("C", choice.channels), ("f", choice.factor)):
-        given = getattr(args, flag)
-        if given not in (None, model_has):
-            raise ValueError(f"--{flag} {given} contradicts the model, which has {model_has}: leave it out")
+        if size.get(flag, model_has) != model_has:
+            raise ValueError(f"--{flag} {size[flag]} contradicts the model, which has {model_has}: leave it out")
     scale = choice.scale if args.scale is None else args.scale
     if args.negative_prompt is not None and scale == 1:
         raise ValueError("--negative_prompt has no effect with --scale 1, which is no guidance: use a larger scale")
     steps = args.ddim_steps or choice.steps
-    check_steps(steps, choice.timesteps)
+    taken = _steps_taken(sampler, steps, choice.timesteps)
+    if taken != steps:
+        logger.info("%d steps do not divide the model's %d: %d are taken", steps, choice.timesteps, taken)
     on_gpu = choose_device(args.device).type == "cuda"
     return SamplingOptions(
-        height=_side("H", args.H or choice.height, choice.factor),
-        width=_side("W", args.W or choice.width, choice.factor),
+        height=_side("H", size.get("H", choice.height), choice.factor),
+        width=_side("W", size.get("W", choice.width), choice.factor),
         sampler=sampler,
         steps=steps,
+        steps_taken=taken,
         eta=args.ddim_eta or 0.0,
         scale=float(scale),
         negative_prompt=args.negative_prompt or "",
         precision=args.precision or ("autocast" if on_gpu else "full"),
         merge=merge_options(args),
     )
+
+
+def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
+    check_steps(steps, timesteps)
+    return steps if sampler == "dpm_solver" else len(make_ddim_timesteps("uniform", steps, timesteps))
 
 
 def _side(flag: str, pixels: int, factor: int) -> int:
@@ -564,40 +316,11 @@ def precision_context(device: torch.device, precision: str) -> AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16 if has_bfloat16 else torch.float16)
 
 
-# --- files -------------------------------------------------------------------------------------------------
+# --- what drew it ------------------------------------------------------------------------------------------
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of images [B, 3, H, W] in [0, 1]."""
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-def check_writable(directory: Path) -> None:
-    """Raise OSError or ValueError if `directory` cannot be made, or nothing can be written to it. Leaves no trace."""
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ValueError(f"cannot write to {str(directory)!r}: {str(existing)!r} is not a directory")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {str(directory)!r}: {error.strerror}; choose another --outdir") from error
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename to `path`: the file is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with the given text chunks."""
-    info = PngInfo()
-    for key, text in (texts or {}).items():
-        info.add_text(key, text)
-    write_file(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+def versions() -> dict[str, str]:
+    """Of the project, Python and the packages on which pictures depend."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {project["name"]: project["version"], "python": platform.python_version(), **packages}

@@ -5,10 +5,11 @@ Draws captions of the procedural data set, generates their pictures with the emb
 detector, and counts how often colour, shape, texture, size, number of objects and relation are right. What a caption
 leaves open is not judged. Beside the generated pictures stand two ceilings: `rendered`, real pictures of the same
 captions, and `autoencoder`, these after encoding and decoding. The captions of split `test` hold combinations that
-training showed, each caption of `heldout` at least one that it did not.
+training showed, each caption of `heldout` at least one that it did not. --seed draws the captions, and the noise.
 
 With --images DIR it judges the PNGs of a folder instead, as scripts/txt2img.py writes them (prompt inside).
-Writes attributes.json, a sheet of pictures with their captions, and prompts-SPLIT.txt for txt2img's --from-file.
+Writes attributes.json (figures, and what they were got with), a sheet of pictures with their captions, and
+prompts-SPLIT.txt for txt2img's --from-file.
 """
 
 # ruff: noqa: E402
@@ -18,7 +19,9 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,27 +36,21 @@ from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
 from scripts.common import (
     EMBEDDED,
-    QUANTIZATION_FLAGS,
-    SAMPLERS,
-    ArgumentParser,
     SamplingOptions,
-    add_model_arguments,
-    add_tome_arguments,
     build_model,
-    check_writable,
     choose_device,
     choose_model,
-    command,
     decode,
-    merge_options,
-    number,
     sample,
-    to_pictures,
-    write_file,
-    write_png,
+    sampling_options,
+    versions,
 )
+from scripts.console import ArgumentParser, command, logger, logs, number
+from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
+from scripts.flags import add_model_arguments, add_noise_arguments, add_sampler_arguments, add_tome_arguments
 
 READER = ROOT / "models/ldm/shapes/reader.safetensors"
+WITH_IMAGES = ("images", "outdir", "reader", "device", "n_samples", "verbose")  # flags that --images leaves a meaning
 ATTRIBUTES = ("color", "shape", "texture", "size", "count", "relation")
 
 Verdict = dict[str, bool]
@@ -63,47 +60,36 @@ Source = Callable[[slice], Tensor]  # which captions -> their pictures [B, 3, H,
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--n", type=number(int, 1), default=256, help="captions of each split (default: %(default)s)")
-    parser.add_argument(
-        "--split", dest="captions", default="both", choices=["test", "heldout", "both"], help="(default: %(default)s)"
-    )
-    parser.add_argument("--sampler", default="ddim", choices=["ddim", "plms", "dpm"], help="(default: %(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), metavar="N", help="of the sampler (default: the model's)")
-    parser.add_argument(
-        "--scale", type=number(float, 0), metavar="X", help="guidance; 1 is none (default: the model's)"
-    )
-    parser.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="of captions and noise")
-    parser.add_argument("--batch_size", type=number(int, 1), default=16, help="(default: %(default)s)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="judge the PNGs of DIR instead of generating")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/attributes"), help="(default: %(default)s)")
-    parser.add_argument("--reader", type=Path, default=READER, help="the detector's weights")
-    parser.add_argument("--verbose", action="store_true", help="show where an error comes from")
-    add_model_arguments(parser)
+    add = parser.add_argument_group("what to judge").add_argument
+    add("--n", type=number(int, 1), default=256, metavar="N", help="captions of each split (default: %(default)s)")
+    # `split` is the name of txt2img's flag of quantization
+    add("--split", dest="captions", default="both", choices=["test", "heldout", "both"], help="default: %(default)s")
+    add("--images", type=Path, metavar="DIR", help="judge the PNGs of DIR instead of generating")
+    add("--reader", type=Path, default=READER, metavar="FILE", help="the detector's weights (default: %(default)s)")
+    add("--outdir", type=Path, default=Path("outputs/attributes"), metavar="DIR", help="default: %(default)s")
+    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add_model_arguments(parser, config="the embedded model's; no other knows the captions")
+    add_sampler_arguments(parser)
+    add_noise_arguments(parser)
     add_tome_arguments(parser)
-    # No other model knows the captions. Pictures of a quantized one are judged with --images.
-    parser.set_defaults(config=str(EMBEDDED), **dict.fromkeys(QUANTIZATION_FLAGS))
-    return parser.parse_args(argv)
+    parser.set_defaults(config=str(EMBEDDED), seed=0, n_samples=16)
+    args = parser.parse_args(argv)
+    if args.images is not None:
+        refuse_generation(parser, argv, args)
+    return args
+
+
+def refuse_generation(parser: ArgumentParser, argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Leave with an error if a flag stands on the command line that --images gives no meaning."""
+    without_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = [name for name, value in vars(parser.parse_args(argv, without_defaults)).items() if value is not None]
+    idle = ["split" if name == "captions" else name for name in given if name not in WITH_IMAGES]
+    if idle:
+        flags = ", ".join(f"--{name}" for name in idle)
+        parser.error(f"with --images nothing is generated, so {flags} has no effect: leave it out")
 
 
 # -------------------------------------------------------------------------------------------- pictures
-
-
-def generator(args: argparse.Namespace) -> tuple[nn.Module, SamplingOptions]:
-    """The model, and how it is to draw: what the flags leave open is as it was trained for."""
-    choice = choose_model(args)
-    on_gpu = choose_device(args.device).type == "cuda"
-    options = SamplingOptions(
-        height=choice.height,
-        width=choice.width,
-        sampler=next(name for name in SAMPLERS if name.startswith(args.sampler)),
-        steps=args.steps or choice.steps,
-        eta=0.0,
-        scale=float(choice.scale if args.scale is None else args.scale),
-        negative_prompt="",
-        precision=args.precision or ("autocast" if on_gpu else "full"),
-        merge=merge_options(args),
-    )
-    return build_model(args, choice), options
 
 
 @torch.no_grad()
@@ -139,16 +125,19 @@ def sources_of_split(
 
 def read_folder(folder: Path) -> tuple[list[SceneSpec], list[Image.Image]]:
     """Captions and pictures of the PNGs in `folder`; ValueError where one holds no prompt of the grammar."""
-    paths = sorted(folder.glob("*.png"))
-    if not paths:
+    specs: list[SceneSpec] = []
+    pictures: list[Image.Image] = []
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as file:
+            if "prompt" not in file.info:
+                raise ValueError(f"{str(path)!r} holds no prompt: pictures must come from scripts/txt2img.py")
+            specs.append(parse_caption(file.info["prompt"]))
+            pictures.append(file.convert("RGB"))
+        if pictures[-1].size != pictures[0].size:
+            raise ValueError(f"{str(path)!r} is {pictures[-1].size}, the first is {pictures[0].size}: use one size")
+    if not pictures:
         raise ValueError(f"no PNG in {str(folder)!r}: give the samples folder of a txt2img run")
-    pictures = [Image.open(path) for path in paths]
-    for path, picture in zip(paths, pictures, strict=True):
-        if "prompt" not in picture.info:
-            raise ValueError(f"{str(path)!r} holds no prompt: pictures must come from scripts/txt2img.py")
-        if picture.size != pictures[0].size:
-            raise ValueError(f"{str(path)!r} is {picture.size}, the first is {pictures[0].size}: use one size")
-    return [parse_caption(picture.info["prompt"]) for picture in pictures], pictures
+    return specs, pictures
 
 
 # -------------------------------------------------------------------------------------------- figures
@@ -242,38 +231,55 @@ def report(
     shown = slice(0, 64)
     first = next(iter(verdicts.values()))
     write_png(outdir / f"sheet-{split}.png", sheet(pictures[shown], captions[shown], first[shown]))
-    write_file(outdir / f"prompts-{split}.txt", lambda path: path.write_text("\n".join(captions) + "\n"))
+    write_file(
+        outdir / f"prompts-{split}.txt", lambda path: path.write_text("\n".join(captions) + "\n", encoding="utf-8")
+    )
     return rows
 
 
 def evaluate_folder(args: argparse.Namespace, reader: ShapesReader) -> dict[str, dict[str, Counts]]:
     specs, ready = read_folder(args.images)
     sources = {"images": lambda part: tensor_of(ready[part])}
-    return {"images": report(args.outdir, "images", specs, *evaluate(specs, sources, reader, args.batch_size))}
+    return {"images": report(args.outdir, "images", specs, *evaluate(specs, sources, reader, args.n_samples))}
 
 
-def evaluate_model(args: argparse.Namespace, reader: ShapesReader) -> dict[str, dict[str, Counts]]:
-    model, options = generator(args)
+def evaluate_model(
+    args: argparse.Namespace, model: nn.Module, options: SamplingOptions, reader: ShapesReader
+) -> dict[str, dict[str, Counts]]:
     figures = {}
     for split in ("test", "heldout") if args.captions == "both" else (args.captions,):
         data = ShapesDataset(args.n, split, options.height, args.seed)
         specs = [data.spec(i) for i in range(args.n)]
         sources = sources_of_split(model, options, data, [caption(spec) for spec in specs], args.seed)
-        found = evaluate(specs, sources, reader, args.batch_size)
+        found = evaluate(specs, sources, reader, args.n_samples)
         figures[split] = report(args.outdir, split, specs, *found)
     return figures
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of attributes.json: arguments, files by their hashes, versions, figures."""
+    reader = ShapesReader.from_file(args.reader).to(choose_device(args.device))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    facts = {"arguments": given, "reader_sha256": file_sha256(args.reader), "versions": versions()}
+    if args.images is not None:
+        args.outdir.mkdir(parents=True, exist_ok=True)
+        return facts | {"figures": evaluate_folder(args, reader)}
+    choice = choose_model(args)
+    logger.info("%s", choice)
+    options = sampling_options(args, choice)
+    facts |= {"options": asdict(options), **choice.hashes}
+    model = build_model(args, choice)
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    return facts | {"figures": evaluate_model(args, model, options, reader)}
 
 
 @command
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    check_writable(args.outdir)
-    reader = ShapesReader.from_file(args.reader).to(choose_device(args.device))
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    figures = evaluate_folder(args, reader) if args.images else evaluate_model(args, reader)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    content = json.dumps({"arguments": given, "figures": figures}, indent=2, default=str)
-    write_file(args.outdir / "attributes.json", lambda path: path.write_text(content + "\n"))
+    with logs(args.verbose):
+        check_writable(args.outdir)
+        content = json.dumps(run(args), indent=2, default=str)
+        write_file(args.outdir / "attributes.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

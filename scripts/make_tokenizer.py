@@ -7,9 +7,8 @@ word is one token, and no further. The 256 byte letters stay in the vocabulary, 
 end (`</w>`), so that any text can be encoded. The result depends on the grammar alone, not on chance.
 """
 
-import argparse
+# ruff: noqa: E402
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -18,13 +17,16 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from ldm.data.shapes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES
+from scripts.console import ArgumentParser, command
+from scripts.files import check_writable, write_file
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
-OUTDIR = Path(__file__).resolve().parent.parent / "models/ldm/shapes/tokenizer"
+OUTDIR = ROOT / "models/ldm/shapes/tokenizer"
 CONTEXT = 77  # tokens per prompt, start and end included
 
 Pair = tuple[str, str]
@@ -78,21 +80,18 @@ def tokenizer_files(words: Iterable[str]) -> dict[str, str]:
     }
 
 
-def write_files(files: dict[str, str], outdir: Path) -> None:
-    """Write each text to its name in `outdir`, never half: first to a temporary name, then renamed."""
-    outdir.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        temporary = outdir / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, outdir / name)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the tokenizer of the embedded model.", allow_abbrev=False)
-    parser.add_argument("--outdir", type=Path, default=OUTDIR, help="directory for its files (default: %(default)s)")
+@command
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--outdir", type=Path, default=OUTDIR, metavar="DIR", help="for its files (default: %(default)s)"
+    )
     outdir = parser.parse_args(argv).outdir
+    check_writable(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
     files = tokenizer_files(grammar_words())
-    write_files(files, outdir)
+    for name, text in files.items():
+        write_file(outdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n"))
     print(f"{outdir}: {len(json.loads(files['vocab.json']))} tokens")
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Train a part of the embedded model from a config: python scripts/train.py --config configs/shapes/txt2img.yaml
 
-The run lives in runs/<name of the config>: checkpoints, a CSV log, sample grids. It may be interrupted at any time;
-the same command goes on where it stopped. At the end the weights are written in float16 to the config's `export`.
+The run lives in runs/<name of the config>: its last checkpoint, a CSV log, sample grids. It may be interrupted; the
+same command then goes on from the last checkpoint. At the end the weights are written in float16 to the config's
+`export`.
 """
 
 import argparse
@@ -27,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
-from scripts.common import ArgumentParser, command, number
+from scripts.common import choose_device, read_config
+from scripts.console import ArgumentParser, command, number
+from scripts.files import check_writable
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -35,17 +38,41 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, help="a file of configs/shapes: what to train, on what, for how long"
     )
-    parser.add_argument("--outdir", help="the run's folder (default: runs/<name of the config>)")
+    parser.add_argument("--outdir", type=Path, help="the run's folder (default: runs/<name of the config>)")
     parser.add_argument("--restart", action="store_true", help="begin anew although the folder holds a run")
-    parser.add_argument("--max_steps", type=int, help="stop after so many steps (default: the config's)")
+    parser.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (default: the config's)")
     parser.add_argument("--export", help="where to write the float16 weights (default: the config's; '' writes none)")
     parser.add_argument("--export_only", action="store_true", help="write the weights of the run's last checkpoint")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"], help="where to train")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--devices", type=number(int, 1), default=1, help="GPUs, or processes on the CPU, where one a core is fastest"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    return parser.parse_args(argv)
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
+    args = parser.parse_args(argv)
+    args.outdir = args.outdir or Path("runs") / Path(args.config).stem
+    args.last = args.outdir / "checkpoints" / "last.ckpt"
+    return args
+
+
+def read_settings(args: argparse.Namespace) -> DictConfig:
+    """The config, with what the flags change in it. ValueError, before anything is trained, if it cannot work."""
+    config = OmegaConf.create(read_config(Path(args.config)))
+    lacking = [part for part in ("model", "data", "trainer") if part not in config]
+    if lacking:
+        raise ValueError(f"config {args.config!r} has no {', '.join(lacking)}: it does not describe a training")
+    if args.max_steps:
+        config.trainer.max_steps = args.max_steps
+    if args.export is not None:
+        config.trainer.export = args.export
+    target = config.trainer.get("export")
+    if target and Path(target).suffix != ".safetensors":
+        raise ValueError(f"--export {target} must end in .safetensors")
+    if args.export_only and not target:
+        raise ValueError("--export_only has nowhere to write to: add --export FILE")
+    if args.export_only and not args.last.exists():
+        raise FileNotFoundError(f"no checkpoint at {str(args.last)!r}: train first")
+    check_writable(args.outdir)
+    return config
 
 
 class SampleGrids(pl.Callback):
@@ -79,19 +106,23 @@ def loader(data: DictConfig, part: str, shuffle: bool, devices: int = 1) -> Data
     )
 
 
-def build_trainer(options: DictConfig, outdir: Path, args: argparse.Namespace, samples: SampleGrids) -> pl.Trainer:
+def build_trainer(options: DictConfig, args: argparse.Namespace, samples: SampleGrids) -> pl.Trainer:
     checkpoints = ModelCheckpoint(
-        dirpath=outdir / "checkpoints", every_n_train_steps=options.checkpoint_every, save_last=True, save_top_k=1
+        dirpath=args.last.parent,
+        filename=args.last.stem,
+        every_n_train_steps=options.checkpoint_every,
+        save_on_exception=True,
+        enable_version_counter=False,  # one file, replaced each time
     )
     return pl.Trainer(
-        accelerator=args.device,
+        accelerator="gpu" if choose_device(args.device).type == "cuda" else "cpu",
         devices=args.devices,
         # Buffers are averages of weights that are the same everywhere: no need to send them round at each step.
         strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto",
         max_steps=options.max_steps,
         precision=options.precision,
         gradient_clip_val=options.gradient_clip_val,
-        logger=CSVLogger(outdir, name="log"),
+        logger=CSVLogger(args.outdir, name="log"),
         callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10), samples],
         val_check_interval=options.checkpoint_every,
         check_val_every_n_epoch=None,
@@ -121,34 +152,42 @@ def export(model: pl.LightningModule, path: str, facts: dict, pictures: DataLoad
     print(f"wrote {path}")
 
 
+def train(
+    model: pl.LightningModule, config: DictConfig, args: argparse.Namespace, validation: DataLoader
+) -> pl.Trainer:
+    """Trains from the last checkpoint, if there is one, to the config's `max_steps`."""
+    initialise(model, config.trainer.get("init_from"))
+    batches = loader(config.data, "train", shuffle=True, devices=args.devices)
+    samples = SampleGrids(args.outdir / "samples", config.trainer.log_images_every, next(iter(validation)))
+    trainer = build_trainer(config.trainer, args, samples)
+    start = 0
+    if args.last.exists() and not args.restart:
+        start = torch.load(args.last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    # Other noise and another order in each process, and after each interruption: nothing is seen twice for it.
+    torch.manual_seed(args.seed + 1000 * start + int(os.environ.get("LOCAL_RANK", 0)))
+    # On CPUs the fused kernel's backward is slower than plain matrix products, and the latents are small.
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        trainer.fit(model, batches, validation, ckpt_path=args.last if start else None)
+    trainer.save_checkpoint(args.last)  # also where max_steps is no multiple of checkpoint_every
+    return trainer
+
+
 @command
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    config = OmegaConf.load(args.config)
-    options = config.trainer
-    outdir = Path(args.outdir or Path("runs") / Path(args.config).stem)
-    last = outdir / "checkpoints" / "last.ckpt"
-    if args.max_steps:
-        options.max_steps = args.max_steps
-    target = options.get("export") if args.export is None else args.export
-    # Processes share the weights but not the noise.
-    pl.seed_everything(args.seed + int(os.environ.get("LOCAL_RANK", 0)), workers=True)
+    config = read_settings(args)
+    target = config.trainer.get("export")
+    pl.seed_everything(args.seed, workers=True)
     model = instantiate_from_config(config.model)
     model.learning_rate = config.model.base_learning_rate
     validation = loader(config.data, "validation", shuffle=False, devices=args.devices)
     if args.export_only:
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        state = torch.load(args.last, map_location="cpu", weights_only=True)
         model.load_state_dict(state["state_dict"])
         return export(model, target, {"config": args.config, "steps": state["global_step"]}, validation)
-    initialise(model, options.get("init_from"))
-    train = loader(config.data, "train", shuffle=True, devices=args.devices)
-    samples = SampleGrids(outdir / "samples", options.log_images_every, next(iter(validation)))
-    trainer = build_trainer(options, outdir, args, samples)
-    # On CPUs the fused kernel's backward is slower than plain matrix products, and the latents are small.
-    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
-    with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-        trainer.fit(model, train, validation, ckpt_path=last if last.exists() and not args.restart else None)
-    if target and trainer.is_global_zero and trainer.global_step >= options.max_steps:
+    trainer = train(model, config, args, validation)
+    if target and trainer.is_global_zero and trainer.global_step >= config.trainer.max_steps:
         export(model, target, {"config": args.config, "steps": trainer.global_step}, validation)
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Text in, picture out: python scripts/txt2img.py --prompt "a red circle on a blue background"
 
-Draws with Stable Diffusion v1 if its checkpoint lies at models/ldm/stable-diffusion-v1/model.ckpt, else with the
-embedded model, which knows simple shapes. Writes OUTDIR/samples/00000.png and so on, a grid, settings.yaml and
-log.txt. Each PNG holds its prompt, its seed and all settings. An OUTDIR with pictures gets more; none is replaced.
+Draws with Stable Diffusion v1 if its checkpoint lies at models/ldm/stable-diffusion-v1/model.ckpt or
+model.safetensors, else with the embedded model, which knows simple shapes. Writes OUTDIR/samples/00000.png and so on,
+a grid, settings.yaml and log.txt. Each PNG holds its prompt, its seed and all settings. An OUTDIR with pictures gets
+more; none is replaced.
 
 Picture i starts from the noise of seed + i, whatever the batch size: other sizes give the same pictures up to
 rounding. With --from-file, a batch takes --n_samples prompts, and the file is gone through --n_iter times.
@@ -12,17 +13,14 @@ rounding. With --from-file, a batch takes --n_samples prompts, and the file is g
 # ruff: noqa: E402
 import argparse
 import json
-import platform
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -31,29 +29,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from scripts.common import (
-    ArgumentParser,
-    Log,
     ModelChoice,
     SamplingOptions,
-    add_model_arguments,
-    add_quantization_arguments,
-    add_sampling_arguments,
-    add_tome_arguments,
     build_model,
-    check_writable,
     choose_device,
     choose_model,
-    command,
     decode,
-    logger,
-    logs,
-    number,
-    refuse_quantization,
     sample,
     sampling_options,
-    to_pictures,
-    write_file,
-    write_png,
+    versions,
+)
+from scripts.console import ArgumentParser, Log, command, logger, logs, number
+from scripts.files import check_writable, to_pictures, write_file, write_png
+from scripts.flags import (
+    add_model_arguments,
+    add_noise_arguments,
+    add_quantization_arguments,
+    add_sampler_arguments,
+    add_size_arguments,
+    add_tome_arguments,
+    refuse_quantization,
 )
 
 # Settings that do not shape a picture: a resumed run may have others.
@@ -91,7 +86,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the last, interrupted run in --outdir, of the same flags")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
     add_model_arguments(parser)
-    add_sampling_arguments(parser)
+    add_sampler_arguments(parser)
+    add_noise_arguments(parser)
+    add_size_arguments(parser)
     add_tome_arguments(parser)
     add_quantization_arguments(parser)
     args = parser.parse_args(argv)
@@ -154,12 +151,6 @@ def collect_settings(
     }
 
 
-def versions() -> dict[str, str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    packages = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    return {project["name"]: project["version"], "python": platform.python_version(), **packages}
-
-
 def next_number(folder: Path, prefix: str) -> int:
     """One more than the highest number of the PNGs `prefix`NUMBER.png in `folder`, or 0."""
     names = [path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.png")]
@@ -196,9 +187,13 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def picture_texts(settings: Mapping[str, Any], job: Job) -> dict[str, str]:
-    """The text chunks of a PNG: prompt, seed, all settings as JSON, and the main ones as other tools write them."""
+    """The text chunks of a PNG: prompt, seed, all settings as JSON, and the main ones as other tools write them.
+
+    Files are told by their names and hashes: a picture that is passed on should not tell where they lie.
+    """
     left_out = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
     own = {"prompt": job.prompt, **{name: value for name, value in settings.items() if name not in left_out}}
+    own |= {name: Path(own[name]).name for name in ("config", "ckpt", "tokenizer") if own[name]}
     own |= {"seed": job.seed, "run_seed": settings["seed"]}
     return {
         "prompt": job.prompt,
@@ -372,9 +367,7 @@ def begin(args: argparse.Namespace, settings: Mapping[str, Any], log: Log) -> No
     write_file(args.outdir / "settings.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def generate(args: argparse.Namespace, log: Log) -> None:
-    choice = choose_model(args)
-    logger.info("%s", choice)
+def generate(args: argparse.Namespace, choice: ModelChoice, log: Log) -> None:
     prompts = read_prompts(args)
     options = sampling_options(args, choice)
     check_writable(args.outdir)
@@ -396,8 +389,10 @@ def generate(args: argparse.Namespace, log: Log) -> None:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose) as log:
+        choice = choose_model(args)
+        logger.info("%s", choice)
         logger.debug("arguments: %s", argv)
-        generate(args, log)
+        generate(args, choice, log)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,15 @@ def test_other_text_models_do_not_ask_the_hub_for_vit_l(monkeypatch):
         small().encode(["a"])
 
 
+@pytest.mark.parametrize("version", ["dsdiff-shapes", "gpt2"])
+def test_name_without_owner_is_not_asked_of_the_hub(monkeypatch, version):
+    for function in ("try_to_load_from_cache", "get_session", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, function, lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match="--tokenizer DIR") as error:
+        small(version=version).encode(["a"])
+    assert "cannot be downloaded" not in str(error.value)
+
+
 def test_cached_files_of_the_hub_are_used(monkeypatch):
     cached = {"vocab.json", "merges.txt"}
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+import stat
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_every_layout_gives_the_same_model(config, golden, tmp_path, name, write
     assert_holds(model, golden)  # the golden weights are exact in float16, the schedule is computed
     assert not model.training
     assert model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "write"), [("m.ckpt", save_file), ("m.safetensors", torch.save), ("m", save_file)])
+def test_content_tells_the_format_whatever_the_name(config, golden, tmp_path, name, write):
+    write(golden, tmp_path / name)
+    assert_holds(load_model_from_config(config, tmp_path / name), golden)
+
+
+def test_only_keys_that_are_names_are_read(config, golden, tmp_path):
+    torch.save({**golden, 7: torch.zeros(1), ("a", 1): torch.zeros(1)}, tmp_path / "m.ckpt")
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden)
 
 
 def test_model_node_alone_is_enough(config, golden):
@@ -279,6 +291,106 @@ def test_other_shape_is_named_with_both_shapes(config, golden, tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize("shape", [(), (32,), (32, 24, 1)])
+def test_context_weight_with_another_number_of_dimensions(config, golden, tmp_path, shape):
+    key = next(key for key in golden if key.endswith("attn2.to_k.weight"))
+    assert key in refused_state(config, golden | {key: torch.zeros(shape)}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("key", [UNET_KEY, "first_stage_model.decoder.conv_out.bias"])
+def test_weights_must_be_floating_point(config, golden, tmp_path, key, dtype):
+    torch.save(golden | {key: golden[key].to(dtype)}, tmp_path / "m.ckpt")
+    kinds = f"{key} is {str(dtype).removeprefix('torch.')}, not float32"
+    assert f"does not fit the config: {kinds}" in refused(config, tmp_path / "m.ckpt")
+
+
+def test_integers_of_the_model_must_be_integers():
+    model = torch.nn.BatchNorm1d(3)  # counts its batches
+    state = model.state_dict()
+    state["num_batches_tracked"] = state["num_batches_tracked"].float()
+    with pytest.raises(ValueError, match="num_batches_tracked is float32, not int64"):
+        checkpoint.fill(model, state, "m.ckpt")
+
+
+def test_weights_under_todays_names_must_be_floating_point_too():
+    model = FrozenCLIPEmbedder(text_config=TEXT_CONFIG)
+    state = {key.replace("text_model.", ""): value.int() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"token_embedding\.weight is int32, not float32"):
+        checkpoint.fill(model, state, "m.ckpt")
+
+
+STRANGE = {
+    "sparse": lambda: torch.ones(4, 8).to_sparse(),
+    "csr": lambda: torch.ones(4, 8).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4, 8), 0.1, 0, torch.qint8),
+    "empty": lambda: torch.ones(4, 8, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about these kinds of tensors
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("key", [UNET_KEY, "alphas_cumprod"])
+def test_tensors_must_be_plain(config, golden, tmp_path, key, kind):
+    torch.save(golden | {key: STRANGE[kind]()}, tmp_path / "m.ckpt")
+    assert key in refused(config, tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_schedule_must_be_floating_point(config, golden, tmp_path, dtype):
+    torch.save(golden | {"alphas_cumprod": golden["alphas_cumprod"].to(dtype)}, tmp_path / "m.ckpt")
+    assert "alphas_cumprod are no floating-point numbers" in refused(config, tmp_path / "m.ckpt")
+
+
+def test_schedule_of_nan_is_another_one(config, golden, tmp_path):
+    schedule = torch.full_like(golden["alphas_cumprod"], torch.nan)
+    assert "another noise schedule" in refused_state(config, golden | {"alphas_cumprod": schedule}, tmp_path)
+
+
+def misfit(config, golden, tmp_path, metadata):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(golden | {UNET_KEY: torch.zeros(1)}, path, metadata=metadata)
+    return refused(config, path)
+
+
+HINT = "it was written for 'configs/shapes/txt2img.yaml', give it with --config"
+
+
+def test_config_in_the_header_of_a_misfit_is_named(config, golden, tmp_path):
+    message = misfit(config, golden, tmp_path, {"config": "configs/shapes/txt2img.yaml", "steps": 3})
+    assert message.endswith(HINT) and "does not fit the config" in message
+
+
+def test_config_in_the_header_is_named_for_another_schedule(config, golden, tmp_path):
+    config.model.params.linear_end = 0.02
+    save_checkpoint(golden, tmp_path / "m.safetensors", metadata={"config": "configs/shapes/txt2img.yaml"})
+    message = refused(config, tmp_path / "m.safetensors")
+    assert message.endswith(HINT) and "another noise schedule" in message
+
+
+@pytest.mark.parametrize("metadata", [None, {"steps": 3}, {"config": ""}])
+def test_header_without_config_gives_no_hint(config, golden, tmp_path, metadata):
+    assert "--config" not in misfit(config, golden, tmp_path, metadata)
+
+
+def test_config_in_use_is_no_hint(golden, tmp_path):
+    own = OmegaConf.load("configs/shapes/txt2img.yaml")
+    own.model.params.cond_stage_config.params.tokenizer = str(SHAPES_TOKENIZER.resolve())
+    assert "--config" not in misfit(own, golden, tmp_path, {"config": "configs/shapes/txt2img.yaml"})
+
+
+@pytest.mark.parametrize("name", ["two\nlines.yaml", "no\0name.yaml", "x" * 5000 + ".yaml", "tests/goldens"])
+def test_any_config_in_the_header_leaves_one_line(config, golden, tmp_path, name):
+    assert f"written for {name!r}, give" in misfit(config, golden, tmp_path, {"config": name})
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "model: 3", "{", "model: {params: {timesteps: 5}}", "\0"])
+def test_config_in_the_header_that_cannot_be_used(config, golden, tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert "c.yaml', give it with" in misfit(config, golden, tmp_path, {"config": tmp_path / "c.yaml"})
+
+
 @pytest.mark.parametrize(
     ("key", "what"),
     [
@@ -358,7 +470,12 @@ def test_zip_that_is_no_checkpoint(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({}, "holds no tensors"), ({"state_dict": {}}, "holds no tensors"), ([torch.zeros(1)], "holds a list")],
+    [
+        ({}, "holds no tensors"),
+        ({"state_dict": {}}, "holds no tensors"),
+        ({0: torch.zeros(1)}, "holds no tensors"),
+        ([torch.zeros(1)], "holds a list"),
+    ],
 )
 def test_file_without_named_tensors(config, tmp_path, content, message):
     torch.save(content, tmp_path / "m.pth")
@@ -394,6 +511,17 @@ def test_model_can_be_saved_over_its_own_file(config, golden, tmp_path):
     save_checkpoint(model, path, dtype=torch.float32)
     assert_holds(model, golden)
     assert_holds(load_model_from_config(config, path), golden)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_saved_file_has_the_permissions_of_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_checkpoint({"w": torch.ones(1)}, tmp_path / "m.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == mode
 
 
 def test_integers_stay_integers(tmp_path):

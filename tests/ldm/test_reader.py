@@ -214,14 +214,10 @@ def test_relations(relation, x, y):
 
 @pytest.fixture(scope="module")
 def reader():
-    if not WEIGHTS.exists():
-        pytest.skip("the reader's weights are not built: python scripts/train.py --config configs/shapes/reader.yaml")
     return ShapesReader.from_file(WEIGHTS)
 
 
 def test_weights_are_small():
-    if not WEIGHTS.exists():
-        pytest.skip("the reader's weights are not built")
     assert WEIGHTS.stat().st_size < 1_000_000
 
 

@@ -1,7 +1,7 @@
 """The figures and the folder mode of scripts/eval_attributes.py."""
 
 import json
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch
@@ -54,14 +54,28 @@ def test_folder_keeps_prompts_and_pictures_together(tmp_path):
     assert pictures[2].tobytes() == data.picture(2).tobytes()
 
 
+def test_folder_leaves_no_file_open(tmp_path, monkeypatch):
+    write_pictures(tmp_path)
+    files, open_picture = [], Image.open
+
+    def opened(path):
+        files.append(open_picture(path))
+        return files[-1]
+
+    monkeypatch.setattr(script.Image, "open", opened)
+    _, pictures = script.read_folder(tmp_path)
+    assert len(files) == 4 and all(file.fp is None or file.fp.closed for file in files)
+    assert pictures[3].getpixel((0, 0)) is not None
+
+
 def test_judges_a_folder(tmp_path, capsys):
-    if not script.READER.exists():
-        pytest.skip("the reader's weights are not built")
     folder, outdir = tmp_path / "samples", tmp_path / "out"
     folder.mkdir()
     write_pictures(folder)
     script.main(["--images", str(folder), "--outdir", str(outdir), "--device", "cpu"])
-    figures = json.loads((outdir / "attributes.json").read_text())["figures"]["images"]["images"]
+    content = json.loads((outdir / "attributes.json").read_text())
+    figures = content["figures"]["images"]["images"]
+    assert len(content["reader_sha256"]) == 64 and "ckpt_sha256" not in content and "options" not in content
     assert figures["count"]["n"] == 4 and figures["color"]["percent"] == 100
     assert "color n=" in capsys.readouterr().out
     assert Image.open(outdir / "sheet-images.png").width > 8 * 128
@@ -69,37 +83,91 @@ def test_judges_a_folder(tmp_path, capsys):
     assert not list(outdir.glob(".*"))
 
 
-def test_generates_and_reads(tmp_path, monkeypatch, capsys):
+def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     """The whole run with a stand-in for the model, which paints what the latents say."""
     data = ShapesDataset(3, "test")
-    monkeypatch.setattr(script, "generator", lambda args: (None, SimpleNamespace(height=128)))
+    monkeypatch.setattr(script, "build_model", lambda args, choice: None)
     monkeypatch.setattr(script, "sample", lambda model, captions, seeds, options: seeds)
     monkeypatch.setattr(script, "decode", lambda model, seeds: script.tensor_of([data.picture(i) for i in seeds]))
     monkeypatch.setattr(script, "through_autoencoder", lambda model, images: torch.ones_like(images))
     reader = ShapesReader(width=8, features=8).eval()
     monkeypatch.setattr(script.ShapesReader, "from_file", lambda path: reader)
-    script.main(["--n", "3", "--split", "test", "--batch_size", "2", "--outdir", str(tmp_path), "--device", "cpu"])
-    figures = json.loads((tmp_path / "attributes.json").read_text())["figures"]["test"]
+    flags = ["--ckpt", str(random_ckpt), "--ddim_steps", "7", "--plms", "--ratio", "0.5", "--device", "cpu"]
+    script.main(["--n", "3", "--split", "test", "--n_samples", "2", "--outdir", str(tmp_path), *flags])
+    content = json.loads((tmp_path / "attributes.json").read_text())
+    options = {"height": 128, "sampler": "plms", "steps": 7, "steps_taken": 8, "scale": 4.0, "precision": "full"}
+    assert {name: content["options"][name] for name in options} == options
+    assert content["options"]["merge"]["ratio"] == 0.5 and content["arguments"]["ckpt"] == str(random_ckpt)
+    assert all(len(content[name]) == 64 for name in ("ckpt_sha256", "config_sha256", "reader_sha256"))
+    assert content["versions"]["torch"] == torch.__version__
+    figures = content["figures"]["test"]
     assert list(figures) == ["generated", "autoencoder", "rendered"]
     assert figures["generated"] == figures["rendered"]
     assert figures["generated"]["count"]["n"] == 3
     assert (tmp_path / "prompts-test.txt").read_text().splitlines() == [caption(data.spec(i)) for i in range(3)]
-    assert len(capsys.readouterr().out.strip().splitlines()) == 4
+    out = capsys.readouterr().out.strip().splitlines()
+    assert out[0] == f"embedded shapes model ({random_ckpt})" and "8 are taken" in out[1]
+    assert len(out) == 2 + 4
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=str)
+def test_verbose_shows_the_packages_details(tmp_path, monkeypatch, capsys, verbose):
+    monkeypatch.setattr(script, "run", lambda args: script.logger.debug("a detail") or {})
+    script.main([*verbose, "--outdir", str(tmp_path)])
+    assert ("a detail" in capsys.readouterr().out) is bool(verbose)
 
 
 @pytest.mark.parametrize(
     "flags", [["--n", "0"], ["--split", "train"], ["--reader", "missing.safetensors"], ["--images", "missing"]]
 )
 def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys):
-    if "--images" in flags and not script.READER.exists():
-        pytest.skip("the reader's weights are not built")
     with pytest.raises(SystemExit) as leaving:
         script.main([*flags, "--outdir", str(tmp_path / "out")])
     assert leaving.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--n", "256"], "--n"),
+        (["--split", "both"], "--split"),
+        (["--plms", "--ddim_steps", "9"], "--plms, --ddim_steps"),
+        (["--scale", "4"], "--scale"),
+        (["--seed", "0"], "--seed"),
+        (["--ratio", "0"], "--ratio"),
+        (["--no-use_rand"], "--use_rand"),
+        (["--config", str(script.EMBEDDED)], "--config"),
+        (["--ckpt", "x.ckpt"], "--ckpt"),
+        (["--tokenizer", "x"], "--tokenizer"),
+        (["--precision", "full"], "--precision"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_of_generation_are_refused_with_images(flags, named, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--images", str(tmp_path), "--outdir", str(tmp_path / "out"), *flags])
+    told = set(re.findall(r"--\w+", capsys.readouterr().err.split("so ")[1].split(" has")[0]))
+    assert told == set(named.split(", ")) and not list(tmp_path.iterdir())
+
+
 def test_pictures_without_a_prompt_are_refused(tmp_path):
     Image.new("RGB", (128, 128)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match="holds no prompt"):
         script.read_folder(tmp_path)
+
+
+# --- the shipped weights -----------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_draws_the_colours_it_is_asked_for():
+    """Eight captions of one object. A guess is right in one of eleven cases; a model that works, in most."""
+    data = ShapesDataset(100, "test", seed=11)
+    specs = [spec for spec in map(data.spec, range(len(data))) if len(spec.objects) == 1][:8]
+    args = script.parse_args(["--ddim_steps", "12", "--device", "cpu"])
+    choice = script.choose_model(args)
+    model, options = script.build_model(args, choice), script.sampling_options(args, choice)
+    latents = script.sample(model, [caption(spec) for spec in specs], range(8), options)
+    objects = ShapesReader.from_file(script.READER).read(script.decode(model, latents) * 2 - 1)
+    verdicts = [script.judge(spec, seen) for spec, seen in zip(specs, objects, strict=True)]
+    assert len(verdicts) == 8 and sum(verdict["color 1"] for verdict in verdicts) >= 4, verdicts

@@ -26,6 +26,14 @@ def test_the_committed_files_are_what_the_script_writes(tmp_path, capsys):
     assert "624 tokens" in capsys.readouterr().out
 
 
+def test_an_outdir_that_cannot_be_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--outdir", str(tmp_path / "file" / "tokenizer")])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: cannot write to")
+
+
 def test_each_word_of_the_grammar_is_one_token(tokenizer):
     assert {word: tokenizer.tokenize(word) for word in grammar_words()} == {
         word: [word + "</w>"] for word in grammar_words()

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ldm.data import shapes
 from ldm.data.latents import CachedLatents
-from ldm.util import instantiate_from_config, load_model_from_config
+from ldm.util import load_model_from_config
 from scripts import train
 
 DDCONFIG = {
@@ -103,17 +104,33 @@ def test_both_stages_end_in_a_model_that_loads(configs):
         assert file.metadata()["steps"] == "2"
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(configs):
-    arguments = ["--config", "autoencoder.yaml", "--device", "cpu"]
-    train.main([*arguments, "--outdir", "whole", "--max_steps", "4", "--export", "whole.safetensors"])
-    train.main([*arguments, "--outdir", "parts", "--max_steps", "2", "--export", ""])
+def test_a_run_goes_on_from_its_last_checkpoint(configs):
+    arguments = ["--config", "autoencoder.yaml", "--device", "cpu", "--outdir", "run"]
+    train.main([*arguments, "--max_steps", "3", "--export", ""])
     assert not (configs / "autoencoder.safetensors").exists()
-    train.main([*arguments, "--outdir", "parts", "--max_steps", "4", "--export", "parts.safetensors"])
-    whole, parts = load_file("whole.safetensors"), load_file("parts.safetensors")
-    start = instantiate_from_config(OmegaConf.load("autoencoder.yaml").model).state_dict()
-    assert whole.keys() == parts.keys() == {name for name in start if not name.startswith("loss")}
-    steps = torch.load("parts/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert steps == 4
+    first = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert first["global_step"] == 3  # although checkpoints are written every second step
+    train.main([*arguments, "--max_steps", "3", "--export", "again.safetensors"])
+    again = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert all(torch.equal(first["state_dict"][name], again["state_dict"][name]) for name in first["state_dict"])
+    train.main([*arguments, "--max_steps", "4"])
+    last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    steps = [state["step"].item() for state in last["optimizer_states"][0]["state"].values()]
+    assert set(steps) == {4.0}  # Adam's count went on as well
+    moved = [(last["state_dict"][name] - first["state_dict"][name]).abs().max() for name in first["state_dict"]]
+    assert 0 < max(moved) < 0.01  # one step of Adam away, not begun anew
+    assert [path.name for path in (configs / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_restart_begins_anew_and_replaces_the_old_run(configs):
+    arguments = ["--config", "autoencoder.yaml", "--device", "cpu", "--outdir", "run"]
+    train.main([*arguments, "--max_steps", "4", "--export", "old.safetensors"])
+    train.main([*arguments, "--restart", "--seed", "1", "--max_steps", "2", "--export", "new.safetensors"])
+    train.main([*arguments, "--export_only", "--export", "exported.safetensors"])
+    new, exported = load_file("new.safetensors"), load_file("exported.safetensors")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert all(torch.equal(new[name], exported[name]) for name in new)
 
 
 def test_weights_of_a_run_can_be_exported_later(configs):
@@ -138,14 +155,46 @@ def test_latents_are_encoded_once_and_depend_on_the_weights(configs):
     assert len(list((configs / "latents").glob("*.npy"))) == 2
 
 
-def test_bad_input_is_one_line(configs, capsys):
+def test_a_changed_renderer_and_an_interrupt_leave_no_stale_latents(configs, monkeypatch):
+    train.main(["--config", "autoencoder.yaml", "--device", "cpu"])
+    arguments = {"dataset": SHAPES, "autoencoder": "autoencoder.yaml", "ckpt": "autoencoder.safetensors"}
+    CachedLatents(**arguments, folder="latents")
+    render = shapes.render
+    monkeypatch.setattr(shapes, "render", lambda scene, resolution: render(scene, resolution).rotate(90))
+    monkeypatch.setattr(CachedLatents, "_write_moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CachedLatents(**arguments, folder="latents")
+    assert len(list((configs / "latents").iterdir())) == 2  # of the first: moments and captions
+
+
+def interrupted(self, file, model, batch_size):
+    file.write_bytes(b"half of it")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--config", "partial.yaml"], "no data, trainer"),
+        (["--config", "txt2img.yaml", "--device", "cpu"], "autoencoder.safetensors"),
+        (["--config", "autoencoder.yaml", "--device", "tpu"], "tpu"),
+        (["--config", "autoencoder.yaml", "--max_steps", "0"], "max_steps"),
+        (["--config", "autoencoder.yaml", "--export", "weights.ckpt"], ".safetensors"),
+        (["--config", "autoencoder.yaml", "--export_only"], "train first"),
+        (["--config", "autoencoder.yaml", "--export_only", "--export", ""], "--export FILE"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(configs, capsys, arguments, message):
+    (configs / "broken.yaml").write_text("model: [")
+    (configs / "partial.yaml").write_text("model: {}")
     with pytest.raises(SystemExit) as stop:
-        train.main(["--config", "missing.yaml"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--config", "txt2img.yaml", "--device", "cpu"])
-    assert stop.value.code == 2 and "autoencoder.safetensors" in capsys.readouterr().err
+        train.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("error:") == 1
+    assert "Traceback" not in error and not (configs / "runs" / "autoencoder").exists()
 
 
 def test_two_processes_share_the_weights(configs):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ldm.modules.attention import BasicTransformerBlock
 from scripts import common, txt2img
+from scripts.flags import QUANTIZATION_FLAGS
 
 TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu"]
 
@@ -106,6 +107,33 @@ def test_each_png_tells_how_it_was_drawn(run):
     assert (first, second) == ("ein Kreis: ○", "Negative prompt: blue")
     start = "Steps: 2, Sampler: DDIM, CFG scale: 4, Seed: 8, Size: 48x32, Model hash: "
     assert third == f"{start}{told['ckpt_sha256'][:10]}, Model: model"
+
+
+def test_a_png_does_not_tell_where_files_lie(run, random_ckpt):
+    tokenizer = common.ROOT / "models/ldm/shapes/tokenizer"
+    outdir = run("--n_samples", 1, "--n_iter", 1, "--tokenizer", tokenizer)
+    chunks = Image.open(outdir / "samples/00000.png").info
+    told = json.loads(chunks["dsdiff"])
+    assert [told[name] for name in ("config", "ckpt", "tokenizer")] == ["txt2img.yaml", random_ckpt.name, "tokenizer"]
+    assert not any(os.sep in str(chunk) for name, chunk in chunks.items() if name != "dsdiff")
+    settings = yaml.safe_load((outdir / "settings.yaml").read_text())
+    paths = [str(common.EMBEDDED), str(random_ckpt), str(tokenizer)]
+    assert [settings[name] for name in ("config", "ckpt", "tokenizer")] == paths
+    assert not any(str(Path(path).parent) in chunks["dsdiff"] for path in paths)
+
+
+@pytest.mark.parametrize(("sampler", "taken"), [([], 8), (["--plms"], 8), (["--dpm_solver"], 7)], ids=str)
+def test_steps_that_are_more_than_asked_for_are_told(run, monkeypatch, capsys, sampler, taken):
+    monkeypatch.setattr(txt2img.Run, "summary", lambda self: f"counted {self.steps}")
+    outdir = run("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 7, *sampler)
+    out = capsys.readouterr().out.splitlines()
+    assert f"counted {taken}" in out
+    assert ("7 steps do not divide the model's 1000: 8 are taken" in out) is (taken == 8)
+    for told in (
+        yaml.safe_load((outdir / "settings.yaml").read_text()),
+        json.loads(Image.open(outdir / "samples/00000.png").info["dsdiff"]),
+    ):
+        assert (told["steps"], told["steps_taken"]) == (7, taken)
 
 
 def test_the_png_is_enough_to_draw_the_picture_again(run):
@@ -319,7 +347,7 @@ def test_bad_flag(refused, flags, says):
     assert says in refused(*flags)
 
 
-@pytest.mark.parametrize("name", common.QUANTIZATION_FLAGS)
+@pytest.mark.parametrize("name", QUANTIZATION_FLAGS)
 def test_quantization_is_refused(refused, name):
     value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"]}.get(name, [8] if "bit" in name else [])
     assert refused(f"--{name}", *value).startswith(
@@ -389,6 +417,13 @@ def test_verbose_shows_where_an_error_comes_from(run, capsys):
         run("--ckpt", "missing.ckpt", "--verbose")
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith("error: no checkpoint at 'missing.ckpt'")
+
+
+def test_verbose_begins_with_the_model_too(run, capsys, random_ckpt):
+    outdir = run("--n_samples", 1, "--n_iter", 1, "--verbose")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"embedded shapes model ({random_ckpt})" and out[1].startswith("arguments: [")
+    assert "arguments: [" in (outdir / "log.txt").read_text()
 
 
 def test_defects_are_not_disguised(run, monkeypatch, tmp_path):
@@ -480,12 +515,12 @@ def test_as_a_program_from_another_folder(tmp_path):
 
 
 def test_the_embedded_model(tmp_path, capsys):
-    if not common.CHECKPOINTS[common.EMBEDDED][0].exists():
-        pytest.skip("models/ldm/shapes/model.safetensors is not there: train it with scripts/train.py")
-    flags = ["--prompt", "a red circle on a white background", "--n_samples", "1", "--n_iter", "1", "--device", "cpu"]
+    """The shipped weights. How well they draw is measured in test_eval_attributes."""
+    flags = ["--prompt", "a red circle on a white background", "--n_samples", "2", "--n_iter", "1", "--device", "cpu"]
     txt2img.main([*flags, "--config", str(common.EMBEDDED), "--ddim_steps", "10", "--outdir", str(tmp_path)])
     assert capsys.readouterr().out.startswith("embedded shapes model (")
-    pixels = picture(tmp_path, 0)
-    assert pixels.shape == (128, 128, 3)
-    red, green, blue = pixels.reshape(-1, 3).T
-    assert ((red - green > 60) & (red - blue > 60)).mean() > 0.02
+    assert names(tmp_path / "samples") == ["00000.png", "00001.png"]
+    first, second = picture(tmp_path, 0), picture(tmp_path, 1)
+    assert first.shape == second.shape == (128, 128, 3)
+    assert first.std(axis=(0, 1)).max() > 10 and second.std(axis=(0, 1)).max() > 10
+    assert difference(first, second) > 20

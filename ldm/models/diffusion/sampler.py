@@ -38,7 +38,8 @@ def check_steps(S: int, num_timesteps: int) -> None:
 def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
     """The training timesteps that a DDIM walk visits, ascending, int64.
 
-    "uniform" strides by N // S, so that an S which does not divide N gives a few steps more than S;
+    "uniform" strides by N // S, so that an S which does not divide N gives more steps than S, up to twice as many
+    (N = 1000: 340 gives 500, and 501..999 give 1000);
     "quad" spaces the square roots evenly over the first 80 % of the N steps.
     Steps count from 1, as the released checkpoints expect; a last one beyond N - 1 is clamped to it.
     """

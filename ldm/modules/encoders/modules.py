@@ -30,7 +30,8 @@ VIT_L_14_TEXT = {
 class FrozenCLIPEmbedder(nn.Module):
     """CLIP's text tower with its tokenizer: prompts -> [B, max_length, hidden_size].
 
-    version: name of the CLIP model. ViT-L/14 is known here; any other needs `text_config`.
+    version: name of the CLIP model. ViT-L/14 is known here; any other needs `text_config`. The hub is asked for its
+        tokenizer only under a name with an owner ("owner/name").
     device: where the weights are built (None: the current default device); nothing is downloaded, they come
         from the checkpoint.
     max_length: tokens per prompt, start and end included; at most the tower's max_position_embeddings.
@@ -59,7 +60,8 @@ class FrozenCLIPEmbedder(nn.Module):
             raise ValueError(f"max_length {max_length} must lie in 2..{config.max_position_embeddings}")
         self.max_length = max_length
         self.trainable = trainable
-        known_on_hub = text_config is None or version != VIT_L_14
+        # A plain name is nobody's repository, and ViT-L/14 with other sizes is not the one on the hub.
+        known_on_hub = "/" in version and (text_config is None or version != VIT_L_14)
         self.tokenizer_source = TokenizerSource(hub_name=version if known_on_hub else None)
         self._tokenizer: CLIPTokenizer | None = None
         if tokenizer is not None:

@@ -1,0 +1,139 @@
+"""How the commands talk: flags that are checked, errors in one line, logs."""
+
+import argparse
+import functools
+import logging
+import logging.handlers
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
+logger = logging.getLogger("dsdiff")
+
+
+# --- flags and errors --------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Tells bad flags in one line, and wants flags written in full."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a finite `kind` (int or float) in low..high."""
+    what = "a whole number" if kind is int else "a number"
+    limits = f"of {low} or more" if high == math.inf else f"in {low}..{high}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {what} {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], None]:
+    """Make `main(argv)` a command: what goes wrong becomes one line on stderr and an exit status.
+
+    2 for bad input (with --verbose after the traceback), 130 for Ctrl-C; its line holds what a KeyboardInterrupt says.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> None:
+        argv = sys.argv[1:] if argv is None else list(argv)
+        try:
+            main(argv)
+        except KeyboardInterrupt as interrupt:
+            _leave(130, f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
+        except (ValueError, OSError, NotImplementedError, MemoryError, RuntimeError) as error:
+            message = _describe(error)
+            if message is None:
+                raise
+            if "--verbose" in argv:
+                traceback.print_exc()
+            _leave(2, f"error: {message}")
+
+    return guarded
+
+
+def _leave(status: int, line: str) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _describe(error: Exception) -> str | None:
+    """What to say about bad input; None for an error that is a defect of the program."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: use a smaller --n_samples, --H or --W"
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return None
+    return str(error) or type(error).__name__
+
+
+# --- logs --------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The log file of a run: lines wait in memory until `open`, so that a run that never begins leaves no file."""
+
+    def __init__(self) -> None:
+        self.handler: logging.Handler = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
+
+    def open(self, path: Path) -> None:
+        """Append all lines so far, and those to come, to the file `path`."""
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        waiting, self.handler = self.handler, file
+        logging.getLogger().addHandler(file)
+        logging.getLogger().removeHandler(waiting)
+        waiting.setTarget(file)
+        waiting.close()
+
+
+class _Console(logging.Handler):
+    """Writes to stdout, past the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + self.format(record), file=sys.stdout)
+
+
+@contextmanager
+def logs(verbose: bool) -> Iterator[Log]:
+    """While open, our packages' lines go to stdout (with `verbose` the detailed ones too) and to the log's file."""
+    root, log = logging.getLogger(), Log()
+    console = _Console(logging.DEBUG if verbose else logging.INFO)
+    root.addHandler(console)
+    root.addHandler(log.handler)
+    levels = {name: logging.getLogger(name).level for name in PACKAGES}
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    try:
+        yield log
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for handler in (console, log.handler):
+            root.removeHandler(handler)
+            handler.close()
