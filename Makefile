@@ -23,7 +23,7 @@ bench: $(VENV)/ready
 
 # Hours on a CPU, minutes on a GPU; each step goes on where it was interrupted.
 train: $(VENV)/ready
-	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml
+	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml --devices 2
 	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml --devices 2
 	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
 
