@@ -21,7 +21,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) scripts/benchmark.py --outdir outputs/benchmark
 
-# Hours on a CPU, minutes on a GPU; each step goes on where it was interrupted.
+# Hours on a CPU, minutes on a GPU; each step goes on from its last checkpoint.
 train: $(VENV)/ready
 	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml --devices 2
 	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml --devices 2
