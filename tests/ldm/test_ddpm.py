@@ -91,11 +91,32 @@ def test_loss_is_the_weighted_error_of_the_noise(model):
     with torch.no_grad():
         error = (model.apply_model(model.q_sample(x_0, t, noise), t, context) - noise).square().mean([1, 2, 3])
         torch.testing.assert_close(model.p_losses(x_0, context, t, noise), error.mean())
-        weighted = build(snr_gamma=5.0).eval()
-        weighted.load_state_dict(model.state_dict())
-        snr = model.alphas_cumprod[t] / (1 - model.alphas_cumprod[t])
-        expected = (error * torch.minimum(snr, torch.tensor(5.0)) / snr).mean()
-        torch.testing.assert_close(weighted.p_losses(x_0, context, t, noise), expected)
+
+
+@pytest.mark.parametrize("name", ["uniform", "min_snr", "debiased"])
+def test_loss_weights(model, name):
+    batch = batch_of(model)
+    x_0 = model.get_input(batch)
+    t, noise = torch.tensor([0, 10, 500, 999]), torch.randn_like(x_0)
+    context = batch[model.cond_stage_key]
+    weighted = build(loss_weight=name, snr_gamma=4.0).eval()
+    weighted.load_state_dict(model.state_dict())
+    alpha_bar = model.alphas_cumprod.double()
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = {
+        "uniform": torch.ones_like(snr),
+        "min_snr": torch.minimum(snr, torch.tensor(4.0)) / snr,
+        "debiased": snr**-0.5 / (snr**-0.5).mean(),
+    }[name]
+    with torch.no_grad():
+        error = (model.apply_model(model.q_sample(x_0, t, noise), t, context) - noise).square().mean([1, 2, 3])
+        loss = weighted.p_losses(x_0, context, t, noise)
+    torch.testing.assert_close(loss, (error * weight[t]).mean().float())
+
+
+def test_unknown_loss_weight_is_refused():
+    with pytest.raises(ValueError, match="loss_weight 'snr' is unknown"):
+        build(loss_weight="snr")
 
 
 def test_moments_and_pictures_give_the_same_latents(model):

@@ -60,7 +60,9 @@ class LatentDiffusion(pl.LightningModule):
 
     `scale_factor` brings latents to about unit variance. `cond_stage_trainable` trains the text encoder too;
     `unconditional_rate` is the share of captions replaced by "" in training, which guidance needs;
-    `snr_gamma` weights the loss by min(SNR_t, gamma) / SNR_t (Hang et al. 2023), None weights all steps alike.
+    `loss_weight` weights the loss at t, with SNR_t = alpha_bar_t / (1 - alpha_bar_t): "uniform" as DDPM; "min_snr" by
+    min(SNR_t, `snr_gamma`) / SNR_t (Hang et al. 2023); "debiased" by 1 / sqrt(SNR_t) (Yu et al. 2023), scaled to mean
+    1: more weight on the noisy steps, where what and where things are is decided.
     `num_timesteps_cond`, `log_every_t`, `image_size` and `monitor` describe how a checkpoint was trained; they are
     kept as attributes. Only what the noise prediction of SD v1 needs is here: other values raise ValueError, and the
     remaining arguments of CompVis's class (`neutral`) are accepted only at the values that change nothing.
@@ -92,7 +94,8 @@ class LatentDiffusion(pl.LightningModule):
         use_ema: bool = True,
         ema_decay: float = 0.9999,
         unconditional_rate: float = 0.0,
-        snr_gamma: float | None = None,
+        loss_weight: str = "uniform",
+        snr_gamma: float = 5.0,
         scheduler_config: dict | None = None,
         **neutral,
     ):
@@ -102,6 +105,8 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError(f"parameterization {parameterization!r} is not supported: this model predicts eps")
         if loss_type not in ("l1", "l2"):
             raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
+        if loss_weight not in ("uniform", "min_snr", "debiased"):
+            raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -120,6 +125,7 @@ class LatentDiffusion(pl.LightningModule):
         self.scale_factor = scale_factor
         self.use_ema = use_ema
         self.unconditional_rate = unconditional_rate
+        self.loss_weight = loss_weight
         self.snr_gamma = snr_gamma
         self.scheduler_config = scheduler_config
         self.learning_rate = 1e-4  # scripts/train.py sets the config's base_learning_rate
@@ -258,10 +264,13 @@ class LatentDiffusion(pl.LightningModule):
         return (error * self._loss_weight(t)).mean()
 
     def _loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        if self.snr_gamma is None:
+        if self.loss_weight == "uniform":
             return torch.ones_like(t, dtype=torch.float32)
-        snr = self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
-        return snr.clamp(max=self.snr_gamma) / snr
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        if self.loss_weight == "min_snr":
+            return (snr.clamp(max=self.snr_gamma) / snr)[t]
+        weight = snr.rsqrt()
+        return (weight / weight.mean())[t]
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         loss = self(batch)

@@ -1,0 +1,17 @@
+"""Few-bit weights and activations for diffusion UNets (Q-Diffusion, Li et al. 2023)."""
+
+from qdiff.adaptive_rounding import AdaRoundQuantizer
+from qdiff.config import QuantConfig, ReconConfig
+from qdiff.quant_block import BaseQuantBlock
+from qdiff.quant_layer import QuantModule, UniformAffineQuantizer
+from qdiff.quant_model import QuantModel
+
+__all__ = [
+    "AdaRoundQuantizer",
+    "BaseQuantBlock",
+    "QuantConfig",
+    "QuantModel",
+    "QuantModule",
+    "ReconConfig",
+    "UniformAffineQuantizer",
+]

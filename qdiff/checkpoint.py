@@ -1,0 +1,295 @@
+"""Files that hold a calibrated model: a cali_ckpt of ours, and Q-Diffusion's published format.
+
+Ours is a .safetensors with, for every quantizer of `QuantModel`, by name,
+
+    NAME.codes       uint8, a weight's codes, packed at their width (qdiff.packing)
+    NAME.delta       float32, [] for an activation, one a channel for a weight
+    NAME.zero_point  float32, whole numbers
+
+and a header that says all that is needed to read it (`CaliHeader`). It holds no float weights: biases and norms are
+those of the source model, which the header names by a fingerprint. Q-Diffusion's is described in
+`qdiff.checkpoint_qdiff`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qdiff import checkpoint_qdiff
+from qdiff.config import QuantConfig
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, SplitQuantModule
+from qdiff.quant_model import QuantModel
+
+FORMAT = "dsdiff-cali"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaliHeader:
+    """What a cali_ckpt says of itself.
+
+    config: how the model is quantized. splits: split layers -> channels of their first part.
+    merge: the token merging that calibration went through, None if it went without.
+    calibration: settings of the calibration, for people. source: "fingerprint" of the float UNet (see
+    `fingerprint`) and whatever else is known of it. format: "dsdiff", or "qdiff" for Q-Diffusion's.
+    inferred: the settings of `config` that the file does not say, and that were told by its numbers.
+    """
+
+    config: QuantConfig
+    splits: dict[str, int] = field(default_factory=dict)
+    merge: dict[str, Any] | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    format: str = "dsdiff"
+    inferred: tuple[str, ...] = ()
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save_cali_ckpt(
+    qnn: QuantModel,
+    path: str | Path,
+    *,
+    format: str = "dsdiff",
+    merge: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the quantizers of a calibrated model; the file is complete or not there.
+
+    format: "dsdiff", or "qdiff" for Q-Diffusion's, which has no room for merge, calibration and source.
+    Raises ValueError if a quantizer has no range yet, or the format is unknown.
+    """
+    path = Path(path)
+    _check_complete(qnn)
+    if format == "qdiff":
+        _replace_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.state_dict_of(qnn), temporary))
+    elif format == "dsdiff":
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "config": json.dumps(qnn.config.to_dict()),
+            "splits": json.dumps(splits_of(qnn)),
+            "merge": json.dumps(dict(merge) if merge else None),
+            "calibration": json.dumps(dict(calibration or {})),
+            "source": json.dumps({"fingerprint": fingerprint(qnn), **(source or {})}),
+        }
+        tensors = dict(_tensors_of(qnn))
+        _replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    else:
+        raise ValueError(f"format is {format!r}: it must be dsdiff or qdiff")
+
+
+def splits_of(qnn: QuantModel) -> dict[str, int]:
+    """The split layers -> channels of their first part."""
+    return {name: layer.split for name, layer in qnn.layers().items() if isinstance(layer, SplitQuantModule)}
+
+
+@torch.no_grad()
+def fingerprint(qnn: QuantModel) -> str:
+    """SHA-256 over a sample of the float weights, rounded to float16: the same for all files of one model."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(qnn.model.named_parameters()):
+        if ".alpha" in name:
+            continue
+        values = parameter.detach().flatten()
+        values = values[:: max(1, values.numel() // 4096)].to("cpu", torch.float16)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors_of(qnn: QuantModel) -> Iterator[tuple[str, Tensor]]:
+    for layer_name, layer in qnn.layers().items():
+        for part_name, part in layer.weight_parts().items():
+            quantizer = getattr(layer, part_name)
+            if not isinstance(quantizer, FrozenQuantizer):
+                quantizer = FrozenQuantizer(quantizer, part)
+            name = f"{layer_name}.{part_name}"
+            yield f"{name}.codes", quantizer.packed.cpu().contiguous()
+            yield from _range_of(name, quantizer)
+    for name, quantizer in qnn.act_quantizers().items():
+        yield from _range_of(name, quantizer)
+
+
+def _range_of(name: str, quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
+    # Copies: tensors that share memory cannot be saved.
+    yield f"{name}.delta", quantizer.delta.detach().cpu().clone()
+    yield f"{name}.zero_point", quantizer.zero_point.detach().cpu().clone()
+
+
+def _check_complete(qnn: QuantModel) -> None:
+    quantizers = qnn.weight_quantizers() | qnn.act_quantizers()
+    unknown = [name for name, quantizer in quantizers.items() if not quantizer.is_set]
+    if unknown:
+        raise ValueError(f"{len(unknown)} quantizers have no range yet, such as {unknown[0]}: calibrate first")
+
+
+def _replace_atomically(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def read_cali_header(path: str | Path, **bits: int) -> CaliHeader:
+    """The header of a cali_ckpt of either format.
+
+    bits: weight_bit, act_bit, sm_abit where they are known from elsewhere. Q-Diffusion's files do not say them: what
+    is not given is inferred. Raises ValueError if the numbers in the file contradict them, or for a file that is
+    damaged, of another kind, or of a newer version; FileNotFoundError for one that is not there.
+    """
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        tensors = checkpoint_qdiff.read(path)
+        config, inferred = checkpoint_qdiff.infer_config(tensors, str(path), bits)
+        return CaliHeader(
+            config=config, splits=checkpoint_qdiff.splits_in(tensors), format="qdiff", inferred=tuple(inferred)
+        )
+    with _open(path) as file:
+        header = _parse_header(path, file.metadata() or {})
+    check_flags(header, bits, str(path))
+    return header
+
+
+def check_flags(header: CaliHeader, given: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, naming both values, if a setting in `given` is not what the file has. None is "not given"."""
+    for name, value in given.items():
+        stored = getattr(header.config, name)
+        if value is not None and value != stored:
+            raise ValueError(
+                f"--{name} is {value}, but {source!r} was made with {name} {stored}: leave the flag out, or choose "
+                "another --cali_ckpt"
+            )
+
+
+def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) -> CaliHeader:
+    """Fill the quantizers of a model from a cali_ckpt of either format, and switch them on.
+
+    No forward pass and no data is needed. freeze=False keeps AdaRound's alpha of a Q-Diffusion file, at the cost of
+    as much memory as the weights. Raises ValueError, and leaves the model as it is, if the file is of another
+    architecture, another source model, or other settings than the model's.
+    """
+    path = _existing(path)
+    config = qnn.config
+    bits = {name: getattr(config, name) for name in ("weight_bit", "act_bit", "sm_abit")}
+    if path.suffix != ".safetensors":
+        header = read_cali_header(path, **bits)
+        checkpoint_qdiff.load(qnn, checkpoint_qdiff.read(path), str(path), freeze=freeze)
+    else:
+        header = read_cali_header(path)
+        for name, value in config.to_dict().items():
+            stored = getattr(header.config, name)
+            if value != stored and name in ("weight_bit", "act_bit", "sm_abit", "quant_act", "split"):
+                raise ValueError(f"the model has {name} {value}, but {str(path)!r} was made with {name} {stored}")
+        _load_tensors(qnn, path, header)
+    qnn.set_quant_state(True, config.quant_act)
+    return header
+
+
+def _load_tensors(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
+    if header.splits != splits_of(qnn):
+        raise ValueError(f"{str(path)!r} splits other layers than this model has: it is of another architecture")
+    weights = {
+        f"{layer_name}.{part_name}": (layer, part_name, tuple(part.shape))
+        for layer_name, layer in qnn.layers().items()
+        for part_name, part in layer.weight_parts().items()
+    }
+    acts = qnn.act_quantizers()
+    expected = {f"{name}.{what}" for name in weights for what in ("codes", "delta", "zero_point")}
+    expected |= {f"{name}.{what}" for name in acts for what in ("delta", "zero_point")}
+    with _open(path) as file:
+        _check_keys(set(file.keys()), expected, str(path))
+        _check_source(qnn, header, str(path))
+        try:
+            frozen = {}
+            for name, (_, _, shape) in weights.items():
+                frozen[name] = FrozenQuantizer.from_packed(
+                    file.get_tensor(f"{name}.codes"),
+                    shape,
+                    header.config.weight_bit,
+                    _shaped(file.get_tensor(f"{name}.delta"), (shape[0], *[1] * (len(shape) - 1)), name),
+                    file.get_tensor(f"{name}.zero_point"),
+                )
+            ranges = {
+                name: (_shaped(file.get_tensor(f"{name}.delta"), (), name), file.get_tensor(f"{name}.zero_point"))
+                for name in acts
+            }
+            for name, (delta, zero_point) in ranges.items():
+                acts[name].set(delta, zero_point)
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"cali_ckpt {str(path)!r} is damaged: {error}") from error
+    for name, (layer, part_name, _) in weights.items():
+        setattr(layer, part_name, frozen[name].to(layer.weight.device))
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}.delta has shape {tuple(tensor.shape)}, not {shape}")
+    return tensor
+
+
+def _check_keys(found: set[str], expected: set[str], source: str) -> None:
+    for what, keys in (("lacks", expected - found), ("has unknown", found - expected)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"cali_ckpt {source!r} {what} {shown}{more}: it is of another architecture or damaged")
+
+
+def _check_source(qnn: QuantModel, header: CaliHeader, source: str) -> None:
+    stored = header.source.get("fingerprint")
+    if stored != fingerprint(qnn):
+        made_from = header.source.get("ckpt") or "another model"
+        raise ValueError(
+            f"cali_ckpt {source!r} was made from {made_from} with other weights than this model's: calibrate this "
+            "model, or give the --ckpt that it was made from"
+        )
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str]) -> CaliHeader:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is no cali_ckpt: give a file that scripts/calibrate.py wrote")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"cali_ckpt {str(path)!r} is of version {metadata.get('version')!r}, this program reads {VERSION}: "
+            "update, or calibrate again"
+        )
+    try:
+        return CaliHeader(
+            config=QuantConfig.from_dict(json.loads(metadata["config"])),
+            splits=dict(json.loads(metadata["splits"])),
+            merge=json.loads(metadata["merge"]),
+            calibration=dict(json.loads(metadata["calibration"])),
+            source=dict(json.loads(metadata["source"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {error}") from error
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
+    return path
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is no readable safetensors file: {error}") from error

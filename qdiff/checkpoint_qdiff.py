@@ -1,0 +1,208 @@
+"""Q-Diffusion's published format: a torch file with the state_dict of its quantized UNet, all in float32.
+
+Under the prefix `model.` stand the float weights, unchanged, and beside each layer's `weight`
+
+    weight_quantizer.alpha, .delta, .zero_point     AdaRound: w' = (clamp(floor(w / delta) + (alpha >= 0) + z) - z) delta
+    act_quantizer.delta, .zero_point                only if activations are quantized; so are act_quantizer_{q,k,v,w}
+    weight_quantizer_0.*, act_quantizer_0.*         the second part of a split layer
+
+Bit widths are not in the file. They show in the zero points, which lie in 0..2^b - 1 and, over thousands of channels,
+reach its upper half.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.adaptive_rounding import AdaRoundQuantizer
+from qdiff.config import BITS, QuantConfig
+from qdiff.quant_layer import Quantizer, QuantModule
+from qdiff.quant_model import QuantModel, freeze_layer
+
+# Where h(alpha) reaches 1 (and, with the other sign, 0): what a decided rounding is written as.
+DECIDED = 2.3978953
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a torch file, mapped into memory; nothing in it is executed. Raises ValueError if it is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{str(path)!r} is no readable checkpoint: {reason}") from error
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a cali_ckpt. Raises ValueError if the file is none."""
+    content = read_tensors(path)
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise ValueError(f"{str(path)!r} is no Q-Diffusion cali_ckpt: a dictionary of tensors is expected")
+    if not any(key.endswith(".weight_quantizer.alpha") for key in content):
+        raise ValueError(f"{str(path)!r} is no Q-Diffusion cali_ckpt: it has no weight_quantizer.alpha")
+    return dict(content)
+
+
+def splits_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Split layers -> channels of their first part."""
+    end = ".weight_quantizer_0.alpha"
+    layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+    return {layer: tensors[f"{layer}.weight_quantizer.alpha"].shape[1] for layer in layers}
+
+
+# --- what the file does not say ----------------------------------------------------------------------------
+
+
+def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str, int]) -> tuple[QuantConfig, list[str]]:
+    """The settings that the tensors were made with, and which of them were inferred from the numbers.
+
+    Raises ValueError if a bit width in `given` is not possible.
+    """
+    zero_points = {key: value for key, value in tensors.items() if key.endswith(".zero_point")}
+    quant_act = any("act_quantizer" in key for key in zero_points)
+    found = {"weight_bit": _bits_of([v for k, v in zero_points.items() if "act_quantizer" not in k])}
+    if quant_act:
+        found["act_bit"] = _bits_of([v for k, v in zero_points.items() if "act_quantizer" in k])
+    settings, inferred = {}, []
+    for name, bits in found.items():
+        value = given.get(name)
+        if value is None:
+            inferred.append(name)
+        elif value != bits:
+            raise ValueError(f"--{name} is {value}, but the zero points in {source!r} are those of {name} {bits}")
+        settings[name] = bits
+    softmax = [v for k, v in tensors.items() if k.endswith("act_quantizer_w.delta")]
+    if softmax:
+        value = given.get("sm_abit")
+        settings["sm_abit"] = _softmax_bits(max(float(v) for v in softmax), value, source)
+        if value is None:
+            inferred.append("sm_abit")
+    config = QuantConfig(quant_act=quant_act, split=bool(splits_in(tensors)), **settings)
+    return config, inferred
+
+
+def _bits_of(zero_points: list[Tensor]) -> int:
+    highest = max(float(value.max()) for value in zero_points)
+    bits = int(highest).bit_length() if highest >= 0 else 0
+    return min(max(bits, BITS[0]), BITS[-1])
+
+
+def _softmax_bits(delta: float, given: int | None, source: str) -> int:
+    """The bits of the softmax quantizers, of which the widest has step `delta`: its range (2^b - 1) delta is near 1."""
+
+    def spans(bits: int) -> float:
+        return (2**bits - 1) * delta
+
+    if given is not None:
+        if not 0.05 < spans(given) < 1.5:
+            raise ValueError(
+                f"--sm_abit is {given}, but with the step sizes in {source!r} the softmax would span {spans(given):.2g}"
+            )
+        return given
+    return min(BITS, key=lambda bits: abs(spans(bits) - 0.75))
+
+
+# --- to and from a model -----------------------------------------------------------------------------------
+
+
+def load(qnn: QuantModel, tensors: dict[str, Tensor], source: str, freeze: bool) -> None:
+    """Fill the model: float weights, ranges and roundings. Raises ValueError, changing nothing, if they do not fit."""
+    expected = expected_shapes(qnn)
+    _check(expected, tensors, source, qnn.config.quant_act)
+    parameters = dict(qnn.named_parameters()) | dict(qnn.named_buffers())
+    with torch.no_grad():
+        for key in expected:
+            if "quantizer" not in key:
+                parameters[key].copy_(tensors[key])
+        for name, quantizer in qnn.act_quantizers().items():
+            quantizer.set(tensors[f"{name}.delta"], tensors[f"{name}.zero_point"])
+        for name, layer in qnn.layers().items():
+            _load_layer(name, layer, tensors)
+            if freeze:
+                freeze_layer(layer)
+
+
+def _load_layer(name: str, layer: QuantModule, tensors: Mapping[str, Tensor]) -> None:
+    for part_name in layer.weight_parts():
+        key = f"{name}.{part_name}"
+        old: Quantizer = getattr(layer, part_name)
+        delta, zero_point, alpha = (tensors[f"{key}.{what}"] for what in ("delta", "zero_point", "alpha"))
+        quantizer = AdaRoundQuantizer(old.n_bits, False, delta, zero_point, alpha.clone())
+        quantizer.enabled = old.enabled
+        setattr(layer, part_name, quantizer.to(layer.weight.device))
+
+
+def expected_shapes(qnn: QuantModel) -> dict[str, tuple[int, ...]]:
+    """The keys of the model's file in this format, and the shapes of their tensors."""
+    shapes = {}
+    for key, value in _float_tensors(qnn).items():
+        shapes[key] = tuple(value.shape)
+    for name, layer in qnn.layers().items():
+        for part_name, part in layer.weight_parts().items():
+            channels = (part.shape[0], *[1] * (part.ndim - 1))
+            shapes[f"{name}.{part_name}.alpha"] = tuple(part.shape)
+            shapes[f"{name}.{part_name}.delta"] = shapes[f"{name}.{part_name}.zero_point"] = channels
+    for name in qnn.act_quantizers():
+        shapes[f"{name}.delta"] = shapes[f"{name}.zero_point"] = ()
+    return shapes
+
+
+def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
+    return {key: value for key, value in qnn.state_dict().items() if "quantizer" not in key}
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str, quant_act: bool) -> None:
+    # A file with activations also serves a model without; not the reverse.
+    found = {key for key in tensors if quant_act or "act_quantizer" not in key}
+    for what, keys in (("lacks", set(expected) - found), ("has unknown", found - set(expected))):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"cali_ckpt {source!r} {what} {shown}{more}: it is of another architecture or settings")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(f"{key} of {source!r} has shape {tuple(tensors[key].shape)}, the model's has {shape}")
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise ValueError(f"{key} of {source!r} has values that are not finite")
+
+
+def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
+    """The model in this format. Raises ValueError for signed codes, which it cannot hold."""
+    tensors = {key: value.detach().float().cpu().clone() for key, value in _float_tensors(qnn).items()}
+    for name, layer in qnn.layers().items():
+        for part_name, part in layer.weight_parts().items():
+            quantizer = getattr(layer, part_name)
+            tensors[f"{name}.{part_name}.alpha"] = _alpha_of(quantizer, part).detach().float().cpu().clone()
+            tensors |= _range_of(f"{name}.{part_name}", quantizer)
+    for name, quantizer in qnn.act_quantizers().items():
+        if quantizer.symmetric:
+            raise ValueError("Q-Diffusion's format has no signed activations: write our own format")
+        tensors |= _range_of(name, quantizer)
+    return tensors
+
+
+def _range_of(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.zero_point": quantizer.zero_point.detach().float().cpu().clone(),
+        f"{name}.delta": quantizer.delta.detach().float().cpu().clone(),
+    }
+
+
+@torch.no_grad()
+def _alpha_of(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """An alpha that rounds `weight` to the quantizer's codes."""
+    if isinstance(quantizer, AdaRoundQuantizer):
+        return quantizer.alpha
+    codes = quantizer.codes(weight)
+    floor = (weight.float() / quantizer.delta).floor() + quantizer.zero_point
+    down = floor.clamp(quantizer.low, quantizer.high) == codes
+    up = (floor + 1).clamp(quantizer.low, quantizer.high) == codes
+    if not bool((up | down).all()):
+        raise ValueError("a weight's code is neither its rounding up nor down: Q-Diffusion's format cannot hold it")
+    return torch.where(down, -DECIDED, DECIDED)

@@ -1,0 +1,125 @@
+"""The settings of quantization and of its calibration, as values that check themselves."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCALE_METHODS = ("max", "max_scale", "mse")
+BITS = range(2, 17)
+
+
+def _refuse(name: str, value: object, rule: str) -> None:
+    raise ValueError(f"{name} is {value!r}: it must be {rule}")
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        _refuse(name, value, f"a whole number of {low} or more" if high is None else f"a whole number in {low}..{high}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_low and value == low):
+        _refuse(name, value, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _refuse(name, value, f"one of {', '.join(choices)}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, value, "True or False")
+
+
+class _Settings:
+    """What the settings share: a plain dict form that JSON holds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        """Raises ValueError for names that are unknown, and for values out of range."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__} knows no {', '.join(unknown)}: the file is of a newer version?")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig(_Settings):
+    """What of a UNet is quantized, and how.
+
+    weight_bit: of all weights, per output channel, in 2..16.
+    act_bit: of the inputs of all layers and of q, k, v of each attention, per tensor, in 2..16.
+    sm_abit: of the softmax output, in 2..16; its zero point is 0.
+    quant_act: quantize activations at all; without it act_bit and sm_abit have no effect.
+    split: quantize the two halves of each shortcut of the decoder by themselves (Q-Diffusion, section 3.3).
+    scale_method: the range of weights: "max" of each channel, "max_scale" (the same times (bits + 2) / 8), or "mse",
+        the best of 80 shrinkings of it by the error to the power of 2.4.
+    act_scale_method: the same for activations.
+    act_symmetric: activations as signed integers without a zero point.
+    """
+
+    weight_bit: int = 4
+    act_bit: int = 8
+    sm_abit: int = 16
+    quant_act: bool = True
+    split: bool = True
+    scale_method: str = "max"
+    act_scale_method: str = "max"
+    act_symmetric: bool = False
+
+    def __post_init__(self):
+        for name in ("weight_bit", "act_bit", "sm_abit"):
+            _check_int(name, getattr(self, name), BITS[0], BITS[-1])
+        for name in ("quant_act", "split", "act_symmetric"):
+            _check_bool(name, getattr(self, name))
+        for name in ("scale_method", "act_scale_method"):
+            _check_choice(name, getattr(self, name), SCALE_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconConfig(_Settings):
+    """How a unit is reconstructed.
+
+    iters_w, iters_a: steps for the rounding of weights, and for the step sizes of activations; 0 leaves them out.
+    batch_size: samples a step, over all processes.
+    lr_w: of Adam on AdaRound's alpha. lr: of Adam on the step sizes, on a cosine to 0.
+    p: the norm of the activations' loss, |error|^p; the weights' is 2.
+    weight: of the rounding regulariser, beside the reconstruction error.
+    b_start, b_end, warmup: AdaRound's annealing (Nagel et al. 2020, eq. 24): the regulariser begins after the share
+        `warmup` of the steps, and its exponent goes linearly from b_start to b_end.
+    sym: feed the unit the float model's inputs, in place of those of the model quantized so far.
+    grad_checkpoint: recompute the unit's activations in the backward pass: less memory, more time.
+    seed: of the choice of samples.
+    """
+
+    iters_w: int = 20000
+    iters_a: int = 5000
+    batch_size: int = 8
+    lr_w: float = 1e-3
+    lr: float = 4e-4
+    p: float = 2.4
+    weight: float = 0.01
+    b_start: float = 20.0
+    b_end: float = 2.0
+    warmup: float = 0.2
+    sym: bool = False
+    grad_checkpoint: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("iters_w", "iters_a", "seed"):
+            _check_int(name, getattr(self, name), 0)
+        _check_int("batch_size", self.batch_size, 1)
+        for name in ("lr_w", "lr"):
+            _check_number(name, getattr(self, name), 0, 1, open_low=True)
+        _check_number("p", self.p, 1, 10)
+        _check_number("weight", self.weight, 0, 1e6)
+        _check_number("b_end", self.b_end, 1, 100)
+        _check_number("b_start", self.b_start, self.b_end, 100)
+        _check_number("warmup", self.warmup, 0, 1)
+        for name in ("sym", "grad_checkpoint"):
+            _check_bool(name, getattr(self, name))

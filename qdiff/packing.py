@@ -1,0 +1,57 @@
+"""Integer codes at their bit width, in bytes.
+
+Each row (index of dimension 0) is packed by itself. For widths up to 8, eight codes c0..c7 of b bits fill b bytes,
+the first code in the lowest bits:
+
+    b = 4:   byte 0 = c1 c0    byte 1 = c3 c2    ...          (high bits left)
+    b = 3:   bytes 2,1,0 = c7 c6 c5 c4 c3 c2 c1 c0
+
+Wider codes take two bytes each, the low one first. A row that is no multiple of 8 codes is filled up with zeros.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
+    """Bytes of a packed row of a weight of `shape` [rows, ...]."""
+    codes = math.prod(shape[1:])
+    return math.ceil(codes / 8) * n_bits if n_bits <= 8 else 2 * codes
+
+
+def pack(codes: Tensor, n_bits: int) -> Tensor:
+    """Codes [rows, ...] of any dtype, whole numbers in 0..2^n_bits - 1 -> uint8 [rows, bytes]."""
+    rows = codes.reshape(codes.shape[0], -1)
+    if n_bits == 8:
+        return rows.to(torch.uint8)
+    if n_bits > 8:
+        wide = rows.to(torch.int32)
+        return torch.stack([wide & 255, wide >> 8], dim=-1).to(torch.uint8).flatten(1)
+    rows = torch.nn.functional.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8))
+    octets = rows.reshape(len(rows), -1, 8)
+    word = torch.zeros(octets.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        word |= octets[..., i].long() << (n_bits * i)
+    return torch.stack([(word >> (8 * j)) & 255 for j in range(n_bits)], dim=-1).to(torch.uint8).flatten(1)
+
+
+def unpack(packed: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
+    """The inverse of `pack`: uint8 codes of `shape`, or int32 ones where n_bits is above 8."""
+    rows, count = shape[0], math.prod(shape[1:])
+    if n_bits == 8:
+        return packed.reshape(tuple(shape))
+    if n_bits > 8:
+        pairs = packed.reshape(rows, count, 2).to(torch.int32)
+        return (pairs[..., 0] | pairs[..., 1] << 8).reshape(tuple(shape))
+    if n_bits == 4:  # the common one, without the detour over words
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(rows, -1)
+        return codes[:, :count].reshape(tuple(shape))
+    octets = packed.reshape(rows, -1, n_bits)
+    word = torch.zeros(octets.shape[:2], dtype=torch.int64, device=packed.device)
+    for j in range(n_bits):
+        word |= octets[..., j].long() << (8 * j)
+    codes = torch.stack([(word >> (n_bits * i)) & (2**n_bits - 1) for i in range(8)], dim=-1).to(torch.uint8)
+    return codes.reshape(rows, -1)[:, :count].reshape(tuple(shape))

@@ -1,0 +1,314 @@
+"""Quantizers, and the layers that quantize their input and their weight.
+
+A quantizer maps a real x to an integer code q in low..high and back, with a step size `delta` and a zero point:
+
+    q = clamp(round(x / delta) + zero_point, low, high)          x' = (q - zero_point) * delta
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdiff.config import BITS, SCALE_METHODS, QuantConfig
+from qdiff.packing import pack, packed_bytes, unpack
+
+MIN_DELTA = 1e-8
+TINY = 1e-30  # of the mse search, which the reference leaves unlimited: only against division by 0
+CANDIDATES = 80  # of the mse search, each 1 % of the full range below the last
+MSE_POWER = 2.4
+
+
+def lp_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
+    """|prediction - target|^p, summed over the channels (dimension 1) and averaged over the rest."""
+    return (prediction - target).abs().pow(p).sum(1).mean()
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """round(x), half to even, with the gradient of the identity (the straight-through estimator)."""
+    return (x.round() - x).detach() + x if torch.is_grad_enabled() else x.round()
+
+
+class Quantizer(nn.Module):
+    """What all quantizers share: bits, limits, `delta` and `zero_point`.
+
+    n_bits: 2..16. symmetric: signed codes -2^(b-1)..2^(b-1)-1 and zero point 0, in place of 0..2^b-1.
+    `delta` and `zero_point` (float32, [] or one a channel, broadcastable to x) are NaN until they are set.
+    While `enabled` is False the quantizer hands its input on; `QuantModel.set_quant_state` switches it.
+    """
+
+    delta: Tensor
+    zero_point: Tensor
+
+    def __init__(self, n_bits: int = 8, symmetric: bool = False):
+        super().__init__()
+        if n_bits not in BITS or isinstance(n_bits, bool):
+            raise ValueError(f"n_bits is {n_bits!r}: it must be a whole number in {BITS[0]}..{BITS[-1]}")
+        self.n_bits = n_bits
+        self.symmetric = symmetric
+        self.enabled = True
+        self.register_buffer("delta", torch.tensor(float("nan")))
+        self.register_buffer("zero_point", torch.tensor(float("nan")))
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return -(2 ** (self.n_bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        """The highest code."""
+        return self.low + 2**self.n_bits - 1
+
+    @property
+    def is_set(self) -> bool:
+        """Whether delta and zero_point have values."""
+        return not bool(self.delta.isnan().any())
+
+    def set(self, delta: Tensor, zero_point: Tensor) -> None:
+        """Take these values. Raises ValueError unless delta is positive and finite and zero_point whole."""
+        if delta.shape != zero_point.shape:
+            raise ValueError(f"delta {tuple(delta.shape)} and zero_point {tuple(zero_point.shape)} differ in shape")
+        if not bool((torch.isfinite(delta) & (delta > 0)).all()):
+            raise ValueError("delta must be positive and finite")
+        if not bool((torch.isfinite(zero_point) & (zero_point == zero_point.round())).all()):
+            raise ValueError("zero_point must be a whole number")
+        device = self.delta.device
+        self.delta = delta.detach().to(device, torch.float32)
+        self.zero_point = zero_point.detach().to(device, torch.float32)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of x, as float32 of x's shape."""
+        raise NotImplementedError
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return (codes - self.zero_point) * self.delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x' for x of any float dtype, in its dtype; computed in float32."""
+        return self.dequantize(self.codes(x)).to(x.dtype) if self.enabled else x
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, symmetric={self.symmetric}"
+
+
+class UniformAffineQuantizer(Quantizer):
+    """Rounds to nearest, ties to even; its range is fitted to data by `fit` or given by `set_range`.
+
+    channel_wise: one range for each index of dimension 0. scale_method: "max", "max_scale" or "mse", see QuantConfig.
+    always_zero: the zero point is 0 and the range [0, max], as the softmax output needs.
+    """
+
+    def __init__(
+        self,
+        n_bits: int = 8,
+        symmetric: bool = False,
+        channel_wise: bool = False,
+        scale_method: str = "max",
+        always_zero: bool = False,
+    ):
+        super().__init__(n_bits, symmetric)
+        if scale_method not in SCALE_METHODS:
+            raise ValueError(f"scale_method is {scale_method!r}: it must be one of {', '.join(SCALE_METHODS)}")
+        if symmetric and always_zero:
+            raise ValueError("always_zero is for unsigned codes: symmetric ones have zero point 0 anyway")
+        self.channel_wise = channel_wise
+        self.scale_method = scale_method
+        self.always_zero = always_zero
+
+    def codes(self, x: Tensor) -> Tensor:
+        return (round_ste(x.float() / self.delta) + self.zero_point).clamp(self.low, self.high)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> "UniformAffineQuantizer":
+        """Set delta and zero_point from the values of x; returns self. Raises ValueError if x holds NaN or inf."""
+        rows = x.detach().float().reshape(x.shape[0] if self.channel_wise else 1, -1)
+        low, high = rows.min(dim=1).values, rows.max(dim=1).values
+        if not bool(torch.isfinite(low + high).all()):
+            raise ValueError("cannot fit a range to data with NaN or infinite values")
+        delta, zero_point = self._search(rows, low, high) if self.scale_method == "mse" else self._full(low, high)
+        shape = (-1, *[1] * (x.ndim - 1)) if self.channel_wise else ()
+        self.set(delta.float().reshape(shape), zero_point.float().reshape(shape))
+        return self
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set delta and zero_point so that the codes span [low, high], both [] or one a channel."""
+        self.set(*self._affine(low, high))
+
+    def _full(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        # In float64, and rounded once. Zero must be within the range: all-positive data clips otherwise.
+        low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+        if self.scale_method == "max_scale":
+            low, high = low * (self.n_bits + 2) / 8, high * (self.n_bits + 2) / 8
+        return self._affine(low, high)
+
+    def _affine(self, low: Tensor, high: Tensor, min_delta: float = MIN_DELTA) -> tuple[Tensor, Tensor]:
+        """delta and zero_point whose codes span [low, high] (its part from 0 on, or its hull about 0)."""
+        if self.symmetric:
+            delta = torch.maximum(low.abs(), high.abs()) / self.high
+        elif self.always_zero:
+            delta = high / self.high
+        else:
+            delta = (high - low) / self.high
+        delta = delta.clamp(min=min_delta)
+        if self.symmetric or self.always_zero:
+            return delta, torch.zeros_like(delta)
+        return delta, (-low / delta).round()
+
+    def _search(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The shrinking of [low, high] with the least mean |x - x'|^2.4, row by row."""
+        best_delta, best_zero = self._affine(low, high, TINY)
+        best = torch.full_like(low, float("inf"))
+        for i in range(CANDIDATES):
+            shrink = 1 - i * 0.01
+            delta, zero_point = self._affine(low * shrink, high * shrink, TINY)
+            codes = (rows / delta[:, None]).round_().add_(zero_point[:, None]).clamp_(self.low, self.high)
+            error = codes.sub_(zero_point[:, None]).mul_(delta[:, None]).sub_(rows).abs_().pow_(MSE_POWER).mean(dim=1)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_delta = torch.where(better, delta, best_delta)
+            best_zero = torch.where(better, zero_point, best_zero)
+        return best_delta, best_zero
+
+
+class FrozenQuantizer(Quantizer):
+    """A weight whose codes are decided: it holds them, packed at their width, and gives them whatever it is asked for.
+
+    shape: of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.packing`.
+    """
+
+    packed: Tensor
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor):
+        """Freeze the codes that `quantizer` gives `weight` at present."""
+        super().__init__(quantizer.n_bits, quantizer.symmetric)
+        self.enabled = quantizer.enabled
+        self.shape = tuple(weight.shape)
+        self.to(weight.device)
+        self.set(quantizer.delta, quantizer.zero_point)
+        with torch.no_grad():
+            self.register_buffer("packed", pack(quantizer.codes(weight) - self.low, self.n_bits))
+
+    @classmethod
+    def from_packed(
+        cls, packed: Tensor, shape: tuple[int, ...], n_bits: int, delta: Tensor, zero_point: Tensor
+    ) -> "FrozenQuantizer":
+        """From what a file holds. Raises ValueError if the sizes do not fit each other."""
+        rows = (shape[0], packed_bytes(shape, n_bits))
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != rows:
+            raise ValueError(f"codes {tuple(packed.shape)} {packed.dtype} do not hold {n_bits} bits for {shape}")
+        quantizer = cls.__new__(cls)
+        Quantizer.__init__(quantizer, n_bits)
+        quantizer.shape = tuple(shape)
+        quantizer.set(delta, zero_point)
+        quantizer.register_buffer("packed", packed)
+        return quantizer
+
+    def codes(self, x: Tensor | None = None) -> Tensor:
+        return unpack(self.packed, self.shape, self.n_bits).to(torch.float32).add_(self.low)
+
+
+class QuantModule(nn.Module):
+    """A Conv2d, Conv1d or Linear that quantizes its input and its weight: op(act_quantizer(x), quantized weight, bias).
+
+    It shares weight and bias with the layer that it stands for, under the same names. Ranges are not fitted yet:
+    call `fit_weight`, calibrate the activations, or load a cali_ckpt.
+    """
+
+    def __init__(self, layer: nn.Module, config: QuantConfig):
+        super().__init__()
+        self.op, self.options = _operation(layer)
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+        self.weight_quantizer: Quantizer = weight_quantizer(config)
+        self.act_quantizer: nn.Module = act_quantizer(config)
+        self._layer = (layer,)  # in a tuple: not a submodule, its parameters are ours
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer that this one stands for."""
+        return self._layer[0]
+
+    def weight_parts(self) -> dict[str, Tensor]:
+        """The name of each weight quantizer -> the part of the weight that it quantizes."""
+        return {"weight_quantizer": self.weight}
+
+    def fit_weight(self) -> None:
+        """Fit the ranges of the weight."""
+        for name, part in self.weight_parts().items():
+            getattr(self, name).fit(part)
+
+    def quantized_weight(self) -> Tensor:
+        return self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return self.act_quantizer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(self.quantized_input(x), self.quantized_weight(), self.bias, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"{self.op.__name__}, {tuple(self.weight.shape)}"
+
+
+class SplitQuantModule(QuantModule):
+    """A layer on the concatenation [h, skip] of the decoder: each half has its own ranges, for input and weight.
+
+    split: channels of h. The two halves come from different depths, and their values from different ranges.
+    """
+
+    def __init__(self, layer: nn.Module, config: QuantConfig, split: int):
+        super().__init__(layer, config)
+        if not 0 < split < self.weight.shape[1]:
+            raise ValueError(f"split is {split}: it must lie within the {self.weight.shape[1]} input channels")
+        self.split = split
+        self.weight_quantizer_0: Quantizer = weight_quantizer(config)
+        self.act_quantizer_0: nn.Module = act_quantizer(config)
+
+    def weight_parts(self) -> dict[str, Tensor]:
+        first, second = self.weight[:, : self.split], self.weight[:, self.split :]
+        return {"weight_quantizer": first, "weight_quantizer_0": second}
+
+    def quantized_weight(self) -> Tensor:
+        parts = self.weight_parts()
+        return torch.cat([getattr(self, name)(part) for name, part in parts.items()], dim=1)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        h, skip = x[:, : self.split], x[:, self.split :]
+        return torch.cat([self.act_quantizer(h), self.act_quantizer_0(skip)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, split={self.split}"
+
+
+def weight_quantizer(config: QuantConfig) -> UniformAffineQuantizer:
+    return UniformAffineQuantizer(config.weight_bit, channel_wise=True, scale_method=config.scale_method)
+
+
+def act_quantizer(config: QuantConfig) -> nn.Module:
+    """For an activation; the identity where activations stay float."""
+    if not config.quant_act:
+        return nn.Identity()
+    return UniformAffineQuantizer(config.act_bit, config.act_symmetric, scale_method=config.act_scale_method)
+
+
+def softmax_quantizer(config: QuantConfig) -> nn.Module:
+    """For a softmax output: unsigned, and 0 is exact."""
+    if not config.quant_act:
+        return nn.Identity()
+    return UniformAffineQuantizer(config.sm_abit, scale_method=config.act_scale_method, always_zero=True)
+
+
+def _operation(layer: nn.Module) -> tuple[Callable[..., Tensor], dict]:
+    """The function of a layer, and its keyword arguments."""
+    if isinstance(layer, nn.Linear):
+        return F.linear, {}
+    functions = {nn.Conv2d: F.conv2d, nn.Conv1d: F.conv1d}
+    for kind, function in functions.items():
+        if isinstance(layer, kind) and layer.padding_mode == "zeros":
+            names = ("stride", "padding", "dilation", "groups")
+            return function, {name: getattr(layer, name) for name in names}
+    raise ValueError(f"cannot quantize {layer}: Linear, Conv1d and Conv2d with zero padding are supported")

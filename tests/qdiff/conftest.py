@@ -1,0 +1,71 @@
+"""The small quantized UNet of the recorded reference data."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm.util import instantiate_from_config
+from qdiff import QuantConfig, QuantModel
+
+GOLDENS = "tests/goldens"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return load_file(f"{GOLDENS}/q_ckpt_golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_facts():
+    with open(f"{GOLDENS}/q_ckpt_golden.json") as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="session")
+def golden_ckpt():
+    return f"{GOLDENS}/q_cali_w4a8.pth"
+
+
+@pytest.fixture(scope="session")
+def golden_tensors(golden_ckpt):
+    return torch.load(golden_ckpt, weights_only=True)
+
+
+@pytest.fixture
+def make_unet(golden_tensors):
+    """() -> the float UNet of the golden cali_ckpt, anew."""
+
+    def make():
+        unet = instantiate_from_config(OmegaConf.load(f"{GOLDENS}/q_unet.yaml"))
+        names = unet.state_dict().keys()
+        unet.load_state_dict({name: golden_tensors[f"model.{name}"] for name in names})
+        return unet.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_qnn(make_unet):
+    """(**settings) -> that UNet quantized, without ranges."""
+
+    def make(**settings):
+        return QuantModel(make_unet(), QuantConfig(**settings))
+
+    return make
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture
+def assert_close():
+    def check(actual, expected, rtol=1e-5):
+        assert actual.shape == expected.shape
+        error = relative_error(actual, expected)
+        assert error <= rtol, f"relative error {error:.2e}"
+
+    return check
