@@ -137,7 +137,7 @@ def chosen_calls(calls: int, steps: int) -> list[int]:
 
 @contextmanager
 def recorded_inputs(unet: nn.Module, calls: list[int]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Within the block, the arguments (x, t, context) of the UNet's calls number `calls` are kept, in the list given."""
+    """Within the block, the arguments (x, t, context) of the UNet's calls number `calls` are put into the list."""
     kept: list[tuple[Tensor, ...]] = []
     wanted, seen = set(calls), 0
 
@@ -328,7 +328,8 @@ def _observed(qnn: QuantModel, values_a_call: int, seed: int, running: bool) -> 
     """Within the block Observers stand in the slots of all activation quantizers."""
     quantizers: dict[str, Quantizer] = qnn.act_quantizers()
     observers = {
-        name: Observer(quantizer, values_a_call, seed + i, running) for i, (name, quantizer) in enumerate(quantizers.items())
+        name: Observer(quantizer, values_a_call, seed + i, running)
+        for i, (name, quantizer) in enumerate(quantizers.items())
     }
     try:
         for name, observer in observers.items():

@@ -2,9 +2,9 @@
 
 Under the prefix `model.` stand the float weights, unchanged, and beside each layer's `weight`
 
-    weight_quantizer.alpha, .delta, .zero_point     AdaRound: w' = (clamp(floor(w / delta) + (alpha >= 0) + z) - z) delta
-    act_quantizer.delta, .zero_point                only if activations are quantized; so are act_quantizer_{q,k,v,w}
-    weight_quantizer_0.*, act_quantizer_0.*         the second part of a split layer
+    weight_quantizer.alpha, .delta, .zero_point   AdaRound: w' = (clamp(floor(w / delta) + (alpha >= 0) + z) - z) delta
+    act_quantizer.delta, .zero_point              only if activations are quantized; so are act_quantizer_{q,k,v,w}
+    weight_quantizer_0.*, act_quantizer_0.*       the second part of a split layer
 
 Bit widths are not in the file. They show in the zero points, which lie in 0..2^b - 1 and, over thousands of channels,
 reach its upper half.

@@ -44,9 +44,7 @@ class QuantModel(nn.Module):
         self.eval()
         self.set_quant_state(False, False)
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """As UNetModel.forward."""
         return self.model(x, timesteps, context=context, y=y)
 
@@ -68,7 +66,9 @@ class QuantModel(nn.Module):
     def weight_quantizers(self) -> dict[str, Quantizer]:
         """All quantizers of weights, by name."""
         return {
-            f"{name}.{part}": getattr(layer, part) for name, layer in self.layers().items() for part in layer.weight_parts()
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in self.layers().items()
+            for part in layer.weight_parts()
         }
 
     def act_quantizers(self) -> dict[str, Quantizer]:

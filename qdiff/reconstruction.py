@@ -111,8 +111,15 @@ def _sum_gradients(parameters: list[Tensor], loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def mean_error(forward: Callable[..., Tensor], inputs: list[Tensor], target: Tensor, p: float, batch: int, device) -> float:
-    """lp_loss over all samples."""
+def mean_error(
+    forward: Callable[..., Tensor],
+    inputs: list[Tensor],
+    target: Tensor,
+    p: float,
+    batch: int,
+    device: torch.device,
+) -> float:
+    """lp_loss over all samples, `batch` at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for number, start in enumerate(range(0, len(target), batch)):
         if number % world_size() == rank():
@@ -235,14 +242,18 @@ def _put_back(quantizers: list[UniformAffineQuantizer], deltas: list[Tensor]) ->
 # --- one unit of a model -----------------------------------------------------------------------------------
 
 
-def block_reconstruction(qnn: QuantModel, name: str, data: CalibrationSet, config: ReconConfig, **options) -> UnitReport:
+def block_reconstruction(
+    qnn: QuantModel, name: str, data: CalibrationSet, config: ReconConfig, **options
+) -> UnitReport:
     """Reconstruct the block `name`; see `unit_reconstruction`."""
     if not isinstance(qnn.units().get(name), BaseQuantBlock):
         raise ValueError(f"{name!r} is no block of this model")
     return unit_reconstruction(qnn, name, data, config, **options)
 
 
-def layer_reconstruction(qnn: QuantModel, name: str, data: CalibrationSet, config: ReconConfig, **options) -> UnitReport:
+def layer_reconstruction(
+    qnn: QuantModel, name: str, data: CalibrationSet, config: ReconConfig, **options
+) -> UnitReport:
     """Reconstruct the layer `name`, which is outside of blocks; see `unit_reconstruction`."""
     if not isinstance(qnn.units().get(name), QuantModule):
         raise ValueError(f"{name!r} is no layer of this model outside of its blocks")
@@ -257,14 +268,16 @@ def unit_reconstruction(
     *,
     phase: str,
     cache: Cache,
+    batch_size: int = 8,
     before_forward: BeforeForward | None = None,
     progress: Progress = lambda steps: None,
 ) -> UnitReport:
     """Learn the roundings (`phase` "weights") or the step sizes ("activations") of one unit of the model.
 
     Units come in the order of `qnn.units()`, first all weights, then all activations. The result depends on the
-    model's state, the data and config.seed alone. progress(steps) is called as steps are done. The model's other
-    units and its state are left as they are; requires_grad is off for all its parameters afterwards.
+    model's state, the data and config.seed alone. batch_size: samples a forward pass of the model. progress(steps) is
+    called as steps are done. The model's other units and its state are left as they are; requires_grad is off for all
+    its parameters afterwards.
     """
     if phase not in ("weights", "activations"):
         raise ValueError(f"phase is {phase!r}: it must be weights or activations")
@@ -273,7 +286,7 @@ def unit_reconstruction(
     qnn.requires_grad_(False)
     act = phase == "activations"
     learn = learn_step_sizes if act else learn_rounding
-    options = {"batch_size": config.batch_size, "cache": cache, "before_forward": before_forward}
+    options = {"batch_size": batch_size, "cache": cache, "before_forward": before_forward}
     try:
         with qnn.quant_state(False, False):
             (target,) = capture(qnn, unit, data, output=True, **options)

@@ -26,7 +26,8 @@ from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seede
 from ldm.util import load_model_from_config
 from scripts.console import logger
 from scripts.files import file_sha256
-from scripts.flags import given_flags, merge_options, refuse_quantization
+from scripts.flags import given_flags, merge_options
+from scripts.quantization import Quantization, choose_quantization, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
@@ -40,6 +41,10 @@ CHECKPOINTS = {
         ROOT / "models/ldm/stable-diffusion-v1/model.safetensors",
     ),
     EMBEDDED: (ROOT / "models/ldm/shapes/model.safetensors",),
+}
+# The cali_ckpts that come with a checkpoint, by the bits of its weights.
+CALI_CKPTS = {
+    CHECKPOINTS[EMBEDDED][0]: {bits: ROOT / f"models/ldm/shapes/cali_w{bits}a8.safetensors" for bits in (4, 8)},
 }
 
 
@@ -68,6 +73,11 @@ class ModelChoice:
 
     def __str__(self) -> str:
         return f"{self.description} ({self.ckpt})"
+
+    @property
+    def cali_ckpts(self) -> Mapping[int, Path]:
+        """The cali_ckpts that come with the checkpoint, by the bits of its weights."""
+        return CALI_CKPTS.get(self.ckpt.resolve(), {})
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
@@ -174,14 +184,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def build_model(args: argparse.Namespace, choice: ModelChoice) -> nn.Module:
-    """The chosen LatentDiffusion on its device, ready to draw. Token merging comes last, after all else."""
-    refuse_quantization(args)
+    """The chosen LatentDiffusion on its device, ready to draw: quantized, then with its tokens merged, as asked."""
     device = choose_device(args.device)
-    merge = merge_options(args)
+    merge, quantization = merge_options(args), choose_quantization(args, choice.cali_ckpts)
     model = load_model_from_config(
         choice.config, choice.ckpt, device, tokenizer=args.tokenizer, verbose=getattr(args, "verbose", False)
     )
     getattr(model.cond_stage_model, "tokenizer", None)  # read now, since what it lacks should be told before all else
+    if quantization is not None:
+        if args.cond and model.model.conditioning_key is None:
+            raise ValueError("--cond is given, but the model takes no condition: leave it out")
+        quantize(model, quantization)
     if merge is not None:
         tomesd.apply_patch(model, **asdict(merge))
     return model
@@ -195,8 +208,8 @@ class SamplingOptions:
     """How pictures are drawn, all defaults resolved.
 
     height, width: pixels. sampler: a key of SAMPLERS. steps: asked for; steps_taken: those that this gives (see
-    `make_ddim_timesteps`). eta in [0, 1], of DDIM. precision: autocast or full. merge: what the model's tokens are
-    merged by, None without.
+    `make_ddim_timesteps`). eta in [0, 1], of DDIM. precision: autocast or full. merge, quantization: how the model's
+    tokens are merged and its numbers quantized, None without.
     """
 
     height: int
@@ -209,6 +222,7 @@ class SamplingOptions:
     negative_prompt: str
     precision: str
     merge: tomesd.MergeOptions | None
+    quantization: Quantization | None = None
 
 
 def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingOptions:
@@ -242,6 +256,7 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
         negative_prompt=args.negative_prompt or "",
         precision=args.precision or ("autocast" if on_gpu else "full"),
         merge=merge_options(args),
+        quantization=choose_quantization(args, choice.cali_ckpts),
     )
 
 

@@ -47,7 +47,13 @@ from scripts.common import (
 )
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
-from scripts.flags import add_model_arguments, add_noise_arguments, add_sampler_arguments, add_tome_arguments
+from scripts.flags import (
+    add_model_arguments,
+    add_noise_arguments,
+    add_quantization_arguments,
+    add_sampler_arguments,
+    add_tome_arguments,
+)
 
 READER = ROOT / "models/ldm/shapes/reader.safetensors"
 WITH_IMAGES = ("images", "outdir", "reader", "device", "n_samples", "verbose")  # flags that --images leaves a meaning
@@ -62,8 +68,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("what to judge").add_argument
     add("--n", type=number(int, 1), default=256, metavar="N", help="captions of each split (default: %(default)s)")
-    # `split` is the name of txt2img's flag of quantization
-    add("--split", dest="captions", default="both", choices=["test", "heldout", "both"], help="default: %(default)s")
+    add("--captions", default="both", choices=["test", "heldout", "both"], help="of which part (default: %(default)s)")
     add("--images", type=Path, metavar="DIR", help="judge the PNGs of DIR instead of generating")
     add("--reader", type=Path, default=READER, metavar="FILE", help="the detector's weights (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/attributes"), metavar="DIR", help="default: %(default)s")
@@ -72,6 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_sampler_arguments(parser)
     add_noise_arguments(parser)
     add_tome_arguments(parser)
+    add_quantization_arguments(parser)
     parser.set_defaults(config=str(EMBEDDED), seed=0, n_samples=16)
     args = parser.parse_args(argv)
     if args.images is not None:
@@ -83,7 +89,7 @@ def refuse_generation(parser: ArgumentParser, argv: Sequence[str], args: argpars
     """Leave with an error if a flag stands on the command line that --images gives no meaning."""
     without_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = [name for name, value in vars(parser.parse_args(argv, without_defaults)).items() if value is not None]
-    idle = ["split" if name == "captions" else name for name in given if name not in WITH_IMAGES]
+    idle = [name for name in given if name not in WITH_IMAGES]
     if idle:
         flags = ", ".join(f"--{name}" for name in idle)
         parser.error(f"with --images nothing is generated, so {flags} has no effect: leave it out")

@@ -114,27 +114,39 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("quantization (not available in this version)")
-    for name in QUANTIZATION_FLAGS:
-        if name in ("weight_bit", "act_bit", "sm_abit"):
-            group.add_argument(f"--{name}", type=number(int, 1), metavar="BITS")
-        elif name in ("quant_mode", "cali_ckpt"):
-            group.add_argument(f"--{name}", metavar={"quant_mode": "MODE", "cali_ckpt": "FILE"}[name])
-        else:
-            group.add_argument(f"--{name}", action="store_true", default=None)
+    """The flags that take a calibrated model; what they do not say, the cali_ckpt does."""
+    group = parser.add_argument_group("quantization (with --ptq; what is not given, the cali_ckpt says)")
+    group.add_argument("--ptq", action="store_true", default=None, help="draw with the quantized model")
+    group.add_argument(
+        "--cali_ckpt", metavar="FILE", help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)"
+    )
+    add_bit_arguments(group)
+    group.add_argument("--quant_mode", choices=["qdiff", "linear"], help="how the cali_ckpt was made")
+    group.add_argument("--cond", action="store_true", default=None, help="the model must be a conditional one")
+    group.add_argument(
+        "--no_grad_ckpt", action="store_true", default=None, help="build the UNet without gradient checkpointing"
+    )
+
+
+def add_bit_arguments(group: Any) -> None:
+    """What is quantized to how many bits; the flags have no defaults."""
+    bits = number(int, 2, 16)
+    group.add_argument("--weight_bit", type=bits, metavar="BITS", help="of weights, 2..16")
+    group.add_argument(
+        "--quant_act",
+        action=argparse.BooleanOptionalAction,
+        help="quantize activations as well; --no-quant_act leaves them float",
+    )
+    group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
+    group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
+    group.add_argument(
+        "--split", action="store_true", default=None, help="the halves of shortcuts are quantized by themselves"
+    )
 
 
 def given_flags(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Of the flags `names`, which have no default and need not be the command's, those on the command line."""
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-
-def refuse_quantization(args: argparse.Namespace) -> None:
-    """Raise ValueError if a flag of the quantization group is given."""
-    given = given_flags(args, QUANTIZATION_FLAGS)
-    if given:
-        flags = ", ".join(f"--{name}" for name in given)
-        raise ValueError(f"quantization is not available in this version: leave out {flags}")
 
 
 def merge_options(args: argparse.Namespace) -> tomesd.MergeOptions | None:

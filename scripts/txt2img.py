@@ -48,7 +48,6 @@ from scripts.flags import (
     add_sampler_arguments,
     add_size_arguments,
     add_tome_arguments,
-    refuse_quantization,
 )
 
 # Settings that do not shape a picture: a resumed run may have others.
@@ -98,7 +97,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--n_rows has no effect with --skip_grid: leave one of them out")
     if args.skip_save and args.resume:
         parser.error("--resume goes by the pictures that --skip_save does not write: leave one of them out")
-    refuse_quantization(args)
     return args
 
 
@@ -136,7 +134,7 @@ def collect_settings(
         "n_samples": args.n_samples,
         "seed": args.seed,
         "fixed_code": args.fixed_code,
-        **asdict(options),  # the values of `merge` are plain as well
+        **asdict(options),  # the values of `merge` and `quantization` are plain as well
         "device": choose_device(args.device).type,
         "model": choice.description,
         "config": str(choice.config_path),
@@ -194,6 +192,8 @@ def picture_texts(settings: Mapping[str, Any], job: Job) -> dict[str, str]:
     left_out = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
     own = {"prompt": job.prompt, **{name: value for name, value in settings.items() if name not in left_out}}
     own |= {name: Path(own[name]).name for name in ("config", "ckpt", "tokenizer") if own[name]}
+    if own["quantization"]:
+        own["quantization"] = {**own["quantization"], "cali_ckpt": Path(own["quantization"]["cali_ckpt"]).name}
     own |= {"seed": job.seed, "run_seed": settings["seed"]}
     return {
         "prompt": job.prompt,
@@ -219,6 +219,8 @@ def _parameters(settings: Mapping[str, Any], job: Job) -> str:
     }
     if settings["eta"]:
         facts["Eta"] = f"{settings['eta']:g}"
+    if settings["quantization"]:
+        facts["Quantization"] = settings["quantization"]["bits"]
     if settings["merge"]:
         facts["Token merging ratio"] = f"{settings['merge']['ratio']:g}"
     lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))

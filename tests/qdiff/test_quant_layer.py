@@ -17,6 +17,7 @@ from qdiff.quant_layer import (
     SplitQuantModule,
     UniformAffineQuantizer,
     lp_loss,
+    round_ste,
 )
 
 GOLDENS = "tests/goldens"
@@ -76,3 +77,522 @@ def test_fitted_ranges_and_outputs_are_exact(golden):
         assert torch.equal(quantizer(x), golden[f"{name}/out"]), name
         compared += 1
     assert compared > 300
+
+
+# --- what the reference does next --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_second_input_with_a_fitted_range(golden, method):
+    name = f"uaq/frozen_act4d/b8_sym0_cw0_{method}_az0"
+    quantizer = UniformAffineQuantizer(8, scale_method=method).fit(golden["uaq/x_act4d"])
+    assert torch.equal(quantizer(golden[f"{name}/y"]), golden[f"{name}/y_out"])
+    assert torch.equal(quantizer.delta, golden[f"{name}/delta"])
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "always_zero"), [(8, 0, 0), (8, 0, 1), (16, 0, 1), (8, 1, 0)])
+def test_ranges_that_follow_the_batches(golden, bits, symmetric, always_zero):
+    """An exponential average of the extremes in steps 0 to 4; step 5 leaves the range alone."""
+    name = f"running/b{bits}_sym{symmetric}_az{always_zero}"
+    quantizer = UniformAffineQuantizer(bits, bool(symmetric), always_zero=bool(always_zero))
+    x = golden[f"{name}/step0/x"]
+    low, high = x.min(), x.max()
+    # The first range that the reference fits with a pinned zero point does not begin at 0: a defect.
+    quantizer.fit(x)
+    for step in range(1 if always_zero else 0, 6):
+        x = golden[f"{name}/step{step}/x"]
+        if 0 < step < 5:
+            low, high = 0.95 * low + 0.05 * x.min(), 0.95 * high + 0.05 * x.max()
+            quantizer.set_range(low, high)
+        assert torch.equal(quantizer.delta, golden[f"{name}/step{step}/delta"]), step
+        assert torch.equal(quantizer.zero_point, golden[f"{name}/step{step}/zero_point"].float()), step
+        assert torch.equal(quantizer(x), golden[f"{name}/step{step}/out"]), step
+
+
+def test_straight_through_gradients(golden):
+    quantizer = UniformAffineQuantizer(4).fit(golden["grad/uaq/init_x"])
+    quantizer.delta = quantizer.delta.clone().requires_grad_()
+    y = golden["grad/uaq/y"].clone().requires_grad_()
+    out = quantizer(y)
+    (out * golden["grad/uaq/cotangent"]).sum().backward()
+    assert torch.equal(out, golden["grad/uaq/out"])
+    assert torch.equal(y.grad, golden["grad/uaq/grad_y"])
+    torch.testing.assert_close(quantizer.delta.grad, golden["grad/uaq/grad_delta"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_lp_loss(golden, p):
+    loss = lp_loss(golden["loss/pred"], golden["loss/tgt"], p)
+    torch.testing.assert_close(loss, golden[f"loss/lp_p{p}_none"], rtol=1e-6, atol=0)
+
+
+def test_gradients_do_not_change_the_rounding():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100
+    x[:4] = torch.tensor([0.5, 1.5, -0.5, 2.5])
+    assert torch.is_grad_enabled()
+    assert torch.equal(round_ste(x), x.round())
+
+
+# --- quantizers, by hand -----------------------------------------------------------------------------------
+
+
+def with_range(n_bits, delta, zero_point, symmetric=False):
+    quantizer = UniformAffineQuantizer(n_bits, symmetric)
+    quantizer.set(torch.tensor(delta), torch.tensor(zero_point))
+    return quantizer
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_unsigned_codes_by_hand():
+    quantizer = with_range(2, 0.5, 1.0)
+    x = torch.tensor([-1.0, -0.5, -0.25, 0.25, 0.75, 1.6])  # -2, -1, -0.5, 0.5, 1.5 and 3.2 steps
+    assert quantizer.codes(x).tolist() == [0, 0, 1, 1, 3, 3]
+    assert quantizer(x).tolist() == [-0.5, -0.5, 0, 0, 1, 1]
+
+
+def test_signed_codes_by_hand():
+    quantizer = with_range(3, 2.0, 0.0, symmetric=True)
+    x = torch.tensor([-20.0, -8.0, -1.0, 1.0, 3.0, 5.0, 20.0])
+    assert quantizer.codes(x).tolist() == [-4, -4, 0, 0, 2, 2, 3]
+    assert quantizer(x).tolist() == [-8, -8, 0, 0, 4, 4, 6]
+
+
+@pytest.mark.parametrize("n_bits", range(2, 17))
+def test_limits_of_the_codes(n_bits):
+    unsigned, signed = Quantizer(n_bits), Quantizer(n_bits, symmetric=True)
+    assert (unsigned.low, unsigned.high) == (0, 2**n_bits - 1)
+    assert (signed.low, signed.high) == (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+
+
+def test_one_range_a_channel_by_hand():
+    quantizer = UniformAffineQuantizer(2, channel_wise=True)
+    quantizer.fit(torch.tensor([[-1.0, 2.0], [0.0, 30.0]]))
+    assert quantizer.delta.tolist() == [[1], [10]]
+    assert quantizer.zero_point.tolist() == [[1], [0]]
+    assert quantizer(torch.tensor([[1.2, 9.0], [12.0, -5.0]])).tolist() == [[1, 2], [10, 0]]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2)])
+def test_ranges_broadcast_over_the_channel(shape):
+    x = random(*shape)
+    quantizer = UniformAffineQuantizer(8, channel_wise=True).fit(x)
+    assert quantizer.delta.shape == quantizer.zero_point.shape == (4, *[1] * (len(shape) - 1))
+    assert UniformAffineQuantizer(8).fit(x).delta.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "delta", "zero_point"),
+    [({}, 4 / 3, 1.0), ({"symmetric": True}, 3.0, 0.0), ({"always_zero": True}, 1.0, 0.0)],
+)
+def test_set_range_by_hand(settings, delta, zero_point):
+    """[-1, 3] in two bits: codes 0..3 (0 is code round(3 / 4)), -2..1, and 0..3 from 0 on."""
+    quantizer = UniformAffineQuantizer(2, **settings)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(3.0))
+    assert quantizer.delta.item() == pytest.approx(delta, rel=1e-6)
+    assert quantizer.zero_point.item() == zero_point
+
+
+def test_set_range_of_channels():
+    quantizer = UniformAffineQuantizer(2, channel_wise=True)
+    quantizer.set_range(torch.tensor([[-3.0], [0.0]]), torch.tensor([[0.0], [6.0]]))
+    assert quantizer.delta.tolist() == [[1], [2]]
+    assert quantizer.zero_point.tolist() == [[3], [0]]
+
+
+def test_a_fit_keeps_no_graph():
+    weight = nn.Parameter(random(4, 9))
+    quantizer = UniformAffineQuantizer(4, channel_wise=True).fit(weight)
+    assert not quantizer.delta.requires_grad and not quantizer.zero_point.requires_grad
+
+
+# --- defects of the reference that are not ours ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel_wise", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_sided_data_does_not_clip(sign, channel_wise):
+    x = sign * (3 + random(4, 50).abs())
+    quantizer = UniformAffineQuantizer(4, channel_wise=channel_wise).fit(x)
+    assert bool(((quantizer(x) - x).abs() <= quantizer.delta * 0.5001).all())
+    assert quantizer(torch.zeros(4, 1)).tolist() == [[0]] * 4
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("n_bits", [2, 4, 6, 8, 16])
+def test_max_scale_scales_the_step(n_bits, symmetric):
+    x = random(4, 50)
+    full = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(x)
+    scaled = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True, scale_method="max_scale").fit(x)
+    torch.testing.assert_close(scaled.delta, full.delta * (n_bits + 2) / 8, rtol=1e-6, atol=0)
+    assert torch.equal(scaled.zero_point, full.zero_point)
+
+
+def steps_of_least_error(x, n_bits):
+    """Of 80 steps for signed codes, 1 % apart, the one with the least mean |error|^2.4, row by row, in float64."""
+    x, high = x.double(), 2 ** (n_bits - 1) - 1
+    steps = [x.abs().amax(1, keepdim=True) * (1 - 0.01 * i) / high for i in range(80)]
+    errors = [((x / step).round().clamp(-high - 1, high) * step - x).abs().pow(2.4).mean(1) for step in steps]
+    best = torch.stack(errors).argmin(0)
+    return torch.stack(steps)[best, torch.arange(len(x))]
+
+
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+def test_mse_of_signed_codes_has_the_least_error(n_bits):
+    x = random(6, 200) ** 3  # with outliers, so that the full range is not the best
+    quantizer = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True, scale_method="mse").fit(x)
+    expected = steps_of_least_error(x, n_bits)
+    torch.testing.assert_close(quantizer.delta.double(), expected, rtol=1e-6, atol=0)
+    assert quantizer.zero_point.abs().max() == 0
+    full = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True).fit(x)
+    assert (quantizer.delta < full.delta).any()
+
+
+@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
+def test_softmax_outputs_keep_their_zero(method):
+    """The range begins at 0 although the data does not."""
+    x = 0.2 + random(3, 8, 8).abs()
+    quantizer = UniformAffineQuantizer(8, scale_method=method, always_zero=True).fit(x)
+    assert quantizer.zero_point == 0
+    assert quantizer(torch.zeros(2)).tolist() == [0, 0]
+    if method == "max":
+        torch.testing.assert_close(quantizer.delta, x.max() / 255)
+
+
+@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"always_zero": True}, {"channel_wise": True}], ids=str)
+def test_zeros_stay_zeros(settings, method):
+    quantizer = UniformAffineQuantizer(4, scale_method=method, **settings).fit(torch.zeros(3, 5))
+    assert quantizer.is_set
+    assert torch.equal(quantizer(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+# --- dtypes, and switched off ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_bits", [4, 8, 16])
+def test_half_precision_is_computed_in_float32(n_bits, dtype):
+    x = random(8, 40).to(dtype)
+    quantizer = UniformAffineQuantizer(n_bits).fit(x)
+    assert quantizer.delta.dtype == quantizer.zero_point.dtype == torch.float32
+    assert torch.equal(quantizer.delta, UniformAffineQuantizer(n_bits).fit(x.float()).delta)
+    assert quantizer(x).dtype == dtype
+    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("n_bits", range(2, 17))
+def test_frozen_codes_of_half_precision_weights(n_bits, symmetric):
+    weight = random(4, 30).half()
+    quantizer = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(weight)
+    frozen = FrozenQuantizer(quantizer, weight)(weight)
+    assert frozen.dtype == torch.float16
+    assert torch.equal(frozen, quantizer(weight))
+
+
+@pytest.mark.parametrize("n_bits", [2, 8])
+def test_switched_off_is_the_identity(n_bits):
+    x = random(3, 4)
+    for quantizer in (UniformAffineQuantizer(n_bits), UniformAffineQuantizer(n_bits).fit(x)):
+        quantizer.enabled = False
+        assert quantizer(x) is x
+
+
+def test_unset_until_fitted():
+    quantizer = UniformAffineQuantizer(8)
+    assert not quantizer.is_set
+    assert quantizer.fit(random(5)) is quantizer
+    assert quantizer.is_set
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_bits", [0, 1, 17, 32, 4.5, "8", None, True])
+def test_other_bits_are_refused(n_bits):
+    with pytest.raises(ValueError, match=rf"^n_bits is {n_bits!r}: it must be a whole number in 2\.\.16$"):
+        UniformAffineQuantizer(n_bits)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"^scale_method is 'min': it must be one of max, max_scale, mse$"):
+        UniformAffineQuantizer(8, scale_method="min")
+
+
+def test_signed_codes_with_a_pinned_zero_are_refused():
+    with pytest.raises(ValueError, match="always_zero is for unsigned codes"):
+        UniformAffineQuantizer(8, symmetric=True, always_zero=True)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("delta", "zero_point", "message"),
+    [
+        ([0.0], [0.0], "delta must be positive and finite"),
+        ([-0.5], [0.0], "delta must be positive and finite"),
+        ([0.5, NAN], [0.0, 0.0], "delta must be positive and finite"),
+        ([0.5, INF], [0.0, 0.0], "delta must be positive and finite"),
+        ([0.5], [0.5], "zero_point must be a whole number"),
+        ([0.5], [NAN], "zero_point must be a whole number"),
+        ([0.5], [INF], "zero_point must be a whole number"),
+        ([0.5, 0.5], [0.0], r"delta \(2,\) and zero_point \(1,\) differ in shape"),
+    ],
+)
+def test_impossible_values_are_refused_and_change_nothing(delta, zero_point, message):
+    quantizer = with_range(8, 0.25, 3.0)
+    with pytest.raises(ValueError, match=message):
+        quantizer.set(torch.tensor(delta), torch.tensor(zero_point))
+    assert (quantizer.delta.item(), quantizer.zero_point.item()) == (0.25, 3.0)
+
+
+@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_fit_to_values_that_are_not_finite_is_refused(value, method):
+    x = random(4, 5)
+    x[2, 3] = value
+    quantizer = UniformAffineQuantizer(8, channel_wise=True, scale_method=method)
+    with pytest.raises(ValueError, match="cannot fit a range to data with NaN or infinite values"):
+        quantizer.fit(x)
+    assert not quantizer.is_set
+
+
+# --- frozen codes ------------------------------------------------------------------------------------------
+
+WEIGHTS = [(5, 7), (4, 3, 3, 3), (3, 2, 5), (6, 16)]  # rows of odd lengths, and whole octets
+
+
+def frozen_of(n_bits, shape=(4, 3, 3, 3), symmetric=False):
+    weight = random(*shape)
+    quantizer = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(weight)
+    return quantizer, weight, FrozenQuantizer(quantizer, weight)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("n_bits", range(2, 17))
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_frozen_equals_what_it_froze(shape, n_bits, symmetric):
+    quantizer, weight, frozen = frozen_of(n_bits, shape, symmetric)
+    assert torch.equal(frozen(weight), quantizer(weight))
+    assert torch.equal(frozen.codes(weight), quantizer.codes(weight))
+
+
+@pytest.mark.parametrize("n_bits", range(2, 17))
+@pytest.mark.parametrize("shape", [(6, 16), (2, 2, 2, 2)], ids=str)
+def test_frozen_codes_from_a_file(shape, n_bits):
+    quantizer, weight, frozen = frozen_of(n_bits, shape)
+    loaded = FrozenQuantizer.from_packed(frozen.packed, shape, n_bits, frozen.delta, frozen.zero_point)
+    assert torch.equal(loaded(weight), quantizer(weight))
+
+
+@pytest.mark.parametrize("n_bits", [b for b in range(2, 17) if b != 8])
+def test_frozen_codes_of_odd_rows_from_a_file(n_bits):
+    quantizer, weight, frozen = frozen_of(n_bits, (5, 3, 3, 3))
+    loaded = FrozenQuantizer.from_packed(frozen.packed, (5, 3, 3, 3), n_bits, frozen.delta, frozen.zero_point)
+    assert torch.equal(loaded(weight), quantizer(weight))
+
+
+def test_frozen_codes_do_not_follow_the_weight():
+    quantizer, weight, frozen = frozen_of(4)
+    assert torch.equal(frozen(weight + 1), quantizer(weight))
+
+
+def test_frozen_weights_take_half_a_byte_each():
+    _, weight, frozen = frozen_of(4, (6, 16))
+    assert frozen.packed.dtype == torch.uint8
+    assert frozen.packed.numel() == weight.numel() / 2
+    assert sorted(name for name, _ in frozen.named_buffers()) == ["delta", "packed", "zero_point"]
+    assert not list(frozen.parameters())
+
+
+def test_frozen_while_switched_off():
+    quantizer, weight, _ = frozen_of(4)
+    expected = quantizer(weight)
+    quantizer.enabled = False
+    frozen = FrozenQuantizer(quantizer, weight)
+    assert frozen(weight) is weight
+    frozen.enabled = True
+    assert torch.equal(frozen(weight), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (4, 17)}, r"codes \(4, 8\) torch.uint8 do not hold 4 bits for \(4, 17\)"),
+        ({"shape": (5, 16)}, r"codes \(4, 8\) torch.uint8 do not hold 4 bits for \(5, 16\)"),
+        ({"n_bits": 3}, "do not hold 3 bits"),
+        ({"n_bits": 16}, "do not hold 16 bits"),
+        ({"packed": torch.zeros(4, 7, dtype=torch.uint8)}, r"codes \(4, 7\)"),
+        ({"packed": torch.zeros(32, dtype=torch.uint8)}, r"codes \(32,\)"),
+        ({"packed": torch.zeros(4, 8, dtype=torch.int8)}, "torch.int8"),
+        ({"packed": torch.zeros(4, 8)}, "torch.float32"),
+        ({"delta": torch.zeros(4, 1)}, "delta must be positive"),
+        ({"zero_point": torch.full((4, 1), 0.5)}, "zero_point must be a whole number"),
+        ({"zero_point": torch.zeros(4)}, "differ in shape"),
+    ],
+)
+def test_packed_codes_that_do_not_fit_are_refused(change, message):
+    fitting = {
+        "packed": torch.zeros(4, 8, dtype=torch.uint8),
+        "shape": (4, 16),
+        "n_bits": 4,
+        "delta": torch.ones(4, 1),
+        "zero_point": torch.zeros(4, 1),
+    }
+    FrozenQuantizer.from_packed(**fitting)
+    with pytest.raises(ValueError, match=message):
+        FrozenQuantizer.from_packed(**(fitting | change))
+
+
+# --- layers ------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), (4, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2)), (2, 4, 5, 6)),
+    "conv2d with all options": (
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2, bias=False),
+        (2, 4, 9, 8),
+    ),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_input(request):
+    make, shape = LAYERS[request.param]
+    torch.manual_seed(0)
+    return make(), random(*shape)
+
+
+def switch(module, weights, acts):
+    for name, quantizer in module.named_modules():
+        if isinstance(quantizer, Quantizer):
+            quantizer.enabled = weights if "weight" in name else acts
+
+
+@pytest.mark.parametrize("acts", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("split", [0, 7])
+def test_recorded_layers(golden, split, weights, acts):
+    layer = nn.Conv2d(10, 6, 1)
+    layer.load_state_dict({name: golden[f"quantmodule/{name}"] for name in ("weight", "bias")})
+    config = QuantConfig(scale_method="mse")
+    module = SplitQuantModule(layer, config, split) if split else QuantModule(layer, config)
+    module.fit_weight()
+    x = golden["quantmodule/x"]
+    for name, part in zip(("act_quantizer", "act_quantizer_0"), x.split([7, 3], 1) if split else [x], strict=False):
+        getattr(module, name).fit(part)
+    quantizers = {name: part for name, part in module.named_modules() if isinstance(part, Quantizer)}
+    assert len(quantizers) == (4 if split else 2)
+    for name, quantizer in quantizers.items():
+        assert torch.equal(quantizer.delta, golden[f"quantmodule/split{split}/{name}.delta"])
+        assert torch.equal(quantizer.zero_point, golden[f"quantmodule/split{split}/{name}.zero_point"].float())
+    switch(module, weights, acts)
+    expected = golden[f"quantmodule/split{split}/w{weights:d}a{acts:d}"]
+    error = (module(x) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-6
+
+
+@torch.no_grad()
+def test_a_layer_switched_off_is_the_float_layer(layer_and_input):
+    layer, x = layer_and_input
+    module = QuantModule(layer, QuantConfig())
+    switch(module, False, False)
+    assert torch.equal(module(x), layer(x))
+
+
+@torch.no_grad()
+def test_a_layer_works_on_its_quantized_weight_and_input(layer_and_input):
+    layer, x = layer_and_input
+    module = QuantModule(layer, QuantConfig(weight_bit=3, act_bit=4))
+    module.fit_weight()
+    module.act_quantizer.fit(x)
+    actual = module(x)
+    weight = UniformAffineQuantizer(3, channel_wise=True).fit(layer.weight)(layer.weight)
+    layer.weight.copy_(weight)
+    assert torch.equal(actual, layer(UniformAffineQuantizer(4).fit(x)(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_in_half_precision(layer_and_input, dtype):
+    layer, x = (thing.to(dtype) for thing in layer_and_input)
+    module = QuantModule(layer, QuantConfig())
+    module.fit_weight()
+    module.act_quantizer.fit(x)
+    actual = module(x)
+    layer.weight.copy_(module.weight_quantizer(layer.weight))
+    assert actual.dtype == dtype
+    assert torch.equal(actual, layer(module.act_quantizer(x)))
+
+
+def test_a_layer_shares_its_parameters(layer_and_input):
+    layer, _ = layer_and_input
+    module = QuantModule(layer, QuantConfig())
+    assert module.layer is layer
+    assert module.weight is layer.weight and module.bias is layer.bias
+    assert [id(parameter) for parameter in module.parameters()] == [id(parameter) for parameter in layer.parameters()]
+    assert [key for key in module.state_dict() if "quantizer" not in key] == list(layer.state_dict())
+
+
+@torch.no_grad()
+def test_halves_of_a_split_layer_by_hand():
+    layer, x = nn.Conv2d(10, 6, 1), random(2, 10, 4, 4)
+    x[:, 7:] *= 20
+    module = SplitQuantModule(layer, QuantConfig(), split=7)
+    module.fit_weight()
+    module.act_quantizer.fit(x[:, :7])
+    module.act_quantizer_0.fit(x[:, 7:])
+    parts = []
+    for columns in (slice(0, 7), slice(7, 10)):
+        weight, half = layer.weight[:, columns], x[:, columns]
+        weight = UniformAffineQuantizer(4, channel_wise=True).fit(weight)(weight)
+        parts.append(F.conv2d(UniformAffineQuantizer(8).fit(half)(half).double(), weight.double()))
+    expected = sum(parts) + layer.bias.double().view(1, -1, 1, 1)
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert module.act_quantizer_0.delta > 5 * module.act_quantizer.delta
+
+
+@pytest.mark.parametrize("split", [-1, 0, 10, 11])
+def test_a_split_outside_of_the_channels_is_refused(split):
+    with pytest.raises(ValueError, match=f"^split is {split}: it must lie within the 10 input channels$"):
+        SplitQuantModule(nn.Conv2d(10, 6, 1), QuantConfig(), split)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LayerNorm(4), nn.ConvTranspose2d(4, 4, 3), nn.Conv3d(2, 2, 1), nn.Conv2d(4, 4, 3, padding_mode="reflect")],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_other_layers_are_refused(layer):
+    with pytest.raises(
+        ValueError, match=rf"^cannot quantize {type(layer).__name__}\(.*: Linear, Conv1d and Conv2d with"
+    ):
+        QuantModule(layer, QuantConfig())
+
+
+def test_settings_reach_the_quantizers_of_a_layer():
+    config = QuantConfig(
+        weight_bit=3, act_bit=5, act_symmetric=True, scale_method="mse", act_scale_method="max_scale", sm_abit=7
+    )
+    module = SplitQuantModule(nn.Conv2d(10, 6, 1), config, split=7)
+    for quantizer in (module.weight_quantizer, module.weight_quantizer_0):
+        assert (quantizer.n_bits, quantizer.symmetric, quantizer.channel_wise) == (3, False, True)
+        assert (quantizer.scale_method, quantizer.always_zero) == ("mse", False)
+    for quantizer in (module.act_quantizer, module.act_quantizer_0):
+        assert (quantizer.n_bits, quantizer.symmetric, quantizer.channel_wise) == (5, True, False)
+        assert (quantizer.scale_method, quantizer.always_zero) == ("max_scale", False)
+
+
+@torch.no_grad()
+def test_inputs_stay_float_without_act_quantizers(layer_and_input):
+    layer, x = layer_and_input
+    module = QuantModule(layer, QuantConfig(quant_act=False))
+    module.fit_weight()
+    assert module.quantized_input(x) is x
+    assert not any(isinstance(part, Quantizer) for name, part in module.named_modules() if "act" in name)

@@ -1,0 +1,94 @@
+"""A whole calibration: all weights unit by unit, the ranges of all activations, their step sizes unit by unit."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from qdiff.calibration import BeforeForward, Cache, CalibrationSet, fit_activations
+from qdiff.config import ReconConfig
+from qdiff.progress import ProgressFolder, put_ranges, put_weights, ranges_of, weights_of
+from qdiff.quant_model import QuantModel
+from qdiff.ranks import barrier, rank
+from qdiff.reconstruction import unit_reconstruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A piece of a calibration. phase: weights, ranges or activations. unit: its name; empty for the ranges of all."""
+
+    phase: str
+    unit: str = ""
+
+
+def steps_of(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
+    """The steps of a calibration, in order. Without `recon` (or with 0 iterations) nothing is learned."""
+    units = list(qnn.units())
+    steps = [Step(phase="weights", unit=unit) for unit in units] if recon and recon.iters_w else []
+    if qnn.config.quant_act:
+        steps.append(Step(phase="ranges"))
+        if recon and recon.iters_a:
+            steps += [Step(phase="activations", unit=unit) for unit in units]
+    return steps
+
+
+def calibrate(
+    qnn: QuantModel,
+    data: CalibrationSet,
+    recon: ReconConfig | None,
+    *,
+    cache: Cache,
+    batch_size: int = 8,
+    running: bool = False,
+    seed: int = 0,
+    folder: ProgressFolder | None = None,
+    before_forward: BeforeForward | None = None,
+    progress: Callable[[Step, int], object] = lambda step, done: None,
+) -> Iterator[tuple[Step, dict[str, Any]]]:
+    """Calibrate a model in place, yielding each finished step with its report.
+
+    recon: how units are learned; None rounds weights to nearest and fits ranges, and nothing more.
+    batch_size: samples a forward pass. running: see `fit_activations`. folder: where finished steps are kept, and
+    found again. progress(step, n): called as n iterations, or n samples of the ranges, are done.
+    Afterwards all weights are frozen and all quantizers are on.
+    """
+    qnn.requires_grad_(False)
+    qnn.fit_weights()
+    taking_up = folder is not None
+    for number, step in enumerate(steps_of(qnn, recon)):
+        if step.phase == "ranges":
+            qnn.freeze()
+        saved = folder.load(number) if taking_up else None
+        if saved is None:
+            taking_up = False
+            advance = partial(progress, step)
+            report = _take(qnn, data, step, recon, cache, batch_size, running, seed, before_forward, advance)
+            if folder is not None and rank() == 0:
+                folder.save(number, _state_of(qnn, step), report)
+            barrier()
+        else:
+            tensors, report = saved
+            _put_state(qnn, step, tensors)
+        yield step, report
+    qnn.freeze()
+    qnn.set_quant_state(True, qnn.config.quant_act)
+
+
+def _take(qnn, data, step, recon, cache, batch_size, running, seed, before_forward, progress) -> dict[str, Any]:
+    if step.phase == "ranges":
+        options = {"running": running, "seed": seed, "before_forward": before_forward, "progress": progress}
+        fit_activations(qnn, data, batch_size, **options)
+        return {"phase": "ranges", "unit": ""}
+    options = {"batch_size": batch_size, "cache": cache, "before_forward": before_forward, "progress": progress}
+    return unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
+
+
+def _state_of(qnn: QuantModel, step: Step) -> dict:
+    return weights_of(qnn, step.unit) if step.phase == "weights" else ranges_of(qnn, step.unit)
+
+
+def _put_state(qnn: QuantModel, step: Step, tensors: dict) -> None:
+    if step.phase == "weights":
+        put_weights(qnn, step.unit, tensors)
+    else:
+        put_ranges(qnn, tensors, step.unit)

@@ -1,0 +1,133 @@
+"""An unfinished calibration on disk: what each finished unit learned, so that it can be taken up after a kill."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule
+from qdiff.quant_model import QuantModel
+
+
+class ProgressFolder:
+    """One file for each finished step of a calibration, in their order, beside the settings that it was begun with.
+
+    Each file is complete or not there. A step is a unit's weights, the ranges of all activations, or a unit's step
+    sizes; it is taken up only if all steps before it are there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def begun(self) -> bool:
+        """Whether a calibration was begun here."""
+        return (self.folder / "settings.json").exists()
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Note the settings of a new calibration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming what differs, unless the calibration here was begun with these settings."""
+        try:
+            old = json.loads((self.folder / "settings.json").read_text())
+            differ = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"--resume: {str(self.folder)!r} cannot be read: {error}; remove it to begin anew"
+            ) from error
+        if differ:
+            what = ", ".join(f"{name} ({old.get(name)} there, {settings.get(name)} here)" for name in differ[:3])
+            raise ValueError(f"--resume: the calibration in {str(self.folder)!r} has other settings: {what}")
+
+    def save(self, number: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """Keep step `number`."""
+        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {"report": json.dumps(dict(report))}
+        _write(self._path(number), lambda path: save_file(content, path, metadata=metadata))
+
+    def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the report of step `number`; None if it is not finished. ValueError if it is damaged."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                report = json.loads((file.metadata() or {})["report"])
+                return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: remove it and those after it ({error})") from error
+
+    def remove(self) -> None:
+        """Forget the calibration."""
+        for path in sorted(self.folder.glob("*")):
+            path.unlink()
+        if self.folder.exists():
+            self.folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"step-{number:04}.safetensors"
+
+
+def weights_of(qnn: QuantModel, unit: str) -> dict[str, Tensor]:
+    """The decided roundings of a unit's layers, packed."""
+    return {
+        f"{name}.{part}.{what}": getattr(getattr(layer, part), attribute).cpu().clone()
+        for name, layer in _layers_of(qnn, unit).items()
+        for part in layer.weight_parts()
+        for what, attribute in (("codes", "packed"), ("delta", "delta"), ("zero_point", "zero_point"))
+    }
+
+
+def put_weights(qnn: QuantModel, unit: str, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `weights_of`."""
+    for name, layer in _layers_of(qnn, unit).items():
+        for part_name, part in layer.weight_parts().items():
+            old: Quantizer = getattr(layer, part_name)
+            codes, delta, zero_point = (
+                tensors[f"{name}.{part_name}.{what}"] for what in ("codes", "delta", "zero_point")
+            )
+            frozen = FrozenQuantizer.from_packed(codes, tuple(part.shape), old.n_bits, delta, zero_point)
+            frozen.enabled = old.enabled
+            setattr(layer, part_name, frozen.to(layer.weight.device))
+
+
+def ranges_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+    """The ranges of the activations of a unit, or of the model."""
+    return {
+        f"{name}.{what}": getattr(quantizer, what).detach().cpu().clone()
+        for name, quantizer in qnn.act_quantizers().items()
+        if _within(name, unit)
+        for what in ("delta", "zero_point")
+    }
+
+
+def put_ranges(qnn: QuantModel, tensors: Mapping[str, Tensor], unit: str = "") -> None:
+    """The inverse of `ranges_of`."""
+    for name, quantizer in qnn.act_quantizers().items():
+        if _within(name, unit):
+            quantizer.set(tensors[f"{name}.delta"], tensors[f"{name}.zero_point"])
+
+
+def _layers_of(qnn: QuantModel, unit: str) -> dict[str, QuantModule]:
+    return {name: layer for name, layer in qnn.layers().items() if _within(name, unit)}
+
+
+def _within(name: str, unit: str) -> bool:
+    return not unit or name == unit or name.startswith(f"{unit}.")
+
+
+def _write(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""What a calibration will take, told before it starts."""
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qdiff.calibration import CalibrationSet
+from qdiff.config import ReconConfig
+from qdiff.procedure import steps_of
+from qdiff.quant_model import QuantModel
+from qdiff.ranks import world_size
+from scripts.console import logger
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of a calibration: seconds, bytes of activations of the largest unit, bytes of memory in all."""
+
+    seconds: float
+    activations: int
+    memory: int
+
+    def on_disk(self, cache: int) -> int:
+        """Bytes of activations that do not fit into a cache of that many bytes."""
+        return max(self.activations - cache, 0)
+
+
+@torch.no_grad()
+def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, batch_size: int, cache: int) -> Estimate:
+    """From one forward pass of one batch, timed, with the sizes of every unit's input and output noted."""
+    device = next(qnn.parameters()).device
+    part = slice(0, min(batch_size, len(data)))
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        values = [value for value in (*args, *kwargs.values(), output) if isinstance(value, torch.Tensor)]
+        sizes.append(sum(4 * value[0].numel() for value in values) * len(data))
+
+    hooks = [unit.register_forward_hook(note, with_kwargs=True) for unit in qnn.units().values()]
+    try:
+        qnn(*data.batch(part, device))  # the first call is slower
+        sizes.clear()
+        began = time.perf_counter()
+        qnn(*data.batch(part, device))
+        sample_seconds = (time.perf_counter() - began) / (part.stop - part.start)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    steps = steps_of(qnn, recon)
+    # A unit is reached twice, on average half way through the UNet; its own passes, over all units, make whole ones:
+    # two evaluations, and iterations of forward and backward, which take three times a forward.
+    passes = sum(len(data) for step in steps if step.phase != "ranges") + 5 * len(data)
+    if recon is not None:
+        passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
+    weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
+    largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
+    activations = max(sizes)
+    working = max(sizes) // len(data) * batch_size * 12
+    return Estimate(
+        seconds=sample_seconds * passes / world_size(),
+        activations=activations,
+        memory=int(weights * 1.15) + 5 * largest + min(activations, cache) + working,
+    )
+
+
+def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
+    """Tell it, and raise ValueError where memory or disk will not do."""
+    disk, free_disk = expected.on_disk(cache), shutil.disk_usage(_existing(folder)).free
+    free_memory = available_memory()
+    logger.info(
+        "about %s, %.1f GiB of memory (%.1f available), %.1f GiB of disk (%.1f free)",
+        _duration(expected.seconds),
+        expected.memory / GIB,
+        free_memory / GIB,
+        disk / GIB,
+        free_disk / GIB,
+    )
+    if disk > 0.95 * free_disk:
+        raise ValueError(
+            f"{disk / GIB:.1f} GiB of disk are needed in {str(folder)!r} and {free_disk / GIB:.1f} are free: "
+            "use fewer --num_samples, a larger --cache_gb, or another --outdir"
+        )
+    if expected.memory > free_memory:
+        raise ValueError(
+            f"{expected.memory / GIB:.1f} GiB of memory are needed and {free_memory / GIB:.1f} are available: "
+            "use a smaller --cache_gb or --batch_size"
+        )
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had; all of it where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

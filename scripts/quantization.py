@@ -1,0 +1,117 @@
+"""Drawing with a calibrated model: what the flags of quantization ask for, and doing it."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qdiff.checkpoint import CaliHeader, check_flags, load_cali_ckpt, read_cali_header
+from qdiff.config import QuantConfig
+from qdiff.quant_model import QuantModel
+from scripts.console import logger
+from scripts.files import file_sha256
+from scripts.flags import QUANTIZATION_FLAGS, given_flags
+
+BIT_FLAGS = ("weight_bit", "act_bit", "sm_abit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A quantized model. cali_ckpt: the file. bits: in short, such as "W4A8 sm16 split". quant_act: whether activations
+    are quantized, which may be off where config, the file's, has it on. no_grad_ckpt: as the flag."""
+
+    cali_ckpt: str
+    cali_sha256: str
+    bits: str
+    quant_act: bool
+    no_grad_ckpt: bool
+    config: QuantConfig
+
+
+def choose_quantization(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Quantization | None:
+    """What --ptq and its group ask for; None without. Reads the header of the cali_ckpt.
+
+    shipped: the cali_ckpts that come with the model, by the bits of its weights. Raises ValueError for a flag without
+    effect or one that contradicts the file, FileNotFoundError without a file.
+    """
+    request = _request(args, shipped)
+    if request is None:
+        return None
+    path, header = request
+    return Quantization(
+        cali_ckpt=str(path),
+        cali_sha256=file_sha256(path),
+        bits=_in_short(header, args),
+        quant_act=_acts(header, args),
+        no_grad_ckpt=bool(args.no_grad_ckpt),
+        config=header.config,
+    )
+
+
+def quantize(model: nn.Module, quantization: Quantization) -> None:
+    """Quantize a LatentDiffusion's UNet, in place."""
+    qnn = QuantModel(model.model.diffusion_model, quantization.config)
+    load_cali_ckpt(qnn, quantization.cali_ckpt)
+    if quantization.no_grad_ckpt:
+        switch_grad_checkpoint_off(qnn)
+    qnn.set_quant_state(True, quantization.quant_act)
+    model.model.diffusion_model = qnn
+
+
+def switch_grad_checkpoint_off(unet: nn.Module) -> None:
+    """Let no block of a UNet recompute its activations in a backward pass."""
+    for module in unet.modules():
+        for name in ("use_checkpoint", "checkpoint"):
+            if isinstance(getattr(module, name, None), bool):
+                setattr(module, name, False)
+
+
+def _request(args: argparse.Namespace, shipped: Mapping[int, Path]) -> tuple[Path, CaliHeader] | None:
+    if not hasattr(args, "ptq"):  # a command that does not draw with quantized models
+        return None
+    given = given_flags(args, QUANTIZATION_FLAGS)
+    if "ptq" not in given:
+        if given:
+            flags = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"without --ptq nothing is quantized, so {flags} has no effect: add --ptq")
+        return None
+    path = Path(given["cali_ckpt"]) if "cali_ckpt" in given else _shipped(given.get("weight_bit"), shipped)
+    header = read_cali_header(path, **{name: given[name] for name in BIT_FLAGS if name in given})
+    if header.inferred:
+        logger.info("%s does not say %s: told by its numbers", path.name, ", ".join(header.inferred))
+    wanted = {name: given.get(name) for name in (*BIT_FLAGS, "split")}
+    wanted["quant_act"] = given.get("quant_act") or None  # weights alone can be had of any file
+    check_flags(header, wanted, str(path))
+    mode = header.calibration.get("quant_mode", "qdiff")
+    if given.get("quant_mode", mode) != mode:
+        raise ValueError(f"--quant_mode is {given['quant_mode']}, but {str(path)!r} was made with quant_mode {mode}")
+    if not _acts(header, args) and (idle := [name for name in ("act_bit", "sm_abit") if name in given]):
+        flags = ", ".join(f"--{name}" for name in idle)
+        raise ValueError(f"activations stay float, so {flags} has no effect: leave it out, or add --quant_act")
+    return path, header
+
+
+def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:
+    if not shipped:
+        raise ValueError("--ptq needs a --cali_ckpt for this model: scripts/calibrate.py makes one")
+    if bits is not None and bits not in shipped:
+        known = " and ".join(map(str, shipped))
+        raise ValueError(f"--weight_bit is {bits}, but the model's cali_ckpts have {known} bits: give --cali_ckpt")
+    return shipped[bits or min(shipped)]
+
+
+def _acts(header: CaliHeader, args: argparse.Namespace) -> bool:
+    return header.config.quant_act and args.quant_act is not False
+
+
+def _in_short(header: CaliHeader, args: argparse.Namespace) -> str:
+    config: Any = header.config
+    parts = [f"W{config.weight_bit}A{config.act_bit if _acts(header, args) else 32}"]
+    if _acts(header, args):
+        parts.append(f"sm{config.sm_abit}")
+    if config.split:
+        parts.append("split")
+    return " ".join(parts)

@@ -1,0 +1,564 @@
+"""Our own format of a calibrated model: what is in a file, what it gives back, and what is refused."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ldm.util import instantiate_from_config
+from qdiff import QuantConfig, QuantModel
+from qdiff.checkpoint import (
+    CaliHeader,
+    check_flags,
+    fingerprint,
+    load_cali_ckpt,
+    read_cali_header,
+    save_cali_ckpt,
+)
+
+GOLDENS = "tests/goldens"
+SPLIT = "model.output_blocks.0.0.skip_connection"
+LAST = "model.out.2"  # [4, 32, 3, 3]
+
+
+def inputs(golden, name="A"):
+    return golden[f"in_{name}/x"], golden[f"in_{name}/t"], golden[f"in_{name}/context"]
+
+
+@pytest.fixture(scope="module")
+def unet_config():
+    return OmegaConf.load(f"{GOLDENS}/q_unet.yaml")
+
+
+@pytest.fixture(scope="module")
+def loaded(unet_config, golden_tensors, golden_ckpt):
+    """The golden W4A8 model, one for all tests: to be left as it is."""
+    unet = instantiate_from_config(unet_config)
+    unet.load_state_dict({name: golden_tensors[f"model.{name}"] for name in unet.state_dict()})
+    qnn = QuantModel(unet.eval(), QuantConfig())
+    load_cali_ckpt(qnn, golden_ckpt)
+    return qnn
+
+
+@pytest.fixture(scope="module")
+def saved(loaded, tmp_path_factory):
+    """Its file."""
+    path = tmp_path_factory.mktemp("saved") / "w4a8.safetensors"
+    save_cali_ckpt(loaded, path)
+    return path
+
+
+def calibrate(qnn):
+    """Ranges of the weights as they are, and some that differ for the activations; all quantizers on."""
+    qnn.fit_weights()
+    for i, quantizer in enumerate(qnn.act_quantizers().values()):
+        low, high = (0.0, 1.0) if quantizer.always_zero else (-3.0, 2.0)
+        quantizer.set_range(torch.tensor(low), torch.tensor(high + i / 64))
+    qnn.set_quant_state(True, qnn.config.quant_act)
+    return qnn
+
+
+def content_of(path):
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def assert_same_content(path, expected_path):
+    (actual, metadata), (expected, expected_metadata) = content_of(path), content_of(expected_path)
+    assert actual.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not torch.equal(actual[key], value)] == []
+    assert metadata == expected_metadata
+
+
+def rewrite(source, target, edit):
+    """Copy a file, with `edit(tensors, metadata)` applied, and other ranges: loading any of it would show."""
+    tensors, metadata = content_of(source)
+    tensors = {key: value * 1.5 if key.endswith(".delta") else value for key, value in tensors.items()}
+    edit(tensors, metadata)
+    save_file(tensors, target, metadata=metadata)
+    return target
+
+
+@contextmanager
+def unchanged(qnn, golden):
+    """Fails if the block changes the model's state or what it computes."""
+    with torch.no_grad():
+        before = {name: value.clone() for name, value in qnn.state_dict().items()}
+        output = qnn(*inputs(golden, "B1"))
+        yield
+        after = qnn.state_dict()
+        assert before.keys() == after.keys()
+        changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        assert not changed
+        assert torch.equal(qnn(*inputs(golden, "B1")), output)
+
+
+def assert_refused(qnn, path, golden, match, error=ValueError):
+    """Loading raises an error of one line, and the model stays as it is."""
+    with unchanged(qnn, golden), pytest.raises(error, match=match) as raised:
+        load_cali_ckpt(qnn, path)
+    assert "\n" not in str(raised.value)
+
+
+# --- there and back ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_outputs_are_bit_equal_in_a_fresh_model(make_qnn, loaded, saved, golden):
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, saved)
+    for name in ("A", "R", "B1"):
+        assert torch.equal(qnn(*inputs(golden, name)), loaded(*inputs(golden, name)))
+
+
+@torch.no_grad()
+def test_weights_only_model_is_bit_equal_in_a_fresh_model(make_qnn, golden, golden_ckpt, tmp_path):
+    first, second = make_qnn(quant_act=False), make_qnn(quant_act=False)
+    load_cali_ckpt(first, golden_ckpt)
+    save_cali_ckpt(first, tmp_path / "x.safetensors")
+    load_cali_ckpt(second, tmp_path / "x.safetensors")
+    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
+
+
+@pytest.mark.parametrize("bits", [(2, 8, 8), (3, 2, 4), (16, 16, 2)])
+@torch.no_grad()
+def test_outputs_of_other_widths_are_bit_equal(make_qnn, golden, tmp_path, bits):
+    settings = dict(zip(("weight_bit", "act_bit", "sm_abit"), bits, strict=True))
+    first, second = calibrate(make_qnn(**settings)), make_qnn(**settings)
+    save_cali_ckpt(first, tmp_path / "x.safetensors")
+    load_cali_ckpt(second, tmp_path / "x.safetensors")
+    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
+    for name, quantizer in second.weight_quantizers().items():
+        expected = first.get_submodule(name).codes(dict(parts(first))[name])
+        assert torch.equal(quantizer.codes(), expected), name
+
+
+def parts(qnn):
+    for layer_name, layer in qnn.layers().items():
+        for part_name, part in layer.weight_parts().items():
+            yield f"{layer_name}.{part_name}", part
+
+
+@torch.no_grad()
+def test_signed_activations_are_bit_equal(make_qnn, golden, tmp_path):
+    first, second = calibrate(make_qnn(act_symmetric=True)), make_qnn(act_symmetric=True)
+    save_cali_ckpt(first, tmp_path / "x.safetensors")
+    load_cali_ckpt(second, tmp_path / "x.safetensors")
+    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
+
+
+def test_all_quantizers_are_on_after_loading(make_qnn, saved):
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, saved)
+    assert all(quantizer.enabled for quantizer in (qnn.weight_quantizers() | qnn.act_quantizers()).values())
+
+
+def test_loading_runs_nothing(make_qnn, saved, golden):
+    qnn, called = make_qnn(), []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.append(module))
+    try:
+        load_cali_ckpt(qnn, saved)
+        assert called == []
+        with torch.no_grad():
+            qnn(*inputs(golden))
+        assert called  # the hook does see forward passes
+    finally:
+        hook.remove()
+
+
+def test_roundings_still_open_are_written_as_they_stand(make_qnn, golden_ckpt, saved, tmp_path):
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, golden_ckpt, freeze=False)
+    save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+    assert_same_content(tmp_path / "x.safetensors", saved)
+
+
+def test_conversion_to_the_other_format_and_back_keeps_everything(make_qnn, saved, tmp_path):
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, saved)
+    save_cali_ckpt(qnn, tmp_path / "there.pth", format="qdiff")
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, tmp_path / "there.pth")
+    save_cali_ckpt(qnn, tmp_path / "back.safetensors")
+    assert_same_content(tmp_path / "back.safetensors", saved)
+
+
+# --- what is in a file -------------------------------------------------------------------------------------
+
+
+def test_codes_are_those_of_the_golden_roundings(saved, golden_tensors):
+    tensors, _ = content_of(saved)
+    alphas = [key.removesuffix(".alpha") for key in golden_tensors if key.endswith(".alpha")]
+    assert {key.removesuffix(".codes") for key in tensors if key.endswith(".codes")} == set(alphas)
+    for name in alphas:
+        layer, part = name.rsplit(".", 1)
+        alpha, delta, zero_point = (golden_tensors[f"{name}.{what}"] for what in ("alpha", "delta", "zero_point"))
+        weight = golden_tensors[f"{layer}.weight"]
+        width = alpha.shape[1]  # of a part, if the layer is split
+        weight = weight[:, -width:] if part.endswith("_0") else weight[:, :width]
+        codes = ((weight / delta).floor() + (alpha >= 0) + zero_point).clamp(0, 15).flatten(1)
+        packed = tensors[f"{name}.codes"].int()
+        unpacked = torch.stack([packed % 16, packed // 16], dim=2).flatten(1)  # the first code in the low half
+        assert torch.equal(unpacked[:, : codes.shape[1]], codes.int()), name
+        assert not unpacked[:, codes.shape[1] :].any(), name
+        assert torch.equal(tensors[f"{name}.delta"], delta), name
+        assert torch.equal(tensors[f"{name}.zero_point"], zero_point), name
+
+
+@pytest.mark.parametrize("bits, first_row", [(2, 10), (3, 15), (4, 20), (16, 72)])
+def test_codes_take_their_width_up_to_the_padding_of_rows(make_qnn, tmp_path, bits, first_row):
+    qnn = make_qnn(weight_bit=bits, quant_act=False)
+    qnn.fit_weights()
+    save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+    tensors, _ = content_of(tmp_path / "x.safetensors")
+    for name, part in parts(qnn):
+        codes = tensors[f"{name}.codes"]
+        assert codes.dtype == torch.uint8
+        if name == "model.input_blocks.0.0.weight_quantizer":  # 36 codes a row; packed by eights, they fill 40 places
+            assert tuple(codes.shape) == (32, first_row)
+        else:
+            assert part[0].numel() % 8 == 0
+            assert codes.numel() == part.numel() * bits // 8, name
+
+
+def test_file_is_a_sixth_of_the_float_weights(loaded, saved):
+    tensors, _ = content_of(saved)
+    codes = sum(value.numel() for key, value in tensors.items() if key.endswith(".codes"))
+    ranges = sum(value.numel() for key, value in tensors.items() if key.endswith(".delta"))
+    header = 8 + int.from_bytes(saved.read_bytes()[:8], "little")
+    floats = 4 * sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert saved.stat().st_size == header + codes + 8 * ranges  # a step size and a zero point, in float32
+    # 12.4 % codes, 1.7 % ranges, and 2.3 % names: these two shrink with the size of the model.
+    assert codes < 0.1237 * floats
+    assert codes + 8 * ranges < 0.141 * floats
+    assert saved.stat().st_size < 0.165 * floats
+
+
+def test_file_holds_no_float_weights(saved):
+    tensors, _ = content_of(saved)
+    assert {key.rsplit(".", 1)[1] for key in tensors} == {"codes", "delta", "zero_point"}
+    assert all("quantizer" in key for key in tensors)
+
+
+DETAILS = {
+    "merge": {"ratio": 0.5, "max_downsample": 2, "merge_mlp": True},
+    "calibration": {"samples": 128, "iters_w": 20000, "lr": 4e-4, "note": "naïve"},
+    "source": {"ckpt": "models/ldm/shapes/model.safetensors", "step": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def detailed(loaded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("detailed") / "x.safetensors"
+    save_cali_ckpt(loaded, path, **DETAILS)
+    return path
+
+
+def test_header_round_trip(loaded, detailed):
+    header = read_cali_header(detailed)
+    assert header == CaliHeader(
+        config=QuantConfig(weight_bit=4, act_bit=8, sm_abit=16),
+        splits={f"model.output_blocks.{i}.0.skip_connection": h for i, h in enumerate((64, 64, 64, 32))},
+        merge=DETAILS["merge"],
+        calibration=DETAILS["calibration"],
+        source={"fingerprint": fingerprint(loaded), **DETAILS["source"]},
+        format="dsdiff",
+        inferred=(),
+    )
+
+
+def test_header_without_details(loaded, saved):
+    header = read_cali_header(saved)
+    assert (header.merge, header.calibration) == (None, {})
+    assert header.source == {"fingerprint": fingerprint(loaded)}
+
+
+def test_header_round_trip_of_all_settings(make_qnn, tmp_path):
+    settings = {"weight_bit": 3, "act_bit": 6, "sm_abit": 10, "split": False, "act_symmetric": True}
+    qnn = calibrate(make_qnn(**settings, scale_method="max_scale", act_scale_method="mse"))
+    save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+    header = read_cali_header(tmp_path / "x.safetensors")
+    assert header.config == QuantConfig(**settings, scale_method="max_scale", act_scale_method="mse")
+    assert header.splits == {}
+
+
+def test_loading_returns_the_header(make_qnn, detailed):
+    assert load_cali_ckpt(make_qnn(), detailed) == read_cali_header(detailed)
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dsdiff", "qdiff"])
+def failing_write(request, monkeypatch):
+    """The format; its file breaks off half way."""
+
+    def write_half(tensors, path, **kwargs):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    target = "qdiff.checkpoint.save_file" if request.param == "dsdiff" else "torch.save"
+    monkeypatch.setattr(target, write_half)
+    return request.param
+
+
+def test_failed_save_keeps_the_old_file(loaded, tmp_path, failing_write):
+    path = tmp_path / "old.file"
+    path.write_bytes(b"the old content")
+    with pytest.raises(OSError, match="no space left"):
+        save_cali_ckpt(loaded, path, format=failing_write)
+    assert path.read_bytes() == b"the old content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_save_leaves_nothing(loaded, tmp_path, failing_write):
+    with pytest.raises(OSError, match="no space left"):
+        save_cali_ckpt(loaded, tmp_path / "new.file", format=failing_write)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
+def test_save_replaces_the_old_file_and_leaves_no_other(loaded, tmp_path, format):
+    path = tmp_path / ("x.safetensors" if format == "dsdiff" else "x.pth")
+    path.write_bytes(b"the old content")
+    save_cali_ckpt(loaded, path, format=format)
+    assert read_cali_header(path).format == format
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
+def test_uncalibrated_model_is_not_saved(make_qnn, tmp_path, format):
+    with pytest.raises(ValueError, match=r"quantizers have no range yet, such as model\..*: calibrate first"):
+        save_cali_ckpt(make_qnn(), tmp_path / "x.safetensors", format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_lacks_a_single_range_is_not_saved(make_qnn, tmp_path):
+    qnn = calibrate(make_qnn())
+    qnn.get_submodule(f"{LAST}.act_quantizer").delta.fill_(float("nan"))
+    with pytest.raises(ValueError, match=rf"^1 quantizers .* {LAST}\.act_quantizer:"):
+        save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_format_is_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match="format is 'onnx': it must be dsdiff or qdiff"):
+        save_cali_ckpt(loaded, tmp_path / "x.onnx", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_leaves_the_model_as_it_is(make_qnn, golden, tmp_path):
+    qnn = calibrate(make_qnn())
+    with unchanged(qnn, golden):
+        save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+
+
+# --- other settings, other models --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"weight_bit": 4, "act_bit": 8, "sm_abit": 16}, {"weight_bit": None}])
+def test_flags_that_agree_with_the_file(saved, given):
+    check_flags(read_cali_header(saved), given, "x")
+
+
+@pytest.mark.parametrize(
+    "name, value, stored", [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]
+)
+def test_flag_that_contradicts_the_file_is_refused(saved, name, value, stored):
+    with pytest.raises(ValueError, match=rf"--{name} is {value}, but 'x\.file' was made with {name} {stored}: "):
+        check_flags(read_cali_header(saved), {name: value}, "x.file")
+
+
+def test_bits_that_contradict_the_file_are_refused_with_its_name(saved):
+    assert read_cali_header(saved, weight_bit=4).config.weight_bit == 4
+    with pytest.raises(ValueError, match=r"--weight_bit is 3, but '.*w4a8\.safetensors' was made with weight_bit 4"):
+        read_cali_header(saved, weight_bit=3)
+
+
+@pytest.mark.parametrize(
+    "name, value, stored",
+    [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("quant_act", False, True), ("split", False, True)],
+)
+def test_model_of_other_settings_is_refused(make_qnn, golden, saved, name, value, stored):
+    qnn = calibrate(make_qnn(**{name: value}))
+    assert_refused(qnn, saved, golden, rf"the model has {name} {value}, but .* was made with {name} {stored}")
+
+
+def test_another_source_model_is_refused(make_unet, golden, saved):
+    unet = make_unet()
+    with torch.no_grad():
+        unet.time_embed[0].weight[5, 7] += 0.01
+    qnn = calibrate(QuantModel(unet, QuantConfig()))
+    assert_refused(qnn, saved, golden, "made from another model with other weights than this model's")
+
+
+def test_another_source_model_is_refused_with_the_name_of_the_right_one(make_unet, golden, detailed):
+    unet = make_unet()
+    with torch.no_grad():
+        unet.out[0].bias[0] += 0.01
+    qnn = calibrate(QuantModel(unet, QuantConfig()))
+    assert_refused(qnn, detailed, golden, r"made from models/ldm/shapes/model\.safetensors with other weights")
+
+
+def test_fingerprint_covers_all_parameters(make_qnn):
+    qnn = make_qnn()
+    seen = {fingerprint(qnn)}
+    parameters = list(qnn.model.parameters())[::20]
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.view(-1)[0] += 0.01
+        seen.add(fingerprint(qnn))
+    assert len(seen) == 1 + len(parameters) > 5
+
+
+def test_fingerprint_does_not_depend_on_the_precision_of_the_file(make_unet, make_qnn):
+    expected = fingerprint(make_qnn())
+    # Rounded to float16 when the file was written, and cast back when it was read; and kept in float16.
+    assert fingerprint(QuantModel(make_unet().half().float(), QuantConfig())) == expected
+    assert fingerprint(make_qnn().half()) == expected
+
+
+def test_fingerprint_does_not_depend_on_the_quantizers(make_qnn, loaded):
+    assert fingerprint(loaded) == fingerprint(make_qnn()) == fingerprint(make_qnn(weight_bit=8, quant_act=False))
+
+
+def test_file_serves_the_source_model_in_float16(make_unet, saved):
+    qnn = QuantModel(make_unet().half(), QuantConfig())
+    load_cali_ckpt(qnn, saved)
+    expected, _ = content_of(saved)
+    for name, quantizer in qnn.weight_quantizers().items():
+        assert torch.equal(quantizer.packed, expected[f"{name}.codes"])
+        assert quantizer(qnn.get_submodule(name.rsplit(".", 1)[0]).weight).dtype == torch.float16
+        assert quantizer.delta.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "params, match",
+    [
+        ({"num_res_blocks": 2}, "splits other layers than this model"),
+        ({"transformer_depth": 2}, "another architecture"),
+    ],
+)
+def test_another_architecture_is_refused(unet_config, golden, saved, params, match):
+    torch.manual_seed(0)
+    unet = instantiate_from_config(OmegaConf.merge(unet_config, {"params": params}))
+    qnn = calibrate(QuantModel(unet.eval(), QuantConfig()))
+    assert_refused(qnn, saved, golden, match)
+
+
+# --- broken files ------------------------------------------------------------------------------------------
+
+
+def test_missing_file(loaded, golden, tmp_path):
+    path = tmp_path / "none.safetensors"
+    assert_refused(loaded, path, golden, r"No such file: .*none\.safetensors", FileNotFoundError)
+
+
+@pytest.mark.parametrize("left", [0, 7, 1000, 300_000, -1])
+def test_truncated_file_is_refused(loaded, golden, saved, tmp_path, left):
+    (tmp_path / "x.safetensors").write_bytes(saved.read_bytes()[:left])
+    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no readable safetensors file")
+
+
+def test_text_is_refused(loaded, golden, tmp_path):
+    (tmp_path / "x.safetensors").write_text("not a checkpoint\n" * 100)
+    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no readable safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_foreign_safetensors_are_refused(loaded, golden, tmp_path, metadata):
+    save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata=metadata)
+    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no cali_ckpt")
+
+
+def header(**changes):
+    def edit(tensors, metadata):
+        for name, value in changes.items():
+            metadata.pop(name) if value is None else metadata.update({name: value})
+
+    return edit
+
+
+def config(**changes):
+    def edit(tensors, metadata):
+        metadata["config"] = json.dumps(json.loads(metadata["config"]) | changes)
+
+    return edit
+
+
+def put(key, change):
+    return lambda tensors, metadata: tensors.update({key: change(tensors.get(key))})
+
+
+def drop(key):
+    return lambda tensors, metadata: tensors.pop(key)
+
+
+DAMAGES = {
+    "newer version": (header(version="2"), "is of version '2', this program reads 1"),
+    "no version": (header(version=None), "is of version None, this program reads 1"),
+    "config cut": (header(config='{"weight_bit": '), "damaged header"),
+    "config no settings": (header(config="null"), "damaged header"),
+    "config gone": (header(config=None), "damaged header: 'config'"),
+    "config of impossible width": (config(weight_bit=40), "damaged header: weight_bit is 40"),
+    "config of an unknown setting": (config(group_size=64), "damaged header: QuantConfig knows no group_size"),
+    "splits cut": (header(splits="{"), "damaged header"),
+    "splits a number": (header(splits="3"), "damaged header"),
+    "splits elsewhere": (header(splits=json.dumps({SPLIT: 63})), "splits other layers"),
+    "merge cut": (header(merge="nul"), "damaged header"),
+    "calibration a list": (header(calibration="[1]"), "damaged header"),
+    "source gone": (header(source=None), "damaged header: 'source'"),
+    "source without fingerprint": (header(source="{}"), "other weights than this model's"),
+    "codes too short": (
+        put(f"{LAST}.weight_quantizer.codes", lambda x: x[:, 1:].contiguous()),
+        r"damaged: codes .*143",
+    ),
+    "codes of a row missing": (
+        put(f"{LAST}.weight_quantizer.codes", lambda x: x[1:].clone()),
+        r"damaged: codes .*\(3,",
+    ),
+    "codes as floats": (put(f"{LAST}.weight_quantizer.codes", lambda x: x.float()), "damaged: codes .*float32"),
+    "codes missing": (drop(f"{LAST}.weight_quantizer.codes"), rf"lacks {LAST}\.weight_quantizer\.codes: "),
+    "range missing": (drop(f"{LAST}.act_quantizer.delta"), rf"lacks {LAST}\.act_quantizer\.delta: "),
+    "half of a split layer missing": (drop(f"{SPLIT}.weight_quantizer_0.codes"), r"lacks .*weight_quantizer_0\.codes"),
+    "unknown tensor": (put("model.extra.codes", lambda _: torch.ones(1)), r"has unknown model\.extra\.codes: "),
+    "one range for all channels": (
+        put(f"{LAST}.weight_quantizer.delta", lambda x: x[0, 0, 0, 0]),
+        r"delta has shape \(\)",
+    ),
+    "zero points of other shape": (
+        put(f"{LAST}.weight_quantizer.zero_point", lambda x: x.flatten()),
+        r"damaged: delta \(4, 1, 1, 1\) and zero_point \(4,\)",
+    ),
+    "step size NaN": (put(f"{LAST}.weight_quantizer.delta", lambda x: x * float("nan")), "damaged: delta must be"),
+    "step size 0": (put(f"{LAST}.weight_quantizer.delta", torch.zeros_like), "damaged: delta must be positive"),
+    "zero point a fraction": (
+        put(f"{LAST}.weight_quantizer.zero_point", lambda x: x + 0.5),
+        "damaged: zero_point must",
+    ),
+    "activation with many ranges": (
+        put(f"{LAST}.act_quantizer.delta", lambda x: x.expand(3).clone()),
+        r"delta has .*3,",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_refused(loaded, golden, saved, tmp_path, damage):
+    edit, match = DAMAGES[damage]
+    assert_refused(loaded, rewrite(saved, tmp_path / "x.safetensors", edit), golden, match)
+
+
+def test_copy_without_damage_is_loaded(make_qnn, saved, tmp_path):
+    """What `rewrite` does to a file besides the damage is no reason to refuse it."""
+    path = rewrite(saved, tmp_path / "x.safetensors", lambda tensors, metadata: None)
+    qnn = make_qnn()
+    load_cali_ckpt(qnn, path)
+    name = f"{LAST}.act_quantizer"
+    assert torch.equal(qnn.get_submodule(name).delta, 1.5 * load_file(saved)[f"{name}.delta"])
