@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qdiff.checkpoint_qdiff import read_tensors
+from qdiff.files import write_atomically
 from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
 from qdiff.quant_model import QuantModel
 from qdiff.ranks import rank, sum_over_ranks, world_size
@@ -72,12 +72,8 @@ class CalibrationSet:
         tensors = {"x": self.x.contiguous(), "t": self.t.contiguous()}
         if self.context is not None:
             tensors["context"] = self.context.contiguous()
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={"facts": json.dumps(self.facts)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        facts = {"facts": json.dumps(self.facts)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
     @classmethod
     def load(cls, path: str | Path, steps: int | None = None, per_step: int | None = None) -> "CalibrationSet":

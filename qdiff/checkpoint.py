@@ -13,7 +13,6 @@ those of the source model, which the header names by a fingerprint. Q-Diffusion'
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch import Tensor
 
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, SplitQuantModule
+from qdiff.files import write_atomically
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, SplitQuantModule, check_range
 from qdiff.quant_model import QuantModel
 
-FORMAT = "dsdiff-cali"
+HEADER = "dsdiff_cali"  # the entry of the file's metadata that holds the header, as JSON
 VERSION = 1
 
 
@@ -72,22 +72,24 @@ def save_cali_ckpt(
     """
     path = Path(path)
     _check_complete(qnn)
-    if format == "qdiff":
-        _replace_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.state_dict_of(qnn), temporary))
-    elif format == "dsdiff":
-        header = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "config": json.dumps(qnn.config.to_dict()),
-            "splits": json.dumps(splits_of(qnn)),
-            "merge": json.dumps(dict(merge) if merge else None),
-            "calibration": json.dumps(dict(calibration or {})),
-            "source": json.dumps({"fingerprint": fingerprint(qnn), **(source or {})}),
-        }
-        tensors = dict(_tensors_of(qnn))
-        _replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
-    else:
+    if format not in ("dsdiff", "qdiff"):
         raise ValueError(f"format is {format!r}: it must be dsdiff or qdiff")
+    if (path.suffix == ".safetensors") != (format == "dsdiff"):
+        raise ValueError(f"{path.name!r} is a name of the other format: dsdiff's end in .safetensors, qdiff's in .pth")
+    if format == "qdiff":
+        write_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.state_dict_of(qnn), temporary))
+    else:
+        content = {
+            "version": VERSION,
+            "config": qnn.config.to_dict(),
+            "splits": splits_of(qnn),
+            "merge": dict(merge) if merge else None,
+            "calibration": dict(calibration or {}),
+            "source": {"fingerprint": fingerprint(qnn), **(source or {})},
+        }
+        header = {HEADER: json.dumps(content)}  # one entry: of several, the order in the file would be by chance
+        tensors = dict(_tensors_of(qnn))
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def splits_of(qnn: QuantModel) -> dict[str, int]:
@@ -106,6 +108,14 @@ def fingerprint(qnn: QuantModel) -> str:
         values = values[:: max(1, values.numel() // 4096)].to("cpu", torch.float16)
         digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def unet_bytes(qnn: QuantModel) -> int:
+    """Bytes of a calibrated UNet's weights: packed codes, ranges of weights and activations, the rest in float32."""
+    quantized = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors_of(qnn))
+    weights = {id(layer.weight) for layer in qnn.layers().values()}
+    rest = (p for name, p in qnn.named_parameters() if id(p) not in weights and ".alpha" not in name)
+    return quantized + sum(4 * parameter.numel() for parameter in rest)
 
 
 def _tensors_of(qnn: QuantModel) -> Iterator[tuple[str, Tensor]]:
@@ -132,15 +142,6 @@ def _check_complete(qnn: QuantModel) -> None:
     unknown = [name for name, quantizer in quantizers.items() if not quantizer.is_set]
     if unknown:
         raise ValueError(f"{len(unknown)} quantizers have no range yet, such as {unknown[0]}: calibrate first")
-
-
-def _replace_atomically(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -180,22 +181,27 @@ def check_flags(header: CaliHeader, given: Mapping[str, Any], source: str) -> No
 def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) -> CaliHeader:
     """Fill the quantizers of a model from a cali_ckpt of either format, and switch them on.
 
-    No forward pass and no data is needed. freeze=False keeps AdaRound's alpha of a Q-Diffusion file, at the cost of
-    as much memory as the weights. Raises ValueError, and leaves the model as it is, if the file is of another
-    architecture, another source model, or other settings than the model's.
+    No forward pass and no data is needed. A file with activations also serves a model without. freeze=False keeps
+    AdaRound's alpha of a Q-Diffusion file, at the cost of as much memory as the weights. Raises ValueError, and leaves
+    the model as it is, if the file is damaged, of another architecture, another source model, or other settings.
     """
     path = _existing(path)
     config = qnn.config
-    bits = {name: getattr(config, name) for name in ("weight_bit", "act_bit", "sm_abit")}
+    compared = ("weight_bit", "act_bit", "sm_abit", "split") if config.quant_act else ("weight_bit", "split")
     if path.suffix != ".safetensors":
+        if config.quant_act and config.act_symmetric:
+            raise ValueError(f"{str(path)!r} has unsigned activations, and the model's are signed")
+        bits = {name: getattr(config, name) for name in compared if name != "split"}
         header = read_cali_header(path, **bits)
         checkpoint_qdiff.load(qnn, checkpoint_qdiff.read(path), str(path), freeze=freeze)
     else:
         header = read_cali_header(path)
-        for name, value in config.to_dict().items():
-            stored = getattr(header.config, name)
-            if value != stored and name in ("weight_bit", "act_bit", "sm_abit", "quant_act", "split"):
+        for name in (*compared, "act_symmetric") if config.quant_act else compared:
+            value, stored = getattr(config, name), getattr(header.config, name)
+            if value != stored:
                 raise ValueError(f"the model has {name} {value}, but {str(path)!r} was made with {name} {stored}")
+        if config.quant_act and not header.config.quant_act:
+            raise ValueError(f"the model has quantized activations, but {str(path)!r} has weights only")
         _load_tensors(qnn, path, header)
     qnn.set_quant_state(True, config.quant_act)
     return header
@@ -213,7 +219,8 @@ def _load_tensors(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
     expected = {f"{name}.{what}" for name in weights for what in ("codes", "delta", "zero_point")}
     expected |= {f"{name}.{what}" for name in acts for what in ("delta", "zero_point")}
     with _open(path) as file:
-        _check_keys(set(file.keys()), expected, str(path))
+        found = {key for key in file.keys() if acts or "act_quantizer" not in key}  # noqa: SIM118
+        _check_keys(found, expected, str(path))
         _check_source(qnn, header, str(path))
         try:
             frozen = {}
@@ -229,10 +236,12 @@ def _load_tensors(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
                 name: (_shaped(file.get_tensor(f"{name}.delta"), (), name), file.get_tensor(f"{name}.zero_point"))
                 for name in acts
             }
-            for name, (delta, zero_point) in ranges.items():
-                acts[name].set(delta, zero_point)
+            for delta, zero_point in ranges.values():
+                check_range(delta, zero_point)
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"cali_ckpt {str(path)!r} is damaged: {error}") from error
+    for name, (delta, zero_point) in ranges.items():
+        acts[name].set(delta, zero_point)
     for name, (layer, part_name, _) in weights.items():
         setattr(layer, part_name, frozen[name].to(layer.weight.device))
 
@@ -262,23 +271,25 @@ def _check_source(qnn: QuantModel, header: CaliHeader, source: str) -> None:
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> CaliHeader:
-    if metadata.get("format") != FORMAT:
+    if HEADER not in metadata:
         raise ValueError(f"{str(path)!r} is no cali_ckpt: give a file that scripts/calibrate.py wrote")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"cali_ckpt {str(path)!r} is of version {metadata.get('version')!r}, this program reads {VERSION}: "
-            "update, or calibrate again"
-        )
     try:
-        return CaliHeader(
-            config=QuantConfig.from_dict(json.loads(metadata["config"])),
-            splits=dict(json.loads(metadata["splits"])),
-            merge=json.loads(metadata["merge"]),
-            calibration=dict(json.loads(metadata["calibration"])),
-            source=dict(json.loads(metadata["source"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        content = json.loads(metadata[HEADER])
+        version = content["version"]
+        if version == VERSION:
+            merge = content["merge"]
+            return CaliHeader(
+                config=QuantConfig.from_dict(content["config"]),
+                splits=dict(content["splits"]),
+                merge=None if merge is None else dict(merge),
+                calibration=dict(content["calibration"]),
+                source=dict(content["source"]),
+            )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {error}") from error
+    raise ValueError(
+        f"cali_ckpt {str(path)!r} is of version {version!r}, this program reads {VERSION}: update, or calibrate again"
+    )
 
 
 def _existing(path: str | Path) -> Path:

@@ -32,28 +32,45 @@ def read_tensors(path: Path) -> Any:
     """The content of a torch file, mapped into memory; nothing in it is executed. Raises ValueError if it is none."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text advises to load it all the same
+        raise ValueError(f"{str(path)!r} is no checkpoint, or holds more than tensors: not loaded") from error
+    except Exception as error:  # whatever a damaged file leads to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} is no readable checkpoint: {reason}") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a cali_ckpt. Raises ValueError if the file is none."""
-    content = read_tensors(path)
+    """The tensors of a cali_ckpt. Raises ValueError if the file is none, or damaged."""
+    content, source = read_tensors(path), str(path)
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise ValueError(f"{str(path)!r} is no Q-Diffusion cali_ckpt: a dictionary of tensors is expected")
+        raise ValueError(f"{source!r} is no Q-Diffusion cali_ckpt: a dictionary of tensors is expected")
     if not any(key.endswith(".weight_quantizer.alpha") for key in content):
-        raise ValueError(f"{str(path)!r} is no Q-Diffusion cali_ckpt: it has no weight_quantizer.alpha")
+        raise ValueError(f"{source!r} is no Q-Diffusion cali_ckpt: it has no weight_quantizer.alpha")
+    for key, value in content.items():
+        if value.layout != torch.strided or not value.is_floating_point() or value.numel() == 0:
+            raise ValueError(f"{key} of {source!r} is no tensor of floating-point numbers")
+        if key.endswith((".delta", ".zero_point")):
+            _check_numbers(key, value, source)
     return dict(content)
+
+
+def _check_numbers(key: str, value: Tensor, source: str) -> None:
+    """Raises ValueError unless a step size is positive, a zero point whole, and both finite."""
+    fits = torch.isfinite(value) & (value > 0 if key.endswith(".delta") else value == value.round())
+    if not bool(fits.all()):
+        rule = "positive and finite" if key.endswith(".delta") else "whole numbers"
+        raise ValueError(f"{key} of {source!r} must be {rule}")
 
 
 def splits_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Split layers -> channels of their first part."""
     end = ".weight_quantizer_0.alpha"
     layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
-    return {layer: tensors[f"{layer}.weight_quantizer.alpha"].shape[1] for layer in layers}
+    first = {layer: tensors.get(f"{layer}.weight_quantizer.alpha") for layer in layers}
+    # Where that is missing or of another shape, loading says so.
+    return {layer: alpha.shape[1] for layer, alpha in first.items() if alpha is not None and alpha.ndim > 1}
 
 
 # --- what the file does not say ----------------------------------------------------------------------------
@@ -66,6 +83,8 @@ def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str,
     """
     zero_points = {key: value for key, value in tensors.items() if key.endswith(".zero_point")}
     quant_act = any("act_quantizer" in key for key in zero_points)
+    if all("act_quantizer" in key for key in zero_points):
+        raise ValueError(f"cali_ckpt {source!r} has no zero points of weights: it is damaged")
     found = {"weight_bit": _bits_of([v for k, v in zero_points.items() if "act_quantizer" not in k])}
     if quant_act:
         found["act_bit"] = _bits_of([v for k, v in zero_points.items() if "act_quantizer" in k])
@@ -99,13 +118,10 @@ def _softmax_bits(delta: float, given: int | None, source: str) -> int:
     def spans(bits: int) -> float:
         return (2**bits - 1) * delta
 
-    if given is not None:
-        if not 0.05 < spans(given) < 1.5:
-            raise ValueError(
-                f"--sm_abit is {given}, but with the step sizes in {source!r} the softmax would span {spans(given):.2g}"
-            )
-        return given
-    return min(BITS, key=lambda bits: abs(spans(bits) - 0.75))
+    likely = min(BITS, key=lambda bits: abs(spans(bits) - 0.75))
+    if given is not None and not 0.2 < spans(given) < 1.5:
+        raise ValueError(f"--sm_abit is {given}, but the step sizes in {source!r} are those of sm_abit {likely}")
+    return likely if given is None else given
 
 
 # --- to and from a model -----------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Integer codes at their bit width, in bytes.
 
-Each row (index of dimension 0) is packed by itself. For widths up to 8, eight codes c0..c7 of b bits fill b bytes,
+Each row (index of dimension 0) is packed by itself. For widths below 8, eight codes c0..c7 of b bits fill b bytes,
 the first code in the lowest bits:
 
     b = 4:   byte 0 = c1 c0    byte 1 = c3 c2    ...          (high bits left)
     b = 3:   bytes 2,1,0 = c7 c6 c5 c4 c3 c2 c1 c0
 
-Wider codes take two bytes each, the low one first. A row that is no multiple of 8 codes is filled up with zeros.
+Such a row that is no multiple of 8 codes is filled up with zeros. Codes of 8 bits are bytes, wider ones take two bytes
+each, the low one first.
 """
 
 import math
@@ -19,7 +20,9 @@ from torch import Tensor
 def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
     """Bytes of a packed row of a weight of `shape` [rows, ...]."""
     codes = math.prod(shape[1:])
-    return math.ceil(codes / 8) * n_bits if n_bits <= 8 else 2 * codes
+    if n_bits == 8:
+        return codes
+    return math.ceil(codes / 8) * n_bits if n_bits < 8 else 2 * codes
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:

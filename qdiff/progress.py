@@ -1,7 +1,6 @@
 """An unfinished calibration on disk: what each finished unit learned, so that it can be taken up after a kill."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qdiff.files import write_atomically
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule
 from qdiff.quant_model import QuantModel
 
@@ -32,7 +32,7 @@ class ProgressFolder:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Note the settings of a new calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
+        write_atomically(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises ValueError, naming what differs, unless the calibration here was begun with these settings."""
@@ -51,7 +51,7 @@ class ProgressFolder:
         """Keep step `number`."""
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"report": json.dumps(dict(report))}
-        _write(self._path(number), lambda path: save_file(content, path, metadata=metadata))
+        write_atomically(self._path(number), lambda path: save_file(content, path, metadata=metadata))
 
     def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the report of step `number`; None if it is not finished. ValueError if it is damaged."""
@@ -122,12 +122,3 @@ def _layers_of(qnn: QuantModel, unit: str) -> dict[str, QuantModule]:
 
 def _within(name: str, unit: str) -> bool:
     return not unit or name == unit or name.startswith(f"{unit}.")
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,6 +31,16 @@ def round_ste(x: Tensor) -> Tensor:
     return (x.round() - x).detach() + x if torch.is_grad_enabled() else x.round()
 
 
+def check_range(delta: Tensor, zero_point: Tensor) -> None:
+    """Raises ValueError unless delta is positive and finite, and zero_point whole and of the same shape."""
+    if delta.shape != zero_point.shape:
+        raise ValueError(f"delta {tuple(delta.shape)} and zero_point {tuple(zero_point.shape)} differ in shape")
+    if not bool((torch.isfinite(delta) & (delta > 0)).all()):
+        raise ValueError("delta must be positive and finite")
+    if not bool((torch.isfinite(zero_point) & (zero_point == zero_point.round())).all()):
+        raise ValueError("zero_point must be a whole number")
+
+
 class Quantizer(nn.Module):
     """What all quantizers share: bits, limits, `delta` and `zero_point`.
 
@@ -68,13 +78,8 @@ class Quantizer(nn.Module):
         return not bool(self.delta.isnan().any())
 
     def set(self, delta: Tensor, zero_point: Tensor) -> None:
-        """Take these values. Raises ValueError unless delta is positive and finite and zero_point whole."""
-        if delta.shape != zero_point.shape:
-            raise ValueError(f"delta {tuple(delta.shape)} and zero_point {tuple(zero_point.shape)} differ in shape")
-        if not bool((torch.isfinite(delta) & (delta > 0)).all()):
-            raise ValueError("delta must be positive and finite")
-        if not bool((torch.isfinite(zero_point) & (zero_point == zero_point.round())).all()):
-            raise ValueError("zero_point must be a whole number")
+        """Take these values. Raises ValueError if they are no range, see `check_range`."""
+        check_range(delta, zero_point)
         device = self.delta.device
         self.delta = delta.detach().to(device, torch.float32)
         self.zero_point = zero_point.detach().to(device, torch.float32)

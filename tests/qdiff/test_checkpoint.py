@@ -1,8 +1,6 @@
 """Our own format of a calibrated model: what is in a file, what it gives back, and what is refused."""
 
 import json
-import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +28,9 @@ def inputs(golden, name="A"):
     return golden[f"in_{name}/x"], golden[f"in_{name}/t"], golden[f"in_{name}/context"]
 
 
+NAMES = {"dsdiff": "x.safetensors", "qdiff": "x.pth"}
+
+
 @pytest.fixture(scope="module")
 def unet_config():
     return OmegaConf.load(f"{GOLDENS}/q_unet.yaml")
@@ -53,19 +54,43 @@ def saved(loaded, tmp_path_factory):
     return path
 
 
-def calibrate(qnn):
-    """Ranges of the weights as they are, and some that differ for the activations; all quantizers on."""
+@pytest.fixture(scope="module")
+def make_small(unet_config):
+    """(**settings) -> a calibrated UNet of a few blocks, all quantizers on, its weights always the same."""
+
+    def make(params=None, **settings):
+        small = {"channel_mult": [1], "attention_resolutions": [1], **(params or {})}
+        unet = instantiate_from_config(OmegaConf.merge(unet_config, {"params": small})).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+        return calibrate(QuantModel(unet, QuantConfig(**settings)))
+
+    return make
+
+
+def calibrate(qnn, scale=1.0):
+    """Ranges of the weights as they are, and `scale` times some that differ for the activations; all on."""
     qnn.fit_weights()
     for i, quantizer in enumerate(qnn.act_quantizers().values()):
         low, high = (0.0, 1.0) if quantizer.always_zero else (-3.0, 2.0)
-        quantizer.set_range(torch.tensor(low), torch.tensor(high + i / 64))
+        quantizer.set_range(torch.tensor(low), torch.tensor(high + i / 64) * scale)
     qnn.set_quant_state(True, qnn.config.quant_act)
     return qnn
 
 
+@pytest.fixture(scope="module")
+def small_file(make_small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    save_cali_ckpt(make_small(), path)
+    return path
+
+
 def content_of(path):
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["dsdiff_cali"])
 
 
 def assert_same_content(path, expected_path):
@@ -76,33 +101,42 @@ def assert_same_content(path, expected_path):
 
 
 def rewrite(source, target, edit):
-    """Copy a file, with `edit(tensors, metadata)` applied, and other ranges: loading any of it would show."""
-    tensors, metadata = content_of(source)
+    """Copy a file, with `edit(tensors, header)` applied, and other ranges: loading any of it would show."""
+    tensors, header = content_of(source)
     tensors = {key: value * 1.5 if key.endswith(".delta") else value for key, value in tensors.items()}
-    edit(tensors, metadata)
-    save_file(tensors, target, metadata=metadata)
+    header = edit(tensors, header) or json.dumps(header)
+    save_file(tensors, target, metadata={"dsdiff_cali": header})
     return target
 
 
-@contextmanager
-def unchanged(qnn, golden):
-    """Fails if the block changes the model's state or what it computes."""
-    with torch.no_grad():
-        before = {name: value.clone() for name, value in qnn.state_dict().items()}
-        output = qnn(*inputs(golden, "B1"))
-        yield
-        after = qnn.state_dict()
-        assert before.keys() == after.keys()
-        changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
-        assert not changed
-        assert torch.equal(qnn(*inputs(golden, "B1")), output)
+class Witness:
+    """A model, with what it held and computed when it was handed over."""
+
+    def __init__(self, qnn, golden):
+        self.qnn, self.inputs = qnn, inputs(golden, "B1")
+        self.state = {name: value.clone() for name, value in qnn.state_dict().items()}
+        with torch.no_grad():
+            self.output = qnn(*self.inputs)
+
+    def assert_unchanged(self):
+        state = self.qnn.state_dict()
+        assert state.keys() == self.state.keys()
+        assert [name for name, value in state.items() if not torch.equal(value, self.state[name])] == []
+        with torch.no_grad():
+            assert torch.equal(self.qnn(*self.inputs), self.output)
+
+    def assert_refuses(self, path, match, error=ValueError):
+        """Loading raises an error of one line, and the model stays as it is."""
+        with pytest.raises(error, match=match) as raised:
+            load_cali_ckpt(self.qnn, path)
+        assert "\n" not in str(raised.value)
+        self.assert_unchanged()
 
 
-def assert_refused(qnn, path, golden, match, error=ValueError):
-    """Loading raises an error of one line, and the model stays as it is."""
-    with unchanged(qnn, golden), pytest.raises(error, match=match) as raised:
-        load_cali_ckpt(qnn, path)
-    assert "\n" not in str(raised.value)
+@pytest.fixture(scope="module")
+def small(make_small, golden):
+    """The witness of all tests that must not change a model."""
+    return Witness(make_small(), golden)
 
 
 # --- there and back ----------------------------------------------------------------------------------------
@@ -116,53 +150,49 @@ def test_outputs_are_bit_equal_in_a_fresh_model(make_qnn, loaded, saved, golden)
         assert torch.equal(qnn(*inputs(golden, name)), loaded(*inputs(golden, name)))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_bit": 8},
+        {"weight_bit": 2, "act_bit": 8, "sm_abit": 8},
+        {"weight_bit": 3, "act_bit": 2, "sm_abit": 4},
+        {"weight_bit": 16, "act_bit": 16, "sm_abit": 2},
+        {"quant_act": False},
+        {"split": False},
+        {"act_symmetric": True},
+    ],
+    ids=["w8", "w2", "w3", "w16", "weights only", "no split", "signed activations"],
+)
 @torch.no_grad()
-def test_weights_only_model_is_bit_equal_in_a_fresh_model(make_qnn, golden, golden_ckpt, tmp_path):
-    first, second = make_qnn(quant_act=False), make_qnn(quant_act=False)
-    load_cali_ckpt(first, golden_ckpt)
+def test_outputs_of_other_settings_are_bit_equal(make_small, golden, tmp_path, settings):
+    first, second = make_small(**settings), make_small(**settings)
+    calibrate(second, scale=1.5)  # to be forgotten
     save_cali_ckpt(first, tmp_path / "x.safetensors")
     load_cali_ckpt(second, tmp_path / "x.safetensors")
     assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
-
-
-@pytest.mark.parametrize("bits", [(2, 8, 8), (3, 2, 4), (16, 16, 2)])
-@torch.no_grad()
-def test_outputs_of_other_widths_are_bit_equal(make_qnn, golden, tmp_path, bits):
-    settings = dict(zip(("weight_bit", "act_bit", "sm_abit"), bits, strict=True))
-    first, second = calibrate(make_qnn(**settings)), make_qnn(**settings)
-    save_cali_ckpt(first, tmp_path / "x.safetensors")
-    load_cali_ckpt(second, tmp_path / "x.safetensors")
-    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
-    for name, quantizer in second.weight_quantizers().items():
-        expected = first.get_submodule(name).codes(dict(parts(first))[name])
-        assert torch.equal(quantizer.codes(), expected), name
+    for name, part in parts(first):
+        assert torch.equal(second.get_submodule(name).codes(), first.get_submodule(name).codes(part)), name
 
 
 def parts(qnn):
+    """The name of each weight quantizer, and what it quantizes."""
     for layer_name, layer in qnn.layers().items():
         for part_name, part in layer.weight_parts().items():
             yield f"{layer_name}.{part_name}", part
 
 
-@torch.no_grad()
-def test_signed_activations_are_bit_equal(make_qnn, golden, tmp_path):
-    first, second = calibrate(make_qnn(act_symmetric=True)), make_qnn(act_symmetric=True)
-    save_cali_ckpt(first, tmp_path / "x.safetensors")
-    load_cali_ckpt(second, tmp_path / "x.safetensors")
-    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
-
-
-def test_all_quantizers_are_on_after_loading(make_qnn, saved):
-    qnn = make_qnn()
-    load_cali_ckpt(qnn, saved)
+def test_all_quantizers_are_on_after_loading(make_small, small_file):
+    qnn = make_small()
+    qnn.set_quant_state(False, False)
+    load_cali_ckpt(qnn, small_file)
     assert all(quantizer.enabled for quantizer in (qnn.weight_quantizers() | qnn.act_quantizers()).values())
 
 
-def test_loading_runs_nothing(make_qnn, saved, golden):
-    qnn, called = make_qnn(), []
+def test_loading_runs_nothing(make_small, small_file, golden):
+    qnn, called = make_small(), []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.append(module))
     try:
-        load_cali_ckpt(qnn, saved)
+        load_cali_ckpt(qnn, small_file)
         assert called == []
         with torch.no_grad():
             qnn(*inputs(golden))
@@ -211,9 +241,8 @@ def test_codes_are_those_of_the_golden_roundings(saved, golden_tensors):
 
 
 @pytest.mark.parametrize("bits, first_row", [(2, 10), (3, 15), (4, 20), (16, 72)])
-def test_codes_take_their_width_up_to_the_padding_of_rows(make_qnn, tmp_path, bits, first_row):
-    qnn = make_qnn(weight_bit=bits, quant_act=False)
-    qnn.fit_weights()
+def test_codes_take_their_width_up_to_the_padding_of_rows(make_small, tmp_path, bits, first_row):
+    qnn = make_small(weight_bit=bits)
     save_cali_ckpt(qnn, tmp_path / "x.safetensors")
     tensors, _ = content_of(tmp_path / "x.safetensors")
     for name, part in parts(qnn):
@@ -253,20 +282,20 @@ DETAILS = {
 
 
 @pytest.fixture(scope="module")
-def detailed(loaded, tmp_path_factory):
+def detailed(small, tmp_path_factory):
     path = tmp_path_factory.mktemp("detailed") / "x.safetensors"
-    save_cali_ckpt(loaded, path, **DETAILS)
+    save_cali_ckpt(small.qnn, path, **DETAILS)
     return path
 
 
-def test_header_round_trip(loaded, detailed):
+def test_header_round_trip(small, detailed):
     header = read_cali_header(detailed)
     assert header == CaliHeader(
         config=QuantConfig(weight_bit=4, act_bit=8, sm_abit=16),
-        splits={f"model.output_blocks.{i}.0.skip_connection": h for i, h in enumerate((64, 64, 64, 32))},
+        splits={"model.output_blocks.0.0.skip_connection": 32, "model.output_blocks.1.0.skip_connection": 32},
         merge=DETAILS["merge"],
         calibration=DETAILS["calibration"],
-        source={"fingerprint": fingerprint(loaded), **DETAILS["source"]},
+        source={"fingerprint": fingerprint(small.qnn), **DETAILS["source"]},
         format="dsdiff",
         inferred=(),
     )
@@ -276,19 +305,20 @@ def test_header_without_details(loaded, saved):
     header = read_cali_header(saved)
     assert (header.merge, header.calibration) == (None, {})
     assert header.source == {"fingerprint": fingerprint(loaded)}
+    assert header.splits == {f"model.output_blocks.{i}.0.skip_connection": h for i, h in enumerate((64, 64, 64, 32))}
 
 
-def test_header_round_trip_of_all_settings(make_qnn, tmp_path):
+def test_header_round_trip_of_all_settings(make_small, tmp_path):
     settings = {"weight_bit": 3, "act_bit": 6, "sm_abit": 10, "split": False, "act_symmetric": True}
-    qnn = calibrate(make_qnn(**settings, scale_method="max_scale", act_scale_method="mse"))
-    save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+    settings |= {"scale_method": "max_scale", "act_scale_method": "mse"}
+    save_cali_ckpt(make_small(**settings), tmp_path / "x.safetensors")
     header = read_cali_header(tmp_path / "x.safetensors")
-    assert header.config == QuantConfig(**settings, scale_method="max_scale", act_scale_method="mse")
+    assert header.config == QuantConfig(**settings)
     assert header.splits == {}
 
 
-def test_loading_returns_the_header(make_qnn, detailed):
-    assert load_cali_ckpt(make_qnn(), detailed) == read_cali_header(detailed)
+def test_loading_returns_the_header(make_small, detailed):
+    assert load_cali_ckpt(make_small(), detailed) == read_cali_header(detailed)
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -308,26 +338,26 @@ def failing_write(request, monkeypatch):
     return request.param
 
 
-def test_failed_save_keeps_the_old_file(loaded, tmp_path, failing_write):
-    path = tmp_path / "old.file"
+def test_failed_save_keeps_the_old_file(small, tmp_path, failing_write):
+    path = tmp_path / NAMES[failing_write]
     path.write_bytes(b"the old content")
     with pytest.raises(OSError, match="no space left"):
-        save_cali_ckpt(loaded, path, format=failing_write)
+        save_cali_ckpt(small.qnn, path, format=failing_write)
     assert path.read_bytes() == b"the old content"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_failed_save_leaves_nothing(loaded, tmp_path, failing_write):
+def test_failed_save_leaves_nothing(small, tmp_path, failing_write):
     with pytest.raises(OSError, match="no space left"):
-        save_cali_ckpt(loaded, tmp_path / "new.file", format=failing_write)
+        save_cali_ckpt(small.qnn, tmp_path / NAMES[failing_write], format=failing_write)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
-def test_save_replaces_the_old_file_and_leaves_no_other(loaded, tmp_path, format):
+def test_save_replaces_the_old_file_and_leaves_no_other(small, tmp_path, format):
     path = tmp_path / ("x.safetensors" if format == "dsdiff" else "x.pth")
     path.write_bytes(b"the old content")
-    save_cali_ckpt(loaded, path, format=format)
+    save_cali_ckpt(small.qnn, path, format=format)
     assert read_cali_header(path).format == format
     assert list(tmp_path.iterdir()) == [path]
 
@@ -335,86 +365,84 @@ def test_save_replaces_the_old_file_and_leaves_no_other(loaded, tmp_path, format
 @pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
 def test_uncalibrated_model_is_not_saved(make_qnn, tmp_path, format):
     with pytest.raises(ValueError, match=r"quantizers have no range yet, such as model\..*: calibrate first"):
-        save_cali_ckpt(make_qnn(), tmp_path / "x.safetensors", format=format)
+        save_cali_ckpt(make_qnn(), tmp_path / NAMES[format], format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_that_lacks_a_single_range_is_not_saved(make_qnn, tmp_path):
-    qnn = calibrate(make_qnn())
+def test_model_that_lacks_a_single_range_is_not_saved(make_small, tmp_path):
+    qnn = make_small()
     qnn.get_submodule(f"{LAST}.act_quantizer").delta.fill_(float("nan"))
     with pytest.raises(ValueError, match=rf"^1 quantizers .* {LAST}\.act_quantizer:"):
         save_cali_ckpt(qnn, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_format_is_refused(loaded, tmp_path):
+def test_unknown_format_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="format is 'onnx': it must be dsdiff or qdiff"):
-        save_cali_ckpt(loaded, tmp_path / "x.onnx", format="onnx")
+        save_cali_ckpt(small.qnn, tmp_path / "x.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_leaves_the_model_as_it_is(make_qnn, golden, tmp_path):
-    qnn = calibrate(make_qnn())
-    with unchanged(qnn, golden):
-        save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+def test_saving_leaves_the_model_as_it_is(small, tmp_path):
+    save_cali_ckpt(small.qnn, tmp_path / "x.safetensors")
+    small.assert_unchanged()
 
 
 # --- other settings, other models --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [{}, {"weight_bit": 4, "act_bit": 8, "sm_abit": 16}, {"weight_bit": None}])
-def test_flags_that_agree_with_the_file(saved, given):
-    check_flags(read_cali_header(saved), given, "x")
+def test_flags_that_agree_with_the_file(small_file, given):
+    check_flags(read_cali_header(small_file), given, "x")
 
 
 @pytest.mark.parametrize(
     "name, value, stored", [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]
 )
-def test_flag_that_contradicts_the_file_is_refused(saved, name, value, stored):
+def test_flag_that_contradicts_the_file_is_refused(small_file, name, value, stored):
     with pytest.raises(ValueError, match=rf"--{name} is {value}, but 'x\.file' was made with {name} {stored}: "):
-        check_flags(read_cali_header(saved), {name: value}, "x.file")
+        check_flags(read_cali_header(small_file), {name: value}, "x.file")
 
 
-def test_bits_that_contradict_the_file_are_refused_with_its_name(saved):
-    assert read_cali_header(saved, weight_bit=4).config.weight_bit == 4
-    with pytest.raises(ValueError, match=r"--weight_bit is 3, but '.*w4a8\.safetensors' was made with weight_bit 4"):
-        read_cali_header(saved, weight_bit=3)
+def test_bits_that_contradict_the_file_are_refused_with_its_name(small_file):
+    assert read_cali_header(small_file, weight_bit=4).config.weight_bit == 4
+    with pytest.raises(ValueError, match=r"--weight_bit is 3, but '.*small\.safetensors' was made with weight_bit 4"):
+        read_cali_header(small_file, weight_bit=3)
 
 
 @pytest.mark.parametrize(
     "name, value, stored",
-    [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("quant_act", False, True), ("split", False, True)],
+    [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)],
 )
-def test_model_of_other_settings_is_refused(make_qnn, golden, saved, name, value, stored):
-    qnn = calibrate(make_qnn(**{name: value}))
-    assert_refused(qnn, saved, golden, rf"the model has {name} {value}, but .* was made with {name} {stored}")
+def test_model_of_other_settings_is_refused(make_small, golden, small_file, name, value, stored):
+    witness = Witness(make_small(**{name: value}), golden)
+    witness.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
 
 
-def test_another_source_model_is_refused(make_unet, golden, saved):
-    unet = make_unet()
+@pytest.mark.parametrize("parameter", ["time_embed.0.weight", "out.0.bias", "output_blocks.1.0.skip_connection.weight"])
+def test_another_source_model_is_refused(make_small, golden, small_file, parameter):
+    qnn = make_small()
     with torch.no_grad():
-        unet.time_embed[0].weight[5, 7] += 0.01
-    qnn = calibrate(QuantModel(unet, QuantConfig()))
-    assert_refused(qnn, saved, golden, "made from another model with other weights than this model's")
+        qnn.model.get_parameter(parameter).view(-1)[3] += 0.01
+    Witness(qnn, golden).assert_refuses(small_file, "was made from another model with other weights than this model's")
 
 
-def test_another_source_model_is_refused_with_the_name_of_the_right_one(make_unet, golden, detailed):
-    unet = make_unet()
+def test_source_model_that_would_fit_is_named(make_small, golden, detailed):
+    qnn = make_small()
     with torch.no_grad():
-        unet.out[0].bias[0] += 0.01
-    qnn = calibrate(QuantModel(unet, QuantConfig()))
-    assert_refused(qnn, detailed, golden, r"made from models/ldm/shapes/model\.safetensors with other weights")
+        qnn.model.out[0].bias[0] += 0.01
+    Witness(qnn, golden).assert_refuses(detailed, r"made from models/ldm/shapes/model\.safetensors with other weights")
 
 
-def test_fingerprint_covers_all_parameters(make_qnn):
-    qnn = make_qnn()
+def test_fingerprint_covers_all_parameters(make_small):
+    qnn = make_small()
     seen = {fingerprint(qnn)}
-    parameters = list(qnn.model.parameters())[::20]
+    parameters = list(qnn.model.parameters())[::4]
     for parameter in parameters:
         with torch.no_grad():
             parameter.view(-1)[0] += 0.01
         seen.add(fingerprint(qnn))
-    assert len(seen) == 1 + len(parameters) > 5
+    assert len(seen) == 1 + len(parameters) > 10
 
 
 def test_fingerprint_does_not_depend_on_the_precision_of_the_file(make_unet, make_qnn):
@@ -442,79 +470,96 @@ def test_file_serves_the_source_model_in_float16(make_unet, saved):
     "params, match",
     [
         ({"num_res_blocks": 2}, "splits other layers than this model"),
-        ({"transformer_depth": 2}, "another architecture"),
+        (
+            {"transformer_depth": 2},
+            r"lacks model\..*transformer_blocks\.1\..*and \d+ more: it is of another architecture",
+        ),
+        ({"attention_resolutions": []}, r"has unknown model\..*: it is of another architecture"),
     ],
+    ids=["deeper", "more blocks", "fewer blocks"],
 )
-def test_another_architecture_is_refused(unet_config, golden, saved, params, match):
-    torch.manual_seed(0)
-    unet = instantiate_from_config(OmegaConf.merge(unet_config, {"params": params}))
-    qnn = calibrate(QuantModel(unet.eval(), QuantConfig()))
-    assert_refused(qnn, saved, golden, match)
+def test_another_architecture_is_refused(make_small, golden, small_file, params, match):
+    Witness(make_small(params), golden).assert_refuses(small_file, match)
 
 
 # --- broken files ------------------------------------------------------------------------------------------
 
 
-def test_missing_file(loaded, golden, tmp_path):
-    path = tmp_path / "none.safetensors"
-    assert_refused(loaded, path, golden, r"No such file: .*none\.safetensors", FileNotFoundError)
+def test_missing_file(small, tmp_path):
+    small.assert_refuses(tmp_path / "none.safetensors", r"No such file: .*none\.safetensors", FileNotFoundError)
 
 
-@pytest.mark.parametrize("left", [0, 7, 1000, 300_000, -1])
-def test_truncated_file_is_refused(loaded, golden, saved, tmp_path, left):
-    (tmp_path / "x.safetensors").write_bytes(saved.read_bytes()[:left])
-    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no readable safetensors file")
+@pytest.mark.parametrize("left", [0, 7, 1000, 50_000, -1])
+def test_truncated_file_is_refused(small, small_file, tmp_path, left):
+    (tmp_path / "x.safetensors").write_bytes(small_file.read_bytes()[:left])
+    small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
 
 
-def test_text_is_refused(loaded, golden, tmp_path):
+def test_text_is_refused(small, tmp_path):
     (tmp_path / "x.safetensors").write_text("not a checkpoint\n" * 100)
-    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no readable safetensors file")
+    small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_foreign_safetensors_are_refused(loaded, golden, tmp_path, metadata):
+def test_foreign_safetensors_are_refused(small, tmp_path, metadata):
     save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata=metadata)
-    assert_refused(loaded, tmp_path / "x.safetensors", golden, r"x\.safetensors' is no cali_ckpt")
+    small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no cali_ckpt")
 
 
 def header(**changes):
     def edit(tensors, metadata):
         for name, value in changes.items():
-            metadata.pop(name) if value is None else metadata.update({name: value})
+            metadata.update({name: value})
+
+    return edit
+
+
+def header_without(name):
+    def edit(tensors, metadata):
+        del metadata[name]
 
     return edit
 
 
 def config(**changes):
     def edit(tensors, metadata):
-        metadata["config"] = json.dumps(json.loads(metadata["config"]) | changes)
+        metadata["config"] |= changes
 
     return edit
 
 
+def raw(text):
+    """The whole header, as it stands in the file."""
+    return lambda tensors, metadata: text
+
+
 def put(key, change):
-    return lambda tensors, metadata: tensors.update({key: change(tensors.get(key))})
+    return lambda tensors, _: tensors.update({key: change(tensors.get(key))})
 
 
 def drop(key):
-    return lambda tensors, metadata: tensors.pop(key)
+    def edit(tensors, metadata):
+        del tensors[key]
+
+    return edit
 
 
 DAMAGES = {
-    "newer version": (header(version="2"), "is of version '2', this program reads 1"),
-    "no version": (header(version=None), "is of version None, this program reads 1"),
-    "config cut": (header(config='{"weight_bit": '), "damaged header"),
-    "config no settings": (header(config="null"), "damaged header"),
-    "config gone": (header(config=None), "damaged header: 'config'"),
+    "newer version": (header(version=2), "is of version 2, this program reads 1"),
+    "no version": (header_without("version"), "damaged header: 'version'"),
+    "header cut": (raw('{"version": 1, "config'), "damaged header"),
+    "header a list": (raw("[1]"), "damaged header"),
+    "header nested without end": (raw("[" * 100000), "damaged header"),
+    "config no settings": (header(config=None), "damaged header"),
+    "config gone": (header_without("config"), "damaged header: 'config'"),
     "config of impossible width": (config(weight_bit=40), "damaged header: weight_bit is 40"),
     "config of an unknown setting": (config(group_size=64), "damaged header: QuantConfig knows no group_size"),
-    "splits cut": (header(splits="{"), "damaged header"),
-    "splits a number": (header(splits="3"), "damaged header"),
-    "splits elsewhere": (header(splits=json.dumps({SPLIT: 63})), "splits other layers"),
-    "merge cut": (header(merge="nul"), "damaged header"),
-    "calibration a list": (header(calibration="[1]"), "damaged header"),
-    "source gone": (header(source=None), "damaged header: 'source'"),
-    "source without fingerprint": (header(source="{}"), "other weights than this model's"),
+    "splits a number": (header(splits=3), "damaged header"),
+    "splits elsewhere": (header(splits={SPLIT: 63}), "splits other layers"),
+    "merge a number": (header(merge=3), "damaged header"),
+    "calibration a list": (header(calibration=[1]), "damaged header"),
+    "source gone": (header_without("source"), "damaged header: 'source'"),
+    "source without fingerprint": (header(source={}), "other weights than this model's"),
     "codes too short": (
         put(f"{LAST}.weight_quantizer.codes", lambda x: x[:, 1:].contiguous()),
         r"damaged: codes .*143",
@@ -526,6 +571,7 @@ DAMAGES = {
     "codes as floats": (put(f"{LAST}.weight_quantizer.codes", lambda x: x.float()), "damaged: codes .*float32"),
     "codes missing": (drop(f"{LAST}.weight_quantizer.codes"), rf"lacks {LAST}\.weight_quantizer\.codes: "),
     "range missing": (drop(f"{LAST}.act_quantizer.delta"), rf"lacks {LAST}\.act_quantizer\.delta: "),
+    "last activation out of range": (put(f"{LAST}.act_quantizer.delta", torch.zeros_like), "damaged: delta must be"),
     "half of a split layer missing": (drop(f"{SPLIT}.weight_quantizer_0.codes"), r"lacks .*weight_quantizer_0\.codes"),
     "unknown tensor": (put("model.extra.codes", lambda _: torch.ones(1)), r"has unknown model\.extra\.codes: "),
     "one range for all channels": (
@@ -550,15 +596,56 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_file_is_refused(loaded, golden, saved, tmp_path, damage):
+def test_damaged_file_is_refused(small, small_file, tmp_path, damage):
     edit, match = DAMAGES[damage]
-    assert_refused(loaded, rewrite(saved, tmp_path / "x.safetensors", edit), golden, match)
+    small.assert_refuses(rewrite(small_file, tmp_path / "x.safetensors", edit), match)
 
 
-def test_copy_without_damage_is_loaded(make_qnn, saved, tmp_path):
+def test_copy_without_damage_is_loaded(make_small, small_file, tmp_path):
     """What `rewrite` does to a file besides the damage is no reason to refuse it."""
-    path = rewrite(saved, tmp_path / "x.safetensors", lambda tensors, metadata: None)
-    qnn = make_qnn()
+    path = rewrite(small_file, tmp_path / "x.safetensors", lambda tensors, metadata: None)
+    qnn = make_small()
     load_cali_ckpt(qnn, path)
     name = f"{LAST}.act_quantizer"
-    assert torch.equal(qnn.get_submodule(name).delta, 1.5 * load_file(saved)[f"{name}.delta"])
+    assert torch.equal(qnn.get_submodule(name).delta, 1.5 * load_file(small_file)[f"{name}.delta"])
+
+
+@pytest.mark.parametrize("format, name", [("dsdiff", "x.pth"), ("qdiff", "x.safetensors")])
+def test_a_name_of_the_other_format_is_refused(small, tmp_path, format, name):
+    with pytest.raises(ValueError, match="name of the other format"):
+        save_cali_ckpt(small.qnn, tmp_path / name, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_told(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such directory"):
+        save_cali_ckpt(small.qnn, tmp_path / "missing" / "x.safetensors")
+
+
+def test_two_saves_are_equal_byte_for_byte(small, tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        save_cali_ckpt(small.qnn, path, calibration={"b": 1, "a": 2}, merge={"ratio": 0.5}, source={"ckpt": "x"})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_file_with_activations_serves_a_model_without(make_qnn, golden_ckpt, golden, tmp_path, assert_close):
+    full = make_qnn()
+    load_cali_ckpt(full, golden_ckpt)
+    save_cali_ckpt(full, tmp_path / "x.safetensors")
+    weights_only = make_qnn(quant_act=False)
+    load_cali_ckpt(weights_only, tmp_path / "x.safetensors")
+    with torch.no_grad():
+        output = weights_only(golden["in_R/x"], golden["in_R/t"], golden["in_R/context"])
+    assert_close(output, golden["resumed_qa0/R"])
+
+
+def test_signed_activations_are_not_confused_with_unsigned(make_qnn, golden_ckpt, tmp_path):
+    signed = make_qnn(act_symmetric=True)
+    with pytest.raises(ValueError, match="unsigned activations"):
+        load_cali_ckpt(signed, golden_ckpt)
+    unsigned = make_qnn()
+    load_cali_ckpt(unsigned, golden_ckpt)
+    save_cali_ckpt(unsigned, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="act_symmetric"):
+        load_cali_ckpt(signed, tmp_path / "x.safetensors")

@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""What quantization costs, in one table: python scripts/eval_quantization.py
+
+Draws the same captions from the same noise with the full-precision embedded model and with quantized ones, by rounding
+to nearest (linear) and by Q-Diffusion (qdiff), and compares: PSNR to the full-precision pictures, the share of
+attributes that are right (colour, shape, texture, size, count and relation together, read as by
+scripts/eval_attributes.py), and the bytes of the UNet's weights. --ablation takes Q-Diffusion apart instead.
+
+Calibrations and pictures are kept in OUTDIR, and made only if they are not there: an interrupted run goes on with the
+same command. Writes OUTDIR/quantization.json or ablation.json, the table as markdown beside it, and a sheet of
+pictures, a row a variant.
+"""
+
+# ruff: noqa: E402
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
+
+from ldm.data.reader import ShapesReader, judge
+from ldm.data.shapes import ShapesDataset, caption, parse_caption
+from qdiff.checkpoint import load_cali_ckpt, read_cali_header, unet_bytes
+from qdiff.quant_model import QuantModel
+from scripts import calibrate, txt2img
+from scripts.common import EMBEDDED, build_model, choose_model, decode, sample, sampling_options, versions
+from scripts.console import ArgumentParser, command, logger, logs, number
+from scripts.eval_attributes import READER, tensor_of, wilson
+from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
+
+SAMPLER = ["--dpm_solver", "--ddim_steps", "20"]
+SHEET_COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row of the table. cali: the flags of its calibration, None for full precision; draw: those of drawing."""
+
+    name: str
+    cali: tuple[str, ...] | None = None
+    draw: tuple[str, ...] = ()
+
+    @property
+    def cali_name(self) -> str:
+        """The folder of its calibration, the same for all variants of the same flags."""
+        return "".join(flag.replace("--", "_") if flag.startswith("--") else flag for flag in self.cali or ()).strip(
+            "_"
+        )
+
+
+def bits(weight: int, act: bool, *more: str) -> tuple[str, ...]:
+    """The flags of a calibration."""
+    acts = ("--quant_act", "--act_bit", "8", "--sm_abit", "16") if act else ()
+    return ("--weight_bit", str(weight), *acts, *more)
+
+
+LINEAR, SPLIT, MERGE = ("--quant_mode", "linear"), ("--split",), ("--ratio", "0.5")
+TABLE = (
+    Variant(name="full precision"),
+    Variant(name="W8A8 linear", cali=bits(8, True, *LINEAR)),
+    Variant(name="W8A8 qdiff", cali=bits(8, True, *SPLIT)),
+    Variant(name="W4A32 linear", cali=bits(4, False, *LINEAR)),
+    Variant(name="W4A32 qdiff", cali=bits(4, False, *SPLIT)),
+    Variant(name="W4A8 linear", cali=bits(4, True, *LINEAR)),
+    Variant(name="W4A8 qdiff", cali=bits(4, True, *SPLIT)),
+    Variant(name="ratio 0.5", draw=MERGE),
+    Variant(name="W4A8 linear, ratio 0.5", cali=bits(4, True, *LINEAR), draw=MERGE),
+    Variant(name="W4A8 qdiff, ratio 0.5", cali=bits(4, True, *SPLIT), draw=MERGE),
+)
+ABLATION = (
+    Variant(name="full precision"),
+    Variant(name="W4A8 qdiff", cali=bits(4, True, *SPLIT)),
+    Variant(name="without split", cali=bits(4, True)),
+    Variant(name="without AdaRound", cali=bits(4, True, *SPLIT, "--iters_w", "0")),
+    Variant(name="without LSQ", cali=bits(4, True, *SPLIT, "--iters_a", "0")),
+    Variant(name="calibrated plain, drawn merged", cali=bits(4, True, *SPLIT), draw=MERGE),
+    Variant(name="calibrated merged, drawn merged", cali=bits(4, True, *SPLIT, *MERGE), draw=MERGE),
+    Variant(name="calibrated merged, drawn plain", cali=bits(4, True, *SPLIT, *MERGE)),
+)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--n", type=number(int, 2), default=256, metavar="N", help="pictures of each variant (default: %(default)s)")
+    add("--ablation", action="store_true", help="the parts of Q-Diffusion, in place of the table")
+    add("--preset", choices=list(calibrate.PRESETS), default="fast", help="of the calibrations (default: %(default)s)")
+    add("--outdir", type=Path, default=Path("outputs/quantization"), metavar="DIR", help="default: %(default)s")
+    add("--n_samples", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of captions and noise (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    return parser.parse_args(argv)
+
+
+# --- calibrations and pictures -----------------------------------------------------------------------------
+
+
+def captions_of(n: int, seed: int) -> list[str]:
+    """Half of them of combinations that training showed, half held out."""
+    parts = ((ShapesDataset(n, "test", 128, seed), n - n // 2), (ShapesDataset(n, "heldout", 128, seed), n // 2))
+    return [caption(data.spec(i)) for data, count in parts for i in range(count)]
+
+
+def cali_ckpt_of(variant: Variant, args: argparse.Namespace) -> Path | None:
+    """The variant's calibration, made if it is not there."""
+    if variant.cali is None:
+        return None
+    folder = args.outdir / "calibrations" / args.preset / variant.cali_name
+    path = folder / "cali.safetensors"
+    if not path.exists():
+        logger.info("calibrating %s", variant.name)
+        cond = () if "linear" in variant.cali else ("--no_grad_ckpt",)
+        flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--cond", "--device", args.device, *SAMPLER, *cond]
+        calibrate.main([*variant.cali, *flags, "--outdir", str(folder), *resume_flag(folder)])
+    return path
+
+
+def resume_flag(folder: Path) -> list[str]:
+    """--resume, where a calibration was interrupted."""
+    return ["--resume"] if (folder / "progress" / "settings.json").exists() else []
+
+
+def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[str]) -> Tensor:
+    """uint8 [N, H, W, 3], drawn if they are not there."""
+    cali = cali_ckpt_of(variant, args)
+    key = f"{variant.name.replace(' ', '_').replace(',', '')}-{args.preset}-{args.seed}"
+    folder = args.outdir / "pictures" / key
+    paths = [folder / f"{i:05}.png" for i in range(len(captions))]
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    if todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(variant, cali, args, captions, todo, paths)
+    return torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
+
+
+def draw(
+    variant: Variant,
+    cali: Path | None,
+    args: argparse.Namespace,
+    captions: Sequence[str],
+    todo: Sequence[int],
+    paths: Sequence[Path],
+) -> None:
+    """Draw the pictures `todo` with the model of a variant."""
+    flags = ["--prompt", "-", "--config", str(EMBEDDED), "--device", args.device, *SAMPLER, *variant.draw]
+    flags += ["--ptq", "--cali_ckpt", str(cali)] if cali else []
+    drawing = txt2img.parse_args(flags)
+    choice = choose_model(drawing)
+    options = sampling_options(drawing, choice)
+    model = build_model(drawing, choice)
+    for start in tqdm(range(0, len(todo), args.n_samples), desc=variant.name, unit="batch"):
+        part = todo[start : start + args.n_samples]
+        images = decode(model, sample(model, [captions[i] for i in part], [args.seed + i for i in part], options))
+        for i, picture in zip(part, to_pictures(images), strict=True):
+            write_png(paths[i], picture, {"prompt": captions[i], "seed": str(args.seed + i)})
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> list[float]:
+    """In dB, picture by picture, of uint8 [N, H, W, 3]; inf where they are equal."""
+    error = (pictures.double() - reference.double()).square().flatten(1).mean(dim=1) / 255**2
+    return [-10 * math.log10(value) if value else math.inf for value in error.tolist()]
+
+
+def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesReader, batch: int) -> tuple[int, int]:
+    """How many of all attributes that the captions ask for are right, and how many they ask for."""
+    answers: list[bool] = []
+    for start in range(0, len(pictures), batch):
+        part = [Image.fromarray(picture.numpy()) for picture in pictures[start : start + batch]]
+        seen = reader.read(tensor_of(part) * 2 - 1)
+        specs = [parse_caption(text) for text in captions[start : start + batch]]
+        answers += [right for spec, objects in zip(specs, seen, strict=True) for right in judge(spec, objects).values()]
+    return sum(answers), len(answers)
+
+
+def weight_bytes(cali: Path | None) -> int:
+    """Of the embedded model's UNet: in float32, or quantized, with its scales, biases and norms."""
+    args = txt2img.parse_args(["--prompt", "-", "--config", str(EMBEDDED)])
+    unet = build_model(args, choose_model(args)).model.diffusion_model
+    if cali is None:
+        return sum(4 * parameter.numel() for parameter in unet.parameters())
+    qnn = QuantModel(unet, read_cali_header(cali).config)
+    load_cali_ckpt(qnn, cali)
+    return unet_bytes(qnn)
+
+
+def figures(variants: Sequence[Variant], args: argparse.Namespace, sheet: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """A row a variant; its first pictures are appended to `sheet`."""
+    captions = captions_of(args.n, args.seed)
+    reader = ShapesReader.from_file(READER)
+    reference = None
+    for variant in variants:
+        pictures = pictures_of(variant, args, captions)
+        sheet.append(pictures[:: max(1, len(pictures) // SHEET_COLUMNS)][:SHEET_COLUMNS])
+        reference = pictures if reference is None else reference
+        values = [value for value in psnr(pictures, reference) if value != math.inf]
+        right, asked = attributes_right(pictures, captions, reader, args.n_samples)
+        low, high = wilson(right, asked)
+        yield {
+            "variant": variant.name,
+            "psnr": sum(values) / len(values) if values else None,
+            "attributes": 100 * right / asked,
+            "low": 100 * low,
+            "high": 100 * high,
+            "asked": asked,
+            "bytes": weight_bytes(cali_ckpt_of(variant, args)),
+        }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| | PSNR, dB | attributes right, % | UNet weights, MB |", "|---|---|---|---|"]
+    for row in rows:
+        quality = "-" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        lines.append(
+            f"| {row['variant']} | {quality} | {row['attributes']:.1f} [{row['low']:.1f}, {row['high']:.1f}] "
+            f"| {row['bytes'] / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def sheet_of(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
+    """The pictures of each variant in a row, its name above."""
+    side, text = rows[0].shape[1], 16
+    page = Image.new("RGB", (len(rows[0]) * (side + 4), len(rows) * (side + text)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (pictures, name) in enumerate(zip(rows, names, strict=True)):
+        pen.text((2, i * (side + text) + 2), name, fill="black")
+        for j, picture in enumerate(pictures):
+            page.paste(Image.fromarray(picture.numpy()), (j * (side + 4), i * (side + text) + text))
+    return page
+
+
+@command
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    with logs(args.verbose):
+        check_writable(args.outdir)
+        variants, name = (ABLATION, "ablation") if args.ablation else (TABLE, "quantization")
+        pictures: list[Tensor] = []
+        rows = list(figures(variants, args, pictures))
+        table = markdown(rows)
+        facts = {"n": args.n, "preset": args.preset, "seed": args.seed, "sampler": SAMPLER, "versions": versions()}
+        content = json.dumps({**facts, "reader_sha256": file_sha256(READER), "rows": rows}, indent=2)
+        write_file(args.outdir / f"{name}.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
+        write_file(args.outdir / f"{name}.md", lambda path: path.write_text(table + "\n", encoding="utf-8"))
+        write_png(args.outdir / f"{name}.png", sheet_of(pictures, [variant.name for variant in variants]))
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Calibration data, what is captured with it, and the ranges fitted to it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tomesd
+from qdiff.calibration import (
+    Cache,
+    CalibrationSet,
+    capture,
+    chosen_calls,
+    fit_activations,
+    from_qdiffusion,
+    recorded_inputs,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    tensors = load_file("tests/goldens/q_cali_data.safetensors")
+    return CalibrationSet(tensors["xs"][:6], tensors["ts"][:6], tensors["cs"][:6])
+
+
+def test_saved_data_comes_back(data, tmp_path):
+    path = tmp_path / "data.safetensors"
+    CalibrationSet(data.x, data.t, data.context, {"seed": 3}).save(path)
+    loaded = CalibrationSet.load(path)
+    assert torch.equal(loaded.x, data.x) and torch.equal(loaded.t, data.t) and torch.equal(loaded.context, data.context)
+    assert loaded.facts == {"seed": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["data.safetensors"]
+
+
+def test_qdiffusion_layout_counts_both_branches_at_spread_timesteps(tmp_path):
+    x = torch.arange(4.0)[:, None, None, None, None].expand(4, 3, 4, 2, 2).clone()  # [steps, samples, C, h, w]
+    content = {
+        "xs": list(x),
+        "ts": [torch.full((3,), 100.0 * i) for i in range(4)],
+        "cs": [torch.ones(3, 5, 8)] * 4,
+        "ucs": [torch.zeros(3, 5, 8)] * 4,
+    }
+    torch.save(content, tmp_path / "data.pt")
+    data = CalibrationSet.load(tmp_path / "data.pt", steps=2, per_step=2)
+    assert len(data) == 8
+    assert data.t.tolist() == [0, 0, 200, 200] * 2
+    assert data.x[:, 0, 0, 0].tolist() == [0, 0, 2, 2] * 2
+    assert data.context.mean(dim=[1, 2]).tolist() == [1] * 4 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"xs": [torch.zeros(1, 4, 2, 2)]}, "xs and ts"),
+        ([1, 2], "xs and ts"),
+        ({"xs": [torch.zeros(1, 4, 2, 2)], "ts": [torch.zeros(2)]}, "as many"),
+        ({"xs": [None], "ts": [torch.zeros(2)]}, "damaged"),
+    ],
+)
+def test_other_content_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        from_qdiffusion(content, "file.pt")
+
+
+def test_data_with_nan_is_refused(data):
+    x = data.x.clone()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        CalibrationSet(x, data.t, data.context)
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no calibration data"):
+        CalibrationSet.load(tmp_path / "a.safetensors")
+
+
+def test_a_subset_is_reproducible_and_within_the_data(data):
+    subset = data.subset(3, seed=5)
+    assert torch.equal(subset.x, data.subset(3, seed=5).x)
+    places = [int((data.x == x).flatten(1).all(1).nonzero()) for x in subset.x]
+    assert len(set(places)) == 3 and places == sorted(places)
+    assert data.subset(100, seed=5) is data
+
+
+@pytest.mark.parametrize("calls, steps, chosen", [(10, 5, [0, 2, 4, 6, 8]), (4, 9, [0, 1, 2, 3]), (51, 2, [0, 25])])
+def test_chosen_calls_are_spread(calls, steps, chosen):
+    assert chosen_calls(calls, steps) == chosen
+
+
+def test_recorded_inputs_are_those_of_the_wanted_calls(make_unet, data):
+    unet = make_unet()
+    with torch.no_grad(), recorded_inputs(unet, [1]) as kept:
+        for i in range(3):
+            unet(data.x[i : i + 1], data.t[i : i + 1], context=data.context[i : i + 1])
+    assert len(kept) == 1 and torch.equal(kept[0][0], data.x[1:2]) and torch.equal(kept[0][2], data.context[1:2])
+    assert not unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])  # on disk, in memory
+@torch.no_grad()
+def test_captured_inputs_give_the_captured_output(make_qnn, data, tmp_path, limit, assert_close):
+    qnn = make_qnn()
+    for name in ("model.middle_block.1.transformer_blocks.0", "model.output_blocks.0.0", "model.out.2"):
+        cache = Cache(limit, tmp_path / "cache")
+        unit = qnn.units()[name]
+        inputs = capture(qnn, unit, data, 4, cache)
+        (output,) = capture(qnn, unit, data, 4, cache, output=True)
+        assert len(output) == len(data)
+        assert_close(unit(*inputs), output)
+        cache.clear()
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@torch.no_grad()
+def test_every_sample_is_captured_the_last_batch_included(make_qnn, data, tmp_path):
+    qnn = make_qnn()
+    (x,) = capture(qnn, qnn.units()["model.input_blocks.0.0"], data, 4, Cache(10**9, tmp_path))
+    assert torch.equal(x, data.x)
+
+
+@torch.no_grad()
+def test_capture_under_merging_repeats(make_qnn, data, tmp_path):
+    qnn = make_qnn()
+    tomesd.apply_patch(qnn, ratio=0.5)
+    unit = qnn.units()["model.output_blocks.3.1.proj_out"]
+
+    def once(seed):
+        cache = Cache(10**9, tmp_path)
+        return capture(qnn, unit, data, 2, cache, before_forward=lambda: tomesd.reseed(qnn, seed))[0]
+
+    first = once(1)
+    assert torch.equal(first, once(1))
+    assert not torch.equal(first, once(2))
+
+
+@torch.no_grad()
+def test_full_ranges_span_all_batches(make_qnn, data, tmp_path):
+    qnn = make_qnn(act_scale_method="max")
+    qnn.fit_weights()
+    fit_activations(qnn, data, 4)
+    with qnn.quant_state(True, False):
+        for name in ("model.input_blocks.2.0.op", "model.out.2"):
+            (x,) = capture(qnn, qnn.units()[name], data, 4, Cache(10**9, tmp_path))
+            low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+            quantizer = qnn.units()[name].act_quantizer
+            torch.testing.assert_close(quantizer.delta.item(), (high - low) / 255, rtol=1e-6, atol=0)
+    assert all(quantizer.is_set for quantizer in qnn.act_quantizers().values())
+
+
+@torch.no_grad()
+def test_running_ranges_are_averages_over_batches(make_qnn, data):
+    qnn = make_qnn()
+    qnn.fit_weights()
+    fit_activations(qnn, data, 2, running=True)
+    low = high = None
+    for x in data.x.split(2):
+        low = x.min() if low is None else 0.95 * low + 0.05 * x.min()
+        high = x.max() if high is None else 0.95 * high + 0.05 * x.max()
+    quantizer = qnn.layers()["model.input_blocks.0.0"].act_quantizer
+    torch.testing.assert_close(quantizer.delta, (high - low) / 255)
+    assert quantizer.zero_point == (-low / quantizer.delta).round()
+
+
+@torch.no_grad()
+def test_fitting_leaves_the_model_as_it_was(make_qnn, data, monkeypatch):
+    monkeypatch.setattr("qdiff.calibration.SAMPLED_VALUES", 128)
+    qnn = make_qnn(act_scale_method="mse")
+    qnn.fit_weights()
+    before = {name: type(module) for name, module in qnn.named_modules()}
+    states = {name: quantizer.enabled for name, quantizer in qnn.act_quantizers().items()}
+    fit_activations(qnn, data, 4)
+    assert {name: type(module) for name, module in qnn.named_modules()} == before
+    assert {name: quantizer.enabled for name, quantizer in qnn.act_quantizers().items()} == states
+
+
+@torch.no_grad()
+def test_ranges_of_least_error_beat_full_ranges_on_outliers():
+    from qdiff.calibration import Observer
+    from qdiff.quant_layer import UniformAffineQuantizer
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, generator=generator)
+    x[0] = 12.0
+    errors = {}
+    for method in ("max", "mse"):
+        quantizer = UniformAffineQuantizer(4, scale_method=method)
+        observer = Observer(quantizer, 2000, 0, running=False)
+        for part in x.split(1000):
+            assert observer(part) is part
+        observer.fit()
+        errors[method] = (quantizer(x) - x).abs().pow(2.4).mean()
+    assert errors["mse"] < 0.8 * errors["max"]
