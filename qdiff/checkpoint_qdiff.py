@@ -119,7 +119,7 @@ def _softmax_bits(delta: float, given: int | None, source: str) -> int:
         return (2**bits - 1) * delta
 
     likely = min(BITS, key=lambda bits: abs(spans(bits) - 0.75))
-    if given is not None and not 0.2 < spans(given) < 1.5:
+    if given not in (None, likely) and not 0.2 < spans(given) < 1.5:
         raise ValueError(f"--sm_abit is {given}, but the step sizes in {source!r} are those of sm_abit {likely}")
     return likely if given is None else given
 

@@ -183,20 +183,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(args: argparse.Namespace, choice: ModelChoice) -> nn.Module:
+def build_model(args: argparse.Namespace, choice: ModelChoice, options: "SamplingOptions") -> nn.Module:
     """The chosen LatentDiffusion on its device, ready to draw: quantized, then with its tokens merged, as asked."""
-    device = choose_device(args.device)
-    merge, quantization = merge_options(args), choose_quantization(args, choice.cali_ckpts)
+    device, quantization = choose_device(args.device), options.quantization
     model = load_model_from_config(
         choice.config, choice.ckpt, device, tokenizer=args.tokenizer, verbose=getattr(args, "verbose", False)
     )
     getattr(model.cond_stage_model, "tokenizer", None)  # read now, since what it lacks should be told before all else
     if quantization is not None:
-        if args.cond and model.model.conditioning_key is None:
-            raise ValueError("--cond is given, but the model takes no condition: leave it out")
         quantize(model, quantization)
-    if merge is not None:
-        tomesd.apply_patch(model, **asdict(merge))
+    if options.merge is not None:
+        tomesd.apply_patch(model, **asdict(options.merge))
     return model
 
 

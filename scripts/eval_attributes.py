@@ -274,7 +274,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logger.info("%s", choice)
     options = sampling_options(args, choice)
     facts |= {"options": asdict(options), **choice.hashes}
-    model = build_model(args, choice)
+    model = build_model(args, choice, options)
     args.outdir.mkdir(parents=True, exist_ok=True)
     return facts | {"figures": evaluate_model(args, model, options, reader)}
 

@@ -160,7 +160,7 @@ def draw(
     drawing = txt2img.parse_args(flags)
     choice = choose_model(drawing)
     options = sampling_options(drawing, choice)
-    model = build_model(drawing, choice)
+    model = build_model(drawing, choice, options)
     for start in tqdm(range(0, len(todo), args.n_samples), desc=variant.name, unit="batch"):
         part = todo[start : start + args.n_samples]
         images = decode(model, sample(model, [captions[i] for i in part], [args.seed + i for i in part], options))
@@ -191,7 +191,8 @@ def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesRe
 def weight_bytes(cali: Path | None) -> int:
     """Of the embedded model's UNet: in float32, or quantized, with its scales, biases and norms."""
     args = txt2img.parse_args(["--prompt", "-", "--config", str(EMBEDDED)])
-    unet = build_model(args, choose_model(args)).model.diffusion_model
+    choice = choose_model(args)
+    unet = build_model(args, choice, sampling_options(args, choice)).model.diffusion_model
     if cali is None:
         return sum(4 * parameter.numel() for parameter in unet.parameters())
     qnn = QuantModel(unet, read_cali_header(cali).config)

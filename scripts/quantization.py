@@ -21,12 +21,13 @@ BIT_FLAGS = ("weight_bit", "act_bit", "sm_abit")
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
     """A quantized model. cali_ckpt: the file. bits: in short, such as "W4A8 sm16 split". quant_act: whether activations
-    are quantized, which may be off where config, the file's, has it on. no_grad_ckpt: as the flag."""
+    are quantized, which may be off where config, the file's, has it on. cond, no_grad_ckpt: as the flags."""
 
     cali_ckpt: str
     cali_sha256: str
     bits: str
     quant_act: bool
+    cond: bool
     no_grad_ckpt: bool
     config: QuantConfig
 
@@ -46,6 +47,7 @@ def choose_quantization(args: argparse.Namespace, shipped: Mapping[int, Path]) -
         cali_sha256=file_sha256(path),
         bits=_in_short(header, args),
         quant_act=_acts(header, args),
+        cond=bool(args.cond),
         no_grad_ckpt=bool(args.no_grad_ckpt),
         config=header.config,
     )
@@ -53,6 +55,8 @@ def choose_quantization(args: argparse.Namespace, shipped: Mapping[int, Path]) -
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:
     """Quantize a LatentDiffusion's UNet, in place."""
+    if quantization.cond and model.model.conditioning_key is None:
+        raise ValueError("--cond is given, but the model takes no condition: leave it out")
     qnn = QuantModel(model.model.diffusion_model, quantization.config)
     load_cali_ckpt(qnn, quantization.cali_ckpt)
     if quantization.no_grad_ckpt:

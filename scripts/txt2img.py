@@ -380,7 +380,7 @@ def generate(args: argparse.Namespace, choice: ModelChoice, log: Log) -> None:
     run = Run(args, settings, options)
     batches = plan(settings, args.outdir)
     pending = [not run.is_done(batch) for batch in batches]
-    model = build_model(args, choice) if any(pending) else None  # nothing is written before the model is there
+    model = build_model(args, choice, options) if any(pending) else None  # nothing is written before the model is there
     begin(args, settings, log)
     execute(run, model, batches, pending)
     logger.info("%s", run.summary())

@@ -382,17 +382,10 @@ def test_frozen_equals_what_it_froze(shape, n_bits, symmetric):
 
 
 @pytest.mark.parametrize("n_bits", range(2, 17))
-@pytest.mark.parametrize("shape", [(6, 16), (2, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_frozen_codes_from_a_file(shape, n_bits):
     quantizer, weight, frozen = frozen_of(n_bits, shape)
     loaded = FrozenQuantizer.from_packed(frozen.packed, shape, n_bits, frozen.delta, frozen.zero_point)
-    assert torch.equal(loaded(weight), quantizer(weight))
-
-
-@pytest.mark.parametrize("n_bits", [b for b in range(2, 17) if b != 8])
-def test_frozen_codes_of_odd_rows_from_a_file(n_bits):
-    quantizer, weight, frozen = frozen_of(n_bits, (5, 3, 3, 3))
-    loaded = FrozenQuantizer.from_packed(frozen.packed, (5, 3, 3, 3), n_bits, frozen.delta, frozen.zero_point)
     assert torch.equal(loaded(weight), quantizer(weight))
 
 

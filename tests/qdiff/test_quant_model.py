@@ -101,7 +101,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def make_tiny(tiny):
-    """(run) -> its UNet quantized, with fitted weights and the recorded ranges of activations; built once."""
+    """(run, anew=False) -> its UNet quantized: fitted weights, recorded ranges of activations. Built once, or anew."""
     params = OmegaConf.load(f"{GOLDENS}/tiny_ldm.yaml").model.params.unet_config
     prefix = "model.diffusion_model."
     weights = {
@@ -111,26 +111,31 @@ def make_tiny(tiny):
     }
     built = {}
 
-    def make(run):
+    def make(run, anew=False):
+        if anew:
+            return build(run)
         if run not in built:
-            facts = RUNS[run]
-            config = QuantConfig(
-                weight_bit=facts["wb"],
-                act_bit=facts["ab"],
-                sm_abit=facts["sm"],
-                split=facts["split"],
-                scale_method=facts["method"],
-                act_scale_method=facts["method"],
-            )
-            unet = instantiate_from_config(params)
-            unet.load_state_dict(weights)
-            qnn = QuantModel(unet.eval(), config)
-            if facts["method"] == "mse":
-                set_large_weights(qnn, run)
-            qnn.fit_weights()
-            load_act_ranges(qnn, tiny, f"{run}/quantizers/")
-            built[run] = qnn
+            built[run] = build(run)
         return built[run]
+
+    def build(run):
+        facts = RUNS[run]
+        config = QuantConfig(
+            weight_bit=facts["wb"],
+            act_bit=facts["ab"],
+            sm_abit=facts["sm"],
+            split=facts["split"],
+            scale_method=facts["method"],
+            act_scale_method=facts["method"],
+        )
+        unet = instantiate_from_config(params)
+        unet.load_state_dict(weights)
+        qnn = QuantModel(unet.eval(), config)
+        if facts["method"] == "mse":
+            set_large_weights(qnn, run)
+        qnn.fit_weights()
+        load_act_ranges(qnn, tiny, f"{run}/quantizers/")
+        return qnn
 
     def set_large_weights(qnn, run):
         """The search over all of them takes its time; `fit_weights` does the rest."""
@@ -192,7 +197,7 @@ def test_recorded_splits(make_tiny):
 @torch.no_grad()
 def test_recorded_outputs_of_adaptive_rounding(make_tiny, tiny, assert_close):
     run = "w8a8_max_split_sm8"
-    qnn = make_tiny(run)
+    qnn = make_tiny(run, anew=True)
     convert_to_adaround(qnn)
     with qnn.quant_state(True, False):
         assert_close(qnn(*inputs(tiny, "in_A")), tiny[f"{run}/w_adaround_hard_A"])
@@ -537,6 +542,14 @@ def test_quant_state_ends_with_an_exception(calibrated):
     with pytest.raises(RuntimeError, match="on purpose"), calibrated.quant_state(False, True):
         raise RuntimeError("on purpose")
     assert states_of(calibrated) == before
+
+
+def test_quant_state_ends_for_what_took_a_slot(fitted):
+    before = mixed(fitted)
+    with fitted.quant_state(True, False):
+        fitted.freeze()
+    assert all(isinstance(quantizer, FrozenQuantizer) for quantizer in fitted.weight_quantizers().values())
+    assert states_of(fitted) == before
 
 
 def test_a_refused_quant_state_changes_nothing(make_qnn):

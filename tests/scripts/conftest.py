@@ -26,3 +26,27 @@ def random_ckpt(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     save_checkpoint(model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """(config, checkpoint) of the same kind of model with a small UNet, random weights: its calibration is short."""
+    config = OmegaConf.load(EMBEDDED)
+    config.model.params.unet_config.params |= {
+        "model_channels": 32,
+        "channel_mult": [1, 1],
+        "attention_resolutions": [1],
+    }
+    folder = tmp_path_factory.mktemp("small")
+    OmegaConf.save(config, folder / "small.yaml")
+    built = OmegaConf.create(OmegaConf.to_container(config.model))
+    built.params.use_ema = False
+    del built.params.cond_stage_config.params["tokenizer"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = instantiate_from_config(built)
+        for parameter in [*model.model.parameters(), *model.cond_stage_model.parameters()]:
+            if not parameter.any() or parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(model, folder / "small.safetensors")
+    return folder / "small.yaml", folder / "small.safetensors"

@@ -93,7 +93,7 @@ def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     reader = ShapesReader(width=8, features=8).eval()
     monkeypatch.setattr(script.ShapesReader, "from_file", lambda path: reader)
     flags = ["--ckpt", str(random_ckpt), "--ddim_steps", "7", "--plms", "--ratio", "0.5", "--device", "cpu"]
-    script.main(["--n", "3", "--split", "test", "--n_samples", "2", "--outdir", str(tmp_path), *flags])
+    script.main(["--n", "3", "--captions", "test", "--n_samples", "2", "--outdir", str(tmp_path), *flags])
     content = json.loads((tmp_path / "attributes.json").read_text())
     options = {"height": 128, "sampler": "plms", "steps": 7, "steps_taken": 8, "scale": 4.0, "precision": "full"}
     assert {name: content["options"][name] for name in options} == options
@@ -118,7 +118,7 @@ def test_verbose_shows_the_packages_details(tmp_path, monkeypatch, capsys, verbo
 
 
 @pytest.mark.parametrize(
-    "flags", [["--n", "0"], ["--split", "train"], ["--reader", "missing.safetensors"], ["--images", "missing"]]
+    "flags", [["--n", "0"], ["--captions", "train"], ["--reader", "missing.safetensors"], ["--images", "missing"]]
 )
 def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
@@ -131,7 +131,8 @@ def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys):
     ("flags", "named"),
     [
         (["--n", "256"], "--n"),
-        (["--split", "both"], "--split"),
+        (["--captions", "both"], "--captions"),
+        (["--ptq"], "--ptq"),
         (["--plms", "--ddim_steps", "9"], "--plms, --ddim_steps"),
         (["--scale", "4"], "--scale"),
         (["--seed", "0"], "--seed"),
@@ -166,7 +167,8 @@ def test_the_embedded_model_draws_the_colours_it_is_asked_for():
     specs = [spec for spec in map(data.spec, range(len(data))) if len(spec.objects) == 1][:8]
     args = script.parse_args(["--ddim_steps", "12", "--device", "cpu"])
     choice = script.choose_model(args)
-    model, options = script.build_model(args, choice), script.sampling_options(args, choice)
+    options = script.sampling_options(args, choice)
+    model = script.build_model(args, choice, options)
     latents = script.sample(model, [caption(spec) for spec in specs], range(8), options)
     objects = ShapesReader.from_file(script.READER).read(script.decode(model, latents) * 2 - 1)
     verdicts = [script.judge(spec, seen) for spec, seen in zip(specs, objects, strict=True)]

@@ -18,7 +18,6 @@ from PIL import Image
 
 from ldm.modules.attention import BasicTransformerBlock
 from scripts import common, txt2img
-from scripts.flags import QUANTIZATION_FLAGS
 
 TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu"]
 
@@ -226,7 +225,8 @@ def test_ratio_0_leaves_the_model_unpatched(random_ckpt):
     args = ["--prompt", "a ring", "--config", str(common.EMBEDDED), "--ckpt", str(random_ckpt)]
     for ratio, patched in (("0", False), ("0.5", True)):
         parsed = txt2img.parse_args([*args, "--ratio", ratio])
-        model = common.build_model(parsed, common.choose_model(parsed))
+        choice = common.choose_model(parsed)
+        model = common.build_model(parsed, choice, common.sampling_options(parsed, choice))
         blocks = [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
         assert blocks and all((type(block) is not BasicTransformerBlock) is patched for block in blocks)
 
@@ -345,14 +345,6 @@ def test_resume_refuses_other_settings(run, refused, monkeypatch):
 )
 def test_bad_flag(refused, flags, says):
     assert says in refused(*flags)
-
-
-@pytest.mark.parametrize("name", QUANTIZATION_FLAGS)
-def test_quantization_is_refused(refused, name):
-    value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"]}.get(name, [8] if "bit" in name else [])
-    assert refused(f"--{name}", *value).startswith(
-        f"error: quantization is not available in this version: leave out --{name}"
-    )
 
 
 def test_bad_prompt_file(refused, tmp_path):
