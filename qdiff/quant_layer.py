@@ -54,7 +54,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, n_bits: int = 8, symmetric: bool = False):
         super().__init__()
-        if n_bits not in BITS or isinstance(n_bits, bool):
+        if n_bits not in BITS or type(n_bits) is not int:
             raise ValueError(f"n_bits is {n_bits!r}: it must be a whole number in {BITS[0]}..{BITS[-1]}")
         self.n_bits = n_bits
         self.symmetric = symmetric
@@ -94,6 +94,13 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x' for x of any float dtype, in its dtype; computed in float32."""
         return self.dequantize(self.codes(x)).to(x.dtype) if self.enabled else x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        # `.half()` and the like move the ranges but do not cast them: a zero point of 16 bits would become infinite.
+        delta, zero_point = self.delta, self.zero_point
+        super()._apply(fn, recurse)
+        self.delta, self.zero_point = delta.to(self.delta.device), zero_point.to(self.zero_point.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, symmetric={self.symmetric}"
@@ -188,14 +195,17 @@ class FrozenQuantizer(Quantizer):
     packed: Tensor
 
     def __init__(self, quantizer: Quantizer, weight: Tensor):
-        """Freeze the codes that `quantizer` gives `weight` at present."""
+        """Freeze the codes that `quantizer` gives `weight` at present. Raises ValueError while it rounds softly."""
         super().__init__(quantizer.n_bits, quantizer.symmetric)
         self.enabled = quantizer.enabled
         self.shape = tuple(weight.shape)
         self.to(weight.device)
         self.set(quantizer.delta, quantizer.zero_point)
         with torch.no_grad():
-            self.register_buffer("packed", pack(quantizer.codes(weight) - self.low, self.n_bits))
+            codes = quantizer.codes(weight)
+        if not torch.equal(codes, codes.round()):
+            raise ValueError("codes that are not whole cannot be frozen: leave soft_rounding() first")
+        self.register_buffer("packed", pack(codes - self.low, self.n_bits))
 
     @classmethod
     def from_packed(
@@ -205,6 +215,9 @@ class FrozenQuantizer(Quantizer):
         rows = (shape[0], packed_bytes(shape, n_bits))
         if packed.dtype != torch.uint8 or tuple(packed.shape) != rows:
             raise ValueError(f"codes {tuple(packed.shape)} {packed.dtype} do not hold {n_bits} bits for {shape}")
+        channels = (shape[0], *[1] * (len(shape) - 1))
+        if tuple(delta.shape) != channels:
+            raise ValueError(f"delta has shape {tuple(delta.shape)}, a weight of {tuple(shape)} needs {channels}")
         quantizer = cls.__new__(cls)
         Quantizer.__init__(quantizer, n_bits)
         quantizer.shape = tuple(shape)
@@ -305,6 +318,11 @@ def softmax_quantizer(config: QuantConfig) -> nn.Module:
     if not config.quant_act:
         return nn.Identity()
     return UniformAffineQuantizer(config.sm_abit, scale_method=config.act_scale_method, always_zero=True)
+
+
+def check_layer(layer: nn.Module) -> None:
+    """Raises ValueError for a layer that cannot be quantized."""
+    _operation(layer)
 
 
 def _operation(layer: nn.Module) -> tuple[Callable[..., Tensor], dict]:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from qdiff.config import QuantConfig
-from qdiff.quant_block import QUANTIZED, BaseQuantBlock, convert, restore
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule
+from qdiff.quant_block import FLOAT, QUANTIZED, BaseQuantBlock, convert, restore
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, check_layer
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -30,8 +30,12 @@ class QuantModel(nn.Module):
             if isinstance(block, tuple(QUANTIZED)) and type(block) not in QUANTIZED:
                 kind = f"{type(block).__module__}.{type(block).__name__}"
                 raise ValueError(f"blocks of {kind} cannot be quantized: quantize first, patch (merge tokens) last")
+        for module in unet.modules():
+            if isinstance(module, LAYERS):
+                check_layer(module)
         self.config = config
         self.model = unet
+        self._modes = [(module, module.training) for module in unet.modules()]
         splits = split_widths(unet) if config.split else {}
         for block in list(unet.modules()):
             convert(block, config)
@@ -49,12 +53,16 @@ class QuantModel(nn.Module):
         return self.model(x, timesteps, context=context, y=y)
 
     def restore(self) -> UNetModel:
-        """The float UNet, as it was before; this model must not be used any more."""
+        """The float UNet, as it was; this model must not be used any more. Raises ValueError while it is patched."""
+        if any(isinstance(block, BaseQuantBlock) and type(block) not in FLOAT for block in self.model.modules()):
+            raise ValueError("the blocks are patched: take the patch off (tomesd.remove_patch) before restore()")
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, QuantModule):
                 _put(self.model, name, layer.layer)
         for block in list(self.model.modules()):
             restore(block)
+        for module, training in self._modes:
+            module.training = training
         return self.model
 
     # --- what is in it ------------------------------------------------------------------------------------

@@ -246,3 +246,12 @@ def test_soft_rounding_of_one_module_only():
     first, second = (adaround_of(some_weight(4, 30)) for _ in range(2))
     with soft_rounding(first):
         assert first.soft and not second.soft
+
+
+def test_soft_codes_cannot_be_frozen():
+    weight = torch.linspace(-1, 1, 24).reshape(4, 6)
+    layer = torch.nn.Module()
+    layer.quantizer = AdaRoundQuantizer.from_uniform(UniformAffineQuantizer(4, channel_wise=True).fit(weight), weight)
+    with soft_rounding(layer), pytest.raises(ValueError, match="not whole"):
+        FrozenQuantizer(layer.quantizer, weight)
+    assert FrozenQuantizer(layer.quantizer, weight).codes().shape == weight.shape

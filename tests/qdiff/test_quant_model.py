@@ -646,3 +646,38 @@ def test_merging_can_be_taken_off(make_qnn):
     kinds = kinds_of(qnn)
     tomesd.remove_patch(tomesd.apply_patch(qnn))
     assert kinds_of(qnn) == kinds
+
+
+def test_restore_is_refused_while_patched(make_qnn):
+    qnn = make_qnn()
+    tomesd.apply_patch(qnn, ratio=0.5)
+    with pytest.raises(ValueError, match="remove_patch"):
+        qnn.restore()
+    tomesd.remove_patch(qnn)
+    assert type(qnn.restore().middle_block[1].transformer_blocks[0]) is BasicTransformerBlock
+
+
+def test_restore_gives_back_the_training_mode(make_unet):
+    unet = make_unet().train()
+    unet.middle_block[0].eval()
+    before = {name: module.training for name, module in unet.named_modules()}
+    qnn = QuantModel(unet, QuantConfig())
+    assert not unet.input_blocks[1][0].training
+    assert {name: module.training for name, module in qnn.restore().named_modules()} == before
+
+
+def test_a_layer_that_cannot_be_quantized_leaves_the_unet_alone(make_unet):
+    unet = make_unet()
+    unet.out[2].padding_mode = "reflect"
+    with pytest.raises(ValueError, match="zero padding"):
+        QuantModel(unet, QuantConfig())
+    assert not any("Quant" in type(module).__name__ for module in unet.modules())
+
+
+def test_ranges_stay_in_float32_when_the_model_is_cast(make_qnn):
+    qnn = make_qnn()
+    quantizer = qnn.layers()["model.out.2"].act_quantizer
+    quantizer.set(torch.tensor(1e-3), torch.tensor(65535.0))
+    qnn.half()
+    assert qnn.layers()["model.out.2"].weight.dtype == torch.float16
+    assert quantizer.delta == torch.tensor(1e-3) and quantizer.zero_point == 65535
