@@ -8,6 +8,7 @@ attention's operands, and restored by `restore`.
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock
@@ -37,12 +38,20 @@ class QuantizedAttention(nn.Module):
         step = max(1, MAX_SCORES // (q.shape[1] * k.shape[1]))
         parts = []
         for i in range(0, len(q), step):  # some heads at a time, so that not all N x M matrices are held
-            scores = torch.bmm(q[i : i + step], k[i : i + step].transpose(1, 2)) * scale
-            if mask is not None:
-                scores = scores.masked_fill(~mask[i : i + step], float("-inf"))
-            weights = self.act_quantizer_w(scores.float().softmax(dim=-1).to(v.dtype))
-            parts.append(torch.bmm(weights, v[i : i + step]))
+            part = slice(i, i + step)
+            operands = (q[part], k[part], v[part], None if mask is None else mask[part], scale)
+            if torch.is_grad_enabled() and step < len(q):  # nor for the backward pass: they are computed anew
+                parts.append(recompute(self._attend_part, *operands, use_reentrant=False))
+            else:
+                parts.append(self._attend_part(*operands))
         return torch.cat(parts).reshape(*shape[:-1], -1)
+
+    def _attend_part(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Of [n, N, d], with quantized q, k and v."""
+        scores = torch.bmm(q, k.transpose(1, 2)) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return torch.bmm(self.act_quantizer_w(scores.float().softmax(dim=-1).to(v.dtype)), v)
 
 
 class QuantCrossAttention(QuantizedAttention, CrossAttention):

@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of a calibration: seconds, bytes of activations of the largest unit, bytes of memory in all."""
+    """Of a calibration: seconds, bytes of activations of the largest unit, bytes of memory beyond the loaded model."""
 
     seconds: float
     activations: int
@@ -62,12 +62,13 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
         passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
     weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
     largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
+    # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps.
     activations = max(sizes)
     working = max(sizes) // len(data) * batch_size * 12
     return Estimate(
         seconds=sample_seconds * passes / world_size(),
         activations=activations,
-        memory=int(weights * 1.15) + 5 * largest + min(activations, cache) + working,
+        memory=int(weights * 0.15) + 10 * largest + min(activations, cache) + working,
     )
 
 
@@ -76,7 +77,7 @@ def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
     disk, free_disk = expected.on_disk(cache), shutil.disk_usage(_existing(folder)).free
     free_memory = available_memory()
     logger.info(
-        "about %s, %.1f GiB of memory (%.1f available), %.1f GiB of disk (%.1f free)",
+        "about %s, %.1f GiB more memory (%.1f available), %.1f GiB of disk (%.1f free)",
         _duration(expected.seconds),
         expected.memory / GIB,
         free_memory / GIB,
@@ -90,7 +91,7 @@ def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
         )
     if expected.memory > free_memory:
         raise ValueError(
-            f"{expected.memory / GIB:.1f} GiB of memory are needed and {free_memory / GIB:.1f} are available: "
+            f"{expected.memory / GIB:.1f} GiB more memory are needed and {free_memory / GIB:.1f} are available: "
             "use a smaller --cache_gb or --batch_size"
         )
 

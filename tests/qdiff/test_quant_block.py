@@ -360,3 +360,23 @@ def test_other_modules_are_left_alone():
         restore(module)
         assert type(module) is kind
         assert [name for name, _ in module.named_modules()] == names
+
+
+def test_gradients_do_not_depend_on_the_parts(monkeypatch):
+    block = CrossAttention(16, heads=2, dim_head=8)
+    convert(block, QuantConfig())
+    for name in ("q", "k", "v", "w"):
+        quantizer = block.get_submodule(f"act_quantizer_{name}")
+        quantizer.set(torch.tensor(1 / 255 if name == "w" else 0.05), torch.tensor(0.0 if name == "w" else 128.0))
+    q, k, v = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for scores in (2**25, 1):
+        monkeypatch.setattr("qdiff.quant_block.MAX_SCORES", scores)
+        delta = torch.tensor(1 / 255, requires_grad=True)
+        block.act_quantizer_w.delta = delta
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        block.attend(*inputs).square().sum().backward()
+        gradients.append([x.grad for x in (*inputs, delta)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # of delta, a sum of terms that nearly cancel
+        assert one.abs().sum() > 0

@@ -178,7 +178,7 @@ def test_bad_flags(make, tmp_path, capsys, flags, says):
 def test_too_little_memory_or_disk_is_refused(make, calibrated, tmp_path, capsys, monkeypatch):
     data = ["--data_path", next(calibrated.glob("data-*"))]
     monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
-    assert "GiB of memory are needed" in error_of(capsys, make, tmp_path, *LEARN, *data)
+    assert "GiB more memory are needed" in error_of(capsys, make, tmp_path, *LEARN, *data)
     monkeypatch.undo()
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     assert "GiB of disk are needed" in error_of(capsys, make, tmp_path, *LEARN, *data, "--cache_gb", "0")
