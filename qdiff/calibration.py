@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from qdiff.checkpoint_qdiff import read_tensors
 from qdiff.files import write_atomically
 from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
 from qdiff.quant_model import QuantModel
-from qdiff.ranks import rank, sum_over_ranks, world_size
+from qdiff.ranks import from_first_rank, rank, sum_over_ranks, world_size
 
 MOMENTUM = 0.95  # of running ranges
 SAMPLED_VALUES = 2**16  # of an activation, for its range by mse
 
-BeforeForward = Callable[[], None]  # called before each forward of the model, to put its randomness in a known state
+Progress = Callable[[int], object]  # called with what was done since the last call
 
 
 # --- the inputs of the UNet --------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def from_qdiffusion(
         raise ValueError(f"calibration data {source!r} is damaged: {error}") from error
     copies = max(len(branches), 1)
     context = torch.cat(branches) if branches else None
-    return CalibrationSet(x.repeat(copies, 1, 1, 1), t.repeat(copies), context, {"data_path": source})
+    return CalibrationSet(x.repeat(copies, 1, 1, 1), t.repeat(copies), context, {"data": Path(source).name})
 
 
 def chosen_calls(calls: int, steps: int) -> list[int]:
@@ -165,7 +165,7 @@ class Cache:
         self.limit = limit
         self.folder = folder
         self.held = 0
-        self.files: list[Path] = []
+        self.files = 0
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
         """float32 zeros."""
@@ -174,15 +174,17 @@ class Cache:
             self.held += size
             return torch.zeros(shape)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"activations-{rank()}-{len(self.files)}.bin"
-        self.files.append(path)
+        path = self.folder / f"activations-{rank()}-{self.files}.bin"
+        self.files += 1
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
 
     def clear(self) -> None:
-        """Forget all; tensors handed out must not be used any more."""
-        for path in self.files:
-            path.unlink(missing_ok=True)
-        self.files.clear()
+        """Forget all, and what a killed process left; tensors handed out must not be used any more."""
+        for path in self.folder.glob(f"activations-{rank()}-*.bin"):
+            path.unlink()
+        with suppress(OSError):  # other processes' files
+            self.folder.rmdir()
+        self.files = 0
         self.held = 0
 
 
@@ -195,12 +197,12 @@ def capture(
     cache: Cache,
     *,
     output: bool = False,
-    before_forward: BeforeForward | None = None,
+    progress: Progress = lambda samples: None,
 ) -> list[Tensor]:
     """What `unit` is given when the model, in its present state, gets all of `data`; or, with `output`, what it gives.
 
     Returns one tensor [N, ...] for each argument, or a list with that of the output. The forward pass ends at the
-    unit. Several processes share the batches. All batches but the last have `batch_size` samples.
+    unit. Several processes share the batches. progress(samples) is called after each batch.
     """
     device = next(qnn.parameters()).device
     stores: list[Tensor] = []
@@ -227,8 +229,6 @@ def capture(
             if number and number % world_size() != rank():
                 continue
             place = slice(start, min(start + batch_size, len(data)))
-            if before_forward is not None:
-                before_forward()
             try:
                 qnn(*data.batch(place, device))
             except _Stop:
@@ -238,6 +238,7 @@ def capture(
             if number == 0 and rank() != 0:
                 for store in stores:
                     store[place] = 0
+            progress((place.stop - place.start) * world_size())
     finally:
         hook.remove()
     sum_over_ranks(stores)
@@ -260,6 +261,7 @@ class Observer(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.batch: list[Tensor] = []  # minimum and maximum of each call since the last batch
         self.values: list[Tensor] = []
 
     @property
@@ -267,7 +269,19 @@ class Observer(nn.Module):
         return self._quantizer[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = (value.float().cpu() for value in x.detach().aminmax())
+        self.batch.append(torch.stack(x.detach().aminmax()).float().cpu())
+        if self.quantizer.scale_method == "mse" and not self.running:
+            chosen = torch.randint(x.numel(), (self.values_a_call,), generator=self.generator)
+            self.values.append(x.detach().flatten()[chosen.to(x.device)].float().cpu())
+        return x
+
+    def end_batch(self) -> None:
+        """Take in the extremes of a batch, which may have come in several calls."""
+        if not self.batch:
+            return
+        extremes = torch.stack(self.batch)
+        low, high = extremes[:, 0].min(), extremes[:, 1].max()
+        self.batch.clear()
         if self.low is None:
             self.low, self.high = low, high
         elif self.running:
@@ -275,10 +289,6 @@ class Observer(nn.Module):
             self.high = self.high * MOMENTUM + high * (1 - MOMENTUM)
         else:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        if self.quantizer.scale_method == "mse" and not self.running:
-            chosen = torch.randint(x.numel(), (self.values_a_call,), generator=self.generator)
-            self.values.append(x.detach().flatten()[chosen.to(x.device)].float().cpu())
-        return x
 
     def fit(self) -> None:
         """Set the quantizer's range from all that was seen. Raises ValueError if nothing was."""
@@ -298,8 +308,7 @@ def fit_activations(
     *,
     running: bool = False,
     seed: int = 0,
-    before_forward: BeforeForward | None = None,
-    progress: Callable[[int], object] = lambda samples: None,
+    progress: Progress = lambda samples: None,
 ) -> None:
     """Fit the ranges of all activations, attention operands included, to the whole of `data`.
 
@@ -310,13 +319,14 @@ def fit_activations(
     batches = math.ceil(len(data) / batch_size)
     with qnn.quant_state(True, False), _observed(qnn, math.ceil(SAMPLED_VALUES / batches), seed, running) as observers:
         for start in range(0, len(data), batch_size):
-            if before_forward is not None:
-                before_forward()
             part = slice(start, min(start + batch_size, len(data)))
             qnn(*data.batch(part, device))
+            for observer in observers:
+                observer.end_batch()
             progress(part.stop - part.start)
     for observer in observers:
         observer.fit()
+    from_first_rank([value for observer in observers for value in observer.quantizer.buffers()])
 
 
 @contextmanager

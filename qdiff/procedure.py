@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qdiff.calibration import BeforeForward, Cache, CalibrationSet, fit_activations
+from qdiff.calibration import Cache, CalibrationSet, fit_activations
 from qdiff.config import ReconConfig
 from qdiff.progress import ProgressFolder, put_ranges, put_weights, ranges_of, weights_of
 from qdiff.quant_model import QuantModel
@@ -32,6 +32,13 @@ def steps_of(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
     return steps
 
 
+def work_of(step: Step, recon: ReconConfig | None, samples: int) -> int:
+    """What `calibrate` reports of a step in all: samples that go through the model, and iterations."""
+    if step.phase == "ranges":
+        return samples
+    return 2 * samples + (recon.iters_w if step.phase == "weights" else recon.iters_a)
+
+
 def calibrate(
     qnn: QuantModel,
     data: CalibrationSet,
@@ -42,14 +49,13 @@ def calibrate(
     running: bool = False,
     seed: int = 0,
     folder: ProgressFolder | None = None,
-    before_forward: BeforeForward | None = None,
     progress: Callable[[Step, int], object] = lambda step, done: None,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Calibrate a model in place, yielding each finished step with its report.
 
     recon: how units are learned; None rounds weights to nearest and fits ranges, and nothing more.
     batch_size: samples a forward pass. running: see `fit_activations`. folder: where finished steps are kept, and
-    found again. progress(step, n): called as n iterations, or n samples of the ranges, are done.
+    found again. progress(step, n): called as n iterations or samples are done, see `work_of`.
     Afterwards all weights are frozen and all quantizers are on.
     """
     qnn.requires_grad_(False)
@@ -62,7 +68,12 @@ def calibrate(
         if saved is None:
             taking_up = False
             advance = partial(progress, step)
-            report = _take(qnn, data, step, recon, cache, batch_size, running, seed, before_forward, advance)
+            if step.phase == "ranges":
+                fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
+                report = {"phase": "ranges", "unit": ""}
+            else:
+                options = {"batch_size": batch_size, "cache": cache, "progress": advance}
+                report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
             if folder is not None and rank() == 0:
                 folder.save(number, _state_of(qnn, step), report)
             barrier()
@@ -72,15 +83,6 @@ def calibrate(
         yield step, report
     qnn.freeze()
     qnn.set_quant_state(True, qnn.config.quant_act)
-
-
-def _take(qnn, data, step, recon, cache, batch_size, running, seed, before_forward, progress) -> dict[str, Any]:
-    if step.phase == "ranges":
-        options = {"running": running, "seed": seed, "before_forward": before_forward, "progress": progress}
-        fit_activations(qnn, data, batch_size, **options)
-        return {"phase": "ranges", "unit": ""}
-    options = {"batch_size": batch_size, "cache": cache, "before_forward": before_forward, "progress": progress}
-    return unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
 
 
 def _state_of(qnn: QuantModel, step: Step) -> dict:

@@ -32,6 +32,8 @@ class ProgressFolder:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Note the settings of a new calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("step-*"):
+            path.unlink()
         write_atomically(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -67,10 +69,17 @@ class ProgressFolder:
 
     def remove(self) -> None:
         """Forget the calibration."""
-        for path in sorted(self.folder.glob("*")):
+        for path in sorted(self.folder.glob("*"), reverse=True):  # the settings last but for what a kill left
             path.unlink()
         if self.folder.exists():
             self.folder.rmdir()
+
+    def finished(self) -> int:
+        """How many steps are here."""
+        number = 0
+        while self._path(number).exists():
+            number += 1
+        return number
 
     def _path(self, number: int) -> Path:
         return self.folder / f"step-{number:04}.safetensors"

@@ -22,7 +22,7 @@ MSE_POWER = 2.4
 
 
 def lp_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
-    """|prediction - target|^p, summed over the channels (dimension 1) and averaged over the rest."""
+    """|prediction - target|^p, summed over dimension 1 (channels, or tokens) and averaged over the rest."""
     return (prediction - target).abs().pow(p).sum(1).mean()
 
 

@@ -25,6 +25,13 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
             dist.all_reduce(chunk)
 
 
+def from_first_rank(tensors: list[Tensor]) -> None:
+    """Replace each tensor by the first process's, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
-from qdiff.calibration import BeforeForward, Cache, CalibrationSet, capture
+from qdiff.calibration import Cache, CalibrationSet, Progress, capture
 from qdiff.config import ReconConfig
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule, UniformAffineQuantizer, lp_loss
 from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.ranks import rank, sum_over_ranks, world_size
 
-Progress = Callable[[int], object]  # called with the number of steps done since the last call
 Losses = list[float]
 
 
@@ -83,8 +83,7 @@ def reconstruct(
         loss = torch.zeros((), device=device)
         if len(mine):
             batch = [values[mine].to(device) for values in inputs]
-            output = checkpoint(forward, *batch, use_reentrant=False) if config.grad_checkpoint else forward(*batch)
-            loss = lp_loss(output, target[mine].to(device), p) * (len(mine) / size)
+            loss = lp_loss(forward(*batch), target[mine].to(device), p) * (len(mine) / size)
             loss.backward()
         _sum_gradients(parameters, loss)
         if regulariser is not None:
@@ -161,28 +160,31 @@ def learn_rounding(
     for layer, name, quantizer in nearest:
         adaptive.append(AdaRoundQuantizer.from_uniform(quantizer, layer.weight_parts()[name]))
         setattr(layer, name, adaptive[-1])
-    with soft_rounding(unit):
-        reconstruct(
-            unit,
-            inputs,
-            target,
-            [quantizer.alpha for quantizer in adaptive],
-            config.iters_w,
-            config.lr_w,
-            2.0,
-            config,
-            seed,
-            device=device,
-            regulariser=lambda step: round_penalty(
-                adaptive, round_exponent(step, config.iters_w, config), config.weight
-            ),
-            progress=progress,
-        )
-    after = mean_error(unit, inputs, target, 2.0, config.batch_size, device)
-    improved = after < before
-    if not improved:
-        for layer, name, quantizer in nearest:
-            setattr(layer, name, quantizer)
+    improved = False
+    try:
+        with soft_rounding(unit):
+            reconstruct(
+                unit,
+                inputs,
+                target,
+                [quantizer.alpha for quantizer in adaptive],
+                config.iters_w,
+                config.lr_w,
+                2.0,
+                config,
+                seed,
+                device=device,
+                regulariser=lambda step: round_penalty(
+                    adaptive, round_exponent(step, config.iters_w, config), config.weight
+                ),
+                progress=progress,
+            )
+        after = mean_error(unit, inputs, target, 2.0, config.batch_size, device)
+        improved = after < before
+    finally:
+        if not improved:
+            for layer, name, quantizer in nearest:
+                setattr(layer, name, quantizer)
     for layer in layers:
         freeze_layer(layer)
     return before, after if improved else before, improved
@@ -269,15 +271,14 @@ def unit_reconstruction(
     phase: str,
     cache: Cache,
     batch_size: int = 8,
-    before_forward: BeforeForward | None = None,
     progress: Progress = lambda steps: None,
 ) -> UnitReport:
     """Learn the roundings (`phase` "weights") or the step sizes ("activations") of one unit of the model.
 
     Units come in the order of `qnn.units()`, first all weights, then all activations. The result depends on the
-    model's state, the data and config.seed alone. batch_size: samples a forward pass of the model. progress(steps) is
-    called as steps are done. The model's other units and its state are left as they are; requires_grad is off for all
-    its parameters afterwards.
+    model's state, the data and config.seed alone. batch_size: samples a forward pass of the model. progress(n) is
+    called as n samples are captured, twice over all of them, and as n steps are done. The model's other units and its
+    state are left as they are; requires_grad is off for all its parameters afterwards.
     """
     if phase not in ("weights", "activations"):
         raise ValueError(f"phase is {phase!r}: it must be weights or activations")
@@ -286,14 +287,14 @@ def unit_reconstruction(
     qnn.requires_grad_(False)
     act = phase == "activations"
     learn = learn_step_sizes if act else learn_rounding
-    options = {"batch_size": batch_size, "cache": cache, "before_forward": before_forward}
+    options = {"batch_size": batch_size, "cache": cache, "progress": progress}
     try:
         with qnn.quant_state(False, False):
             (target,) = capture(qnn, unit, data, output=True, **options)
         with qnn.quant_state(not config.sym, act and not config.sym):
             inputs = capture(qnn, unit, data, **options)
         seed = zlib.crc32(f"{config.seed} {phase} {name}".encode())
-        with qnn.quant_state(True, act), _eval_mode(unit):
+        with qnn.quant_state(True, act), _eval_mode(unit), recomputed(unit, config.grad_checkpoint):
             before, after, improved = learn(unit, inputs, target, config, seed, progress)
     finally:
         cache.clear()
@@ -305,6 +306,22 @@ def unit_reconstruction(
         improved=improved,
         seconds=time.perf_counter() - began,
     )
+
+
+@contextmanager
+def recomputed(unit: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within the block the parts of a unit keep no activations for the backward pass, and compute them anew.
+
+    One part at a time: attention, feed-forward, each half of a residual block. Only their inputs are kept.
+    """
+    parts = [part for part in unit.children() if enabled and any(True for _ in part.parameters())]
+    try:
+        for part in parts:
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop("forward", None)
 
 
 @contextmanager

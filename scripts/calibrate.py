@@ -20,9 +20,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ from ldm.util import load_model_from_config
 from qdiff.calibration import Cache, CalibrationSet
 from qdiff.checkpoint import fingerprint, save_cali_ckpt
 from qdiff.config import QuantConfig, ReconConfig
-from qdiff.procedure import Step, calibrate, steps_of
+from qdiff.procedure import Step, calibrate, steps_of, work_of
 from qdiff.progress import ProgressFolder
 from qdiff.quant_model import QuantModel
 from qdiff.ranks import barrier, rank, world_size
 from scripts.calibration_data import calibration_data
-from scripts.common import choose_device, choose_model, sampling_options, versions
+from scripts.common import choose_device, choose_model, precision_context, sampling_options, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.estimate import GIB, check_estimate, estimate
 from scripts.files import check_writable, write_file
@@ -61,8 +62,11 @@ PRESETS = {
     "paper": dict(cali_st=25, cali_n=128, iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4),
 }
 # Flags of ReconConfig, which --quant_mode linear gives no meaning.
-LEARNING = ("iters_w", "iters_a", "lr_w", "lr", "p", "weight", "b_start", "b_end", "warmup", "sym", "no_grad_ckpt")
-COLLECTION = ("prompts", "cali_st", "cali_n", "cond")  # flags that a ready file gives no meaning
+ROUNDING = ("lr_w", "weight", "b_start", "b_end", "warmup")
+LEARNING = ("iters_w", "iters_a", *ROUNDING, "lr", "p", "sym", "no_grad_ckpt", "cache_gb")
+SAMPLING = ("ddim_steps", "ddim_eta", "scale", "negative_prompt", "precision", "tokenizer")
+# Flags that a ready file gives no meaning; of Q-Diffusion's, steps and samples are chosen.
+COLLECTION = {True: ("prompts", "cond", "cali_st", "cali_n", *SAMPLING), False: ("prompts", "cond", *SAMPLING)}
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -80,7 +84,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--cache_gb",
         type=number(float, 0),
-        default=2.0,
         metavar="GB",
         help="activations kept in memory, the rest on disk",
     )
@@ -91,6 +94,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_tome_arguments(parser)
     args = parser.parse_args(argv)
     refuse_idle_flags(args)
+    args.cache_gb = 2.0 if args.cache_gb is None else args.cache_gb
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -168,8 +172,13 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     if args.quant_mode == "linear":
         refuse(LEARNING, "--quant_mode linear learns nothing")
     if args.data_path is not None:
-        idle = COLLECTION if args.data_path.suffix == ".safetensors" else ("prompts", "cond")
-        refuse(idle, "with --data_path nothing is drawn")
+        refuse(COLLECTION[args.data_path.suffix == ".safetensors"], "with --data_path nothing is drawn")
+        if args.plms or args.dpm_solver:
+            raise ValueError("with --data_path nothing is drawn, so a sampler has no effect: leave it out")
+    if args.iters_w == 0:
+        refuse(ROUNDING, "with --iters_w 0 weights are rounded to nearest")
+    if args.iters_a == 0:
+        refuse(("lr", "p"), "with --iters_a 0 no step size is learned")
     if not args.quant_act:
         refuse(("act_bit", "sm_abit", "iters_a", "lr", "p"), "without --quant_act activations stay float")
         if args.running_stat:
@@ -211,7 +220,7 @@ def settings_of(
     digest = hashlib.sha256()
     for tensor in (data.x, data.t, data.context):
         if tensor is not None:
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().numpy())
     return {
         "fingerprint": fingerprint(qnn),
         "config": qnn.config.to_dict(),
@@ -229,12 +238,14 @@ def settings_of(
 
 def prepare_progress(folder: ProgressFolder, settings: Mapping[str, Any], resume: bool) -> None:
     """Begin, or make sure that what was begun is the same. Raises ValueError rather than lose unfinished work."""
-    if folder.begun and not resume:
+    begun = folder.begun
+    barrier()  # no process may find what another has just begun
+    if begun and not resume:
         raise ValueError(
             f"{str(folder.folder)!r} holds an unfinished calibration: go on with --resume, or remove it or use another "
             "--outdir to begin anew"
         )
-    if folder.begun:
+    if begun:
         folder.check(settings)
     elif rank() == 0:
         folder.begin(settings)
@@ -246,30 +257,23 @@ def run_steps(
     data: CalibrationSet,
     recon: ReconConfig | None,
     args: argparse.Namespace,
-    progress: ProgressFolder,
-    before_forward: Callable[[], None] | None,
+    folder: ProgressFolder,
+    cache: Cache,
 ) -> list[dict[str, Any]]:
-    """Calibrate behind a bar; the reports of all units."""
-    steps = steps_of(qnn, recon)
-    learned = {"weights": recon.iters_w, "activations": recon.iters_a} if recon else {}
-    iterations = {"ranges": len(data), **learned}
+    """Calibrate behind a bar of samples and iterations; the reports of all units."""
+    steps, finished = steps_of(qnn, recon), folder.finished()
+    work = [work_of(step, recon, len(data)) for step in steps]
+    bar = tqdm(total=sum(work), initial=sum(work[:finished]), desc="calibration", unit="it", disable=rank() != 0)
     reports: list[dict[str, Any]] = []
-    total = sum(iterations[step.phase] for step in steps)
-    bar = tqdm(total=total, desc="calibration", unit="step", disable=rank() != 0)
-    done: dict[Step, int] = {}
 
     def advance(step: Step, n: int) -> None:
-        done[step] = done.get(step, 0) + n
         bar.set_postfix_str(f"{step.phase} {step.unit.removeprefix('model.')}", refresh=False)
         bar.update(n)
 
-    cache = Cache(int(args.cache_gb * GIB), args.outdir / "cache")
     options = {"cache": cache, "batch_size": args.batch_size, "running": args.running_stat, "seed": args.seed}
-    options |= {"folder": progress, "before_forward": before_forward, "progress": advance}
     try:
         with bar:
-            for step, report in calibrate(qnn, data, recon, **options):
-                bar.update(iterations[step.phase] - done.get(step, 0))
+            for step, report in calibrate(qnn, data, recon, folder=folder, progress=advance, **options):
                 if step.unit:
                     reports.append(report)
                     logger.debug("%s", describe(report))
@@ -305,11 +309,13 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, else by gloo."""
+    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs."""
     if "LOCAL_RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # What is captured lies in main memory, what is learned on the device. One process may draw for hours alone.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
     finally:
@@ -328,16 +334,19 @@ def run(args: argparse.Namespace) -> None:
     data = calibration_data(args, choice, replace(sampling_options(args, choice), merge=None), model)
     qnn = QuantModel(model.model.diffusion_model, config)
     model.model.diffusion_model = qnn
-    before_forward = None
-    if merge is not None:  # what is given and what is wanted are merged alike: the same draw in each forward pass
+    if merge is not None:
         tomesd.apply_patch(qnn, **asdict(merge))
-        before_forward = lambda: tomesd.reseed(qnn, merge.seed)  # noqa: E731
-    cache = int(args.cache_gb * GIB)
-    check_estimate(estimate(qnn, data, recon, args.batch_size, cache), cache, args.outdir)
-    settings = settings_of(args, qnn, recon, data)
+    cache = Cache(int(args.cache_gb * GIB), args.outdir / "cache")
+    cache.clear()
     progress = ProgressFolder(args.outdir / "progress")
-    prepare_progress(progress, settings, args.resume)
-    reports = run_steps(qnn, data, recon, args, progress, before_forward)
+    # What is given and what is wanted are merged alike, and convolutions of float targets are float32.
+    pinned = tomesd.pinned(qnn, merge.seed) if merge is not None else nullcontext()
+    with pinned, precision_context(device, "full"):
+        check_estimate(estimate(qnn, data, recon, args.batch_size, cache.limit), cache.limit, args.outdir)
+        settings = settings_of(args, qnn, recon, data)
+        prepare_progress(progress, settings, args.resume)
+        reports = run_steps(qnn, data, recon, args, progress, cache)
+    barrier()  # all have read what is removed now
     if rank() == 0:
         facts = {**settings, "preset": args.preset, "data": data.facts, "versions": versions()}
         source = {"ckpt": choice.ckpt.name, "config": choice.config_path.name, **choice.hashes}

@@ -85,7 +85,7 @@ def _describe(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {str(error.filename)!r}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: use a smaller --n_samples, --H or --W"
+        return "out of memory: use smaller batches or smaller pictures"
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         return None
     return str(error) or type(error).__name__

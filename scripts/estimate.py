@@ -13,6 +13,7 @@ from torch import nn
 from qdiff.calibration import CalibrationSet
 from qdiff.config import ReconConfig
 from qdiff.procedure import steps_of
+from qdiff.quant_block import MAX_SCORES
 from qdiff.quant_model import QuantModel
 from qdiff.ranks import world_size
 from scripts.console import logger
@@ -48,33 +49,47 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
     try:
         qnn(*data.batch(part, device))  # the first call is slower
         sizes.clear()
+        _synchronize(device)
         began = time.perf_counter()
         qnn(*data.batch(part, device))
+        _synchronize(device)
         sample_seconds = (time.perf_counter() - began) / (part.stop - part.start)
     finally:
         for hook in hooks:
             hook.remove()
-    steps = steps_of(qnn, recon)
+    learned = [step for step in steps_of(qnn, recon) if step.phase != "ranges"]
     # A unit is reached twice, on average half way through the UNet; its own passes, over all units, make whole ones:
     # two evaluations, and iterations of forward and backward, which take three times a forward.
-    passes = sum(len(data) for step in steps if step.phase != "ranges") + 5 * len(data)
+    passes = len(data) * (len(learned) + 5)
     if recon is not None:
         passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
+    activations = max(sizes) if learned else 0
+    # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps of
+    # them; of its samples what the graph keeps, and some attention matrices.
     weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
     largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
-    # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps.
-    activations = max(sizes)
-    working = max(sizes) // len(data) * batch_size * 12
+    working = 12 * largest + 24 * max(sizes) // len(data) * batch_size + 16 * MAX_SCORES
+    memory = int(weights * 0.15) + min(activations, cache) + (working if learned else 0)
     return Estimate(
         seconds=sample_seconds * passes / world_size(),
-        activations=activations,
-        memory=int(weights * 0.15) + 10 * largest + min(activations, cache) + working,
+        activations=activations * local_processes(),
+        memory=memory * local_processes(),
     )
+
+
+def local_processes() -> int:
+    """How many processes share this machine's memory and disk."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
     """Tell it, and raise ValueError where memory or disk will not do."""
-    disk, free_disk = expected.on_disk(cache), shutil.disk_usage(_existing(folder)).free
+    disk, free_disk = expected.on_disk(cache * local_processes()), shutil.disk_usage(_existing(folder)).free
     free_memory = available_memory()
     logger.info(
         "about %s, %.1f GiB more memory (%.1f available), %.1f GiB of disk (%.1f free)",
@@ -97,13 +112,18 @@ def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had; all of it where the system does not tell."""
+    """Bytes of main memory that can be had, by the system and by the limit of a container."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such limit
+        return available
+    return min(available, limit - used)
 
 
 def _existing(folder: Path) -> Path:

@@ -13,6 +13,7 @@ pictures, a row a variant.
 
 # ruff: noqa: E402
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ from ldm.data.shapes import ShapesDataset, caption, parse_caption
 from qdiff.checkpoint import load_cali_ckpt, read_cali_header, unet_bytes
 from qdiff.quant_model import QuantModel
 from scripts import calibrate, txt2img
-from scripts.common import EMBEDDED, build_model, choose_model, decode, sample, sampling_options, versions
+from scripts.common import CHECKPOINTS, EMBEDDED, build_model, choose_model, decode, sample, sampling_options, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.eval_attributes import READER, tensor_of, wilson
 from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
@@ -115,29 +116,30 @@ def captions_of(n: int, seed: int) -> list[str]:
 
 
 def cali_ckpt_of(variant: Variant, args: argparse.Namespace) -> Path | None:
-    """The variant's calibration, made if it is not there."""
+    """The variant's calibration, made if it is not there. All variants are calibrated with the same data."""
     if variant.cali is None:
         return None
-    folder = args.outdir / "calibrations" / args.preset / variant.cali_name
+    root = args.outdir / "calibrations" / args.preset
+    folder = root / variant.cali_name
     path = folder / "cali.safetensors"
     if not path.exists():
         logger.info("calibrating %s", variant.name)
-        cond = () if "linear" in variant.cali else ("--no_grad_ckpt",)
-        flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--cond", "--device", args.device, *SAMPLER, *cond]
-        calibrate.main([*variant.cali, *flags, "--outdir", str(folder), *resume_flag(folder)])
+        ready = sorted(root.glob("*/data-*.safetensors"))
+        data = ["--data_path", str(ready[0])] if ready else ["--cond", *SAMPLER]
+        learn = [] if "linear" in variant.cali else ["--no_grad_ckpt"]
+        begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
+        flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--device", args.device, "--outdir", str(folder)]
+        calibrate.run(calibrate.parse_args([*variant.cali, *flags, *data, *learn, *begun]))
     return path
-
-
-def resume_flag(folder: Path) -> list[str]:
-    """--resume, where a calibration was interrupted."""
-    return ["--resume"] if (folder / "progress" / "settings.json").exists() else []
 
 
 def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[str]) -> Tensor:
     """uint8 [N, H, W, 3], drawn if they are not there."""
     cali = cali_ckpt_of(variant, args)
-    key = f"{variant.name.replace(' ', '_').replace(',', '')}-{args.preset}-{args.seed}"
-    folder = args.outdir / "pictures" / key
+    files = [CHECKPOINTS[EMBEDDED][0], *([cali] if cali else [])]
+    facts = [*captions, *variant.draw, *SAMPLER, str(args.seed), args.device, *map(file_sha256, files)]
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+    folder = args.outdir / "pictures" / f"{variant.name.replace(' ', '_').replace(',', '')}-{key}"
     paths = [folder / f"{i:05}.png" for i in range(len(captions))]
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     if todo:
@@ -171,10 +173,10 @@ def draw(
 # --- figures -----------------------------------------------------------------------------------------------
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> list[float]:
-    """In dB, picture by picture, of uint8 [N, H, W, 3]; inf where they are equal."""
-    error = (pictures.double() - reference.double()).square().flatten(1).mean(dim=1) / 255**2
-    return [-10 * math.log10(value) if value else math.inf for value in error.tolist()]
+def psnr(pictures: Tensor, reference: Tensor) -> float:
+    """In dB, of the squared error averaged over all of uint8 [N, H, W, 3]; inf where they are equal."""
+    error = float((pictures.double() - reference.double()).square().mean()) / 255**2
+    return -10 * math.log10(error) if error else math.inf
 
 
 def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesReader, batch: int) -> tuple[int, int]:
@@ -209,12 +211,12 @@ def figures(variants: Sequence[Variant], args: argparse.Namespace, sheet: list[T
         pictures = pictures_of(variant, args, captions)
         sheet.append(pictures[:: max(1, len(pictures) // SHEET_COLUMNS)][:SHEET_COLUMNS])
         reference = pictures if reference is None else reference
-        values = [value for value in psnr(pictures, reference) if value != math.inf]
+        quality = psnr(pictures, reference)
         right, asked = attributes_right(pictures, captions, reader, args.n_samples)
         low, high = wilson(right, asked)
         yield {
             "variant": variant.name,
-            "psnr": sum(values) / len(values) if values else None,
+            "psnr": quality if quality != math.inf else None,
             "attributes": 100 * right / asked,
             "low": 100 * low,
             "high": 100 * high,

@@ -8,7 +8,7 @@ Works on any model, quantized or not, whose blocks are called BasicTransformerBl
 """
 
 from . import merge, patch
-from .patch import MergeOptions, TokenCount, apply_patch, remove_patch, reseed, token_report
+from .patch import MergeOptions, TokenCount, apply_patch, pinned, remove_patch, reseed, token_report
 
 __all__ = [
     "MergeOptions",
@@ -16,6 +16,7 @@ __all__ = [
     "apply_patch",
     "merge",
     "patch",
+    "pinned",
     "remove_patch",
     "reseed",
     "token_report",

@@ -160,6 +160,33 @@ def reseed(model: Any, seed: int) -> None:
         state.reseed(seed)
 
 
+@contextmanager
+def pinned(model: Any, seed: int) -> Iterator[None]:
+    """Within the block each transformer block draws its destinations once, from `seed`, and keeps them.
+
+    So all forwards merge the same tokens of a tile, whatever their batches (odd ones too), and whether the whole
+    model runs, a part of it, or a block alone: what a reconstruction needs of its inputs and targets.
+    Raises ValueError if the model is not patched or the seed is not in [0, 2**63).
+    """
+    _check_seed(seed)
+    states = {id(block._tome.state): block._tome.state for block in _patched_blocks(model)}.values()
+    try:
+        for state in states:
+            state.reseed(seed)
+            state.pinned = True
+        _forget_draws(model)
+        yield
+    finally:
+        for state in states:
+            state.pinned = False
+        _forget_draws(model)
+
+
+def _forget_draws(model: Any) -> None:
+    for block in _patched_blocks(model):
+        block._tome.drawn = None
+
+
 def token_report(model: Any) -> list[TokenCount]:
     """How many tokens each patched block got and processed in its last forward, in the order of the model.
 
@@ -176,6 +203,7 @@ class _ModelState:
         self.generator = torch.Generator()
         self.size: tuple[int, int] | None = None  # (H, W)
         self.forwards = 0  # of the whole network, so far
+        self.pinned = False  # whether each block keeps its first draw
         self.reseed(options.seed)
         self.hook = network.register_forward_pre_hook(self._note_size, with_kwargs=True)
 
@@ -223,7 +251,8 @@ class _BlockState:
         if grid is None or r <= 0:
             return None
         h, w = grid
-        choice = self._draw(w, h) if options.use_rand and x.shape[0] % 2 == 0 else None
+        drawn = options.use_rand and (x.shape[0] % 2 == 0 or self.state.pinned)
+        choice = self._draw(w, h) if drawn else None
         return match_tokens(x, w, h, options.sx, options.sy, r, choice)
 
     def _grid(self, tokens: int) -> tuple[int, int] | None:
@@ -247,7 +276,7 @@ class _BlockState:
         A block that runs again in the same forward (gradient checkpointing) or by itself after it (the
         reconstruction of a quantized block) merges as it did before; the two runs would not match otherwise.
         """
-        key = (self.state.forwards, w, h)
+        key = (-1 if self.state.pinned else self.state.forwards, w, h)
         if self.drawn is None or self.drawn[0] != key:
             options = self.state.options
             choice = choose_destinations(w, h, options.sx, options.sy, self.state.generator)

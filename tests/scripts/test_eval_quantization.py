@@ -29,14 +29,12 @@ def rendered(captions):
 
 
 def test_psnr_of_known_errors():
-    reference = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
+    reference = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
+    assert script.psnr(reference, reference) == math.inf
+    assert script.psnr(reference + 10, reference) == pytest.approx(20 * math.log10(255 / 10))
     pictures = reference.clone()
-    pictures[1] += 10
-    pictures[2, 0, 0, 0] = 101
-    values = script.psnr(pictures, reference)
-    assert values[0] == math.inf
-    assert values[1] == pytest.approx(20 * math.log10(255 / 10))
-    assert values[2] == pytest.approx(20 * math.log10(255) + 10 * math.log10(8 * 8 * 3))
+    pictures[1, 0, 0, 0] = 101  # one of 2 * 8 * 8 * 3 values
+    assert script.psnr(pictures, reference) == pytest.approx(20 * math.log10(255) + 10 * math.log10(384))
 
 
 def test_captions_are_half_of_each_kind():
@@ -79,6 +77,8 @@ def test_pictures_that_are_there_are_not_drawn_again(args, monkeypatch):
     next(args.outdir.rglob("00002.png")).unlink()
     assert torch.equal(script.pictures_of(variant, args, captions), first)
     assert drawn == [[0, 1, 2, 3], [2]] and first[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    script.pictures_of(variant, args, captions[::-1])  # other captions, other pictures
+    assert drawn[2:] == [[0, 1, 2, 3]]
 
 
 def test_tables_are_written(args, monkeypatch, capsys):

@@ -434,7 +434,7 @@ def test_out_of_memory_is_told(refused, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr(txt2img, "build_model", fail)
-    assert "out of memory: use a smaller --n_samples" in refused()
+    assert "out of memory: use smaller batches" in refused()
 
 
 # --- which model -------------------------------------------------------------------------------------------

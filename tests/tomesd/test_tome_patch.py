@@ -487,3 +487,33 @@ def test_a_subclass_of_our_block_is_merged_as_the_block_itself(unet, goldens, no
         tomesd.remove_patch(unet)
         for block in blocks:
             block.__class__ = attention.BasicTransformerBlock
+
+
+# Pinned draws
+
+
+def test_pinned_draws_are_the_same_in_all_forwards_and_batches(net, no_grad):
+    x = latents(4)
+    tomesd.apply_patch(net, seed=3)
+    with tomesd.pinned(net, 5):
+        whole = output(net, x)
+        assert torch.equal(output(net, x), whole)
+        for part in (x[:1], x[:3]):  # odd batches, otherwise never random
+            torch.testing.assert_close(output(net, part), whole[: len(part)], rtol=0, atol=1e-6)
+    with tomesd.pinned(net, 6):
+        assert not torch.equal(output(net, x), whole)
+
+
+def test_after_pinned_draws_forwards_differ_again_and_odd_batches_are_not_random(net, no_grad):
+    tomesd.apply_patch(net, seed=3)
+    with pytest.raises(RuntimeError, match="on the way"), tomesd.pinned(net, 5):
+        output(net)
+        raise RuntimeError("on the way")
+    assert not torch.equal(output(net), output(net))
+    odd = output(net, latents(1))
+    assert torch.equal(odd, output(tomesd.apply_patch(net, use_rand=False), latents(1)))
+
+
+def test_only_a_patched_model_can_be_pinned(net):
+    with pytest.raises(ValueError, match="no merged tokens"), tomesd.pinned(net, 5):
+        pass
