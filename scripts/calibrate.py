@@ -58,7 +58,7 @@ from scripts.flags import (
 )
 
 PRESETS = {
-    "fast": dict(cali_st=10, cali_n=16, iters_w=400, iters_a=100, batch_size=16, lr_w=1e-2, lr=2e-3),
+    "fast": dict(cali_st=10, cali_n=12, iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
     "paper": dict(cali_st=25, cali_n=128, iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4),
 }
 # Flags of ReconConfig, which --quant_mode linear gives no meaning.
