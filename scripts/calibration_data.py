@@ -45,8 +45,12 @@ def calibration_data(
     else:
         data = collected(args, choice, options, model)
     unet = model.model.diffusion_model
-    if data.x.shape[1] != unet.in_channels or (data.context is None) != (model.model.conditioning_key is None):
-        raise ValueError(f"the calibration data is of another model: x is {tuple(data.x.shape)}")
+    width = None if data.context is None else data.context.shape[2]
+    if (data.x.shape[1], width) != (unet.in_channels, unet.context_dim):
+        raise ValueError(
+            f"the calibration data has {data.x.shape[1]} channels and a context of {width}, the model "
+            f"{unet.in_channels} and {unet.context_dim}: it is of another model"
+        )
     return data.subset(args.num_samples or len(data), args.seed)
 
 

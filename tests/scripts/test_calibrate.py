@@ -187,6 +187,14 @@ def test_too_little_memory_or_disk_is_refused(make, calibrated, tmp_path, capsys
     assert "GiB of disk are needed" in error_of(capsys, make, tmp_path, *LEARN, *data, "--cache_gb", "0")
 
 
+def test_data_of_another_model_is_refused(make, tmp_path, capsys):
+    from qdiff.calibration import CalibrationSet
+
+    CalibrationSet(torch.zeros(2, 4, 4, 4), torch.zeros(2), torch.zeros(2, 7, 9)).save(tmp_path / "x.safetensors")
+    line = error_of(capsys, make, tmp_path / "out", *LEARN, "--data_path", tmp_path / "x.safetensors")
+    assert "a context of 9, the model 4 and 128" in line
+
+
 # --- drawing with it ---------------------------------------------------------------------------------------
 
 
