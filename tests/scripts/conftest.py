@@ -32,11 +32,7 @@ def random_ckpt(tmp_path_factory):
 def small_model(tmp_path_factory):
     """(config, checkpoint) of the same kind of model with a small UNet, random weights: its calibration is short."""
     config = OmegaConf.load(EMBEDDED)
-    config.model.params.unet_config.params |= {
-        "model_channels": 32,
-        "channel_mult": [1, 1],
-        "attention_resolutions": [1],
-    }
+    config.model.params.unet_config.params |= {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
     folder = tmp_path_factory.mktemp("small")
     OmegaConf.save(config, folder / "small.yaml")
     built = OmegaConf.create(OmegaConf.to_container(config.model))

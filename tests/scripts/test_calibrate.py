@@ -1,6 +1,9 @@
 """scripts/calibrate.py, and drawing with what it makes, on random weights and tiny pictures."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +130,20 @@ def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(make, calib
     assert sorted(saved) == list(range(len(saved)))  # each step once
     assert (tmp_path / "cali.safetensors").read_bytes() == (calibrated / "cali.safetensors").read_bytes()
     assert not (tmp_path / "progress").exists()
+
+
+def test_processes_share_a_calibration(small_model, calibrated, tmp_path):
+    config, ckpt = small_model
+    data = next(calibrated.glob("data-*"))
+    flags = ["--config", config, "--ckpt", ckpt, "--data_path", data, "--outdir", tmp_path, "--device", "cpu"]
+    flags += ["--quant_act", "--split", "--iters_w", "1", "--iters_a", "0", "--batch_size", "4", "--ratio", "0.5"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "scripts/calibrate.py", *map(str, flags)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cali.safetensors", "report.json"]
+    assert read_cali_header(tmp_path / "cali.safetensors").calibration["processes"] == 2
 
 
 def test_ready_data_gives_the_same_file(make, calibrated, tmp_path):
