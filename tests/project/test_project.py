@@ -17,6 +17,7 @@ PACKAGE_NAMES = {  # module -> package, where the two differ
     "PIL": "pillow",
     "huggingface_hub": "huggingface-hub",
     "pytorch_lightning": "pytorch-lightning",
+    "torch_fidelity": "torch-fidelity",
     "yaml": "pyyaml",
 }
 
