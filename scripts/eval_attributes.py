@@ -191,7 +191,7 @@ def table(split: str, rows: dict[str, Counts]) -> str:
 
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], verdicts: Sequence[Verdict]) -> Image.Image:
     """Pictures in rows of eight, the caption under each, and what is wrong with it in red."""
-    side, text, columns = pictures[0].width, 72, 8
+    side, text, columns = pictures[0].width, 92, 8
     rows = math.ceil(len(pictures) / columns)
     page = Image.new("RGB", (columns * (side + 8), rows * (side + text)), "white")
     draw = ImageDraw.Draw(page)

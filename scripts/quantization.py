@@ -104,7 +104,12 @@ def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:
     if bits is not None and bits not in shipped:
         known = " and ".join(map(str, shipped))
         raise ValueError(f"--weight_bit is {bits}, but the model's cali_ckpts have {known} bits: give --cali_ckpt")
-    return shipped[bits or min(shipped)]
+    path = shipped[bits or min(shipped)]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no cali_ckpt at {str(path)!r}: make one with scripts/calibrate.py, give it by --cali_ckpt"
+        )
+    return path
 
 
 def _acts(header: CaliHeader, args: argparse.Namespace) -> bool:
