@@ -112,7 +112,7 @@ def seen_weights():
 def test_attention_on_quantized_operands(settings):
     attention, (q, k, v) = cross_attention(**settings), operands()
     expected = plain_attention(attention, q, k, v, attention.scale)
-    torch.testing.assert_close(attention.attend(q, k, v).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attention.attend(q, k, v).double(), expected, rtol=0, atol=1e-4)
     assert (expected - softmax_of(q, k, attention.scale) @ v.double()).abs().max() > 1e-3  # quantization tells
 
 
@@ -126,7 +126,7 @@ def test_whole_layer_on_quantized_operands():
     fit(attention, q, k, v, DIM**-0.5)
     heads = plain_attention(attention, q, k, v, DIM**-0.5)
     expected = copy.deepcopy(attention.to_out).double()(heads.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, context).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attention(x, context).double(), expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def test_mask_of_quantized_attention():
     mask = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]]).bool()
     actual = attention.attend(q, k, v, mask[:, None, None])
     torch.testing.assert_close(
-        actual.double(), plain_attention(attention, q, k, v, attention.scale, mask), rtol=0, atol=1e-5
+        actual.double(), plain_attention(attention, q, k, v, attention.scale, mask), rtol=0, atol=1e-4
     )
     for i in range(2):  # as if the hidden keys were not there
         kept = attention.attend(q[i : i + 1], k[i : i + 1, :, mask[i]], v[i : i + 1, :, mask[i]])
@@ -290,7 +290,8 @@ def test_attention_block_on_quantized_operands(new_order):
     heads = plain_attention(block, q, k, v, 16**-0.5)
     tokens = heads.transpose(2, 3).flatten(1, 2)
     expected = copy.deepcopy(block.proj_out).double()(tokens).reshape(x.shape) + x.double()
-    torch.testing.assert_close(block(x).double(), expected, rtol=0, atol=1e-5)
+    # A code of the softmax, 16 bits wide, may tip over with the order of a sum.
+    torch.testing.assert_close(block(x).double(), expected, rtol=0, atol=1e-4)
     assert (expected - before.double()).abs().max() > 1e-3
     switch(block, False)
     assert torch.equal(block(x), before)
