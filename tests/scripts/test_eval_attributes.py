@@ -86,7 +86,7 @@ def test_judges_a_folder(tmp_path, capsys):
 def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     """The whole run with a stand-in for the model, which paints what the latents say."""
     data = ShapesDataset(3, "test")
-    monkeypatch.setattr(script, "build_model", lambda args, choice: None)
+    monkeypatch.setattr(script, "build_model", lambda args, choice, options: None)
     monkeypatch.setattr(script, "sample", lambda model, captions, seeds, options: seeds)
     monkeypatch.setattr(script, "decode", lambda model, seeds: script.tensor_of([data.picture(i) for i in seeds]))
     monkeypatch.setattr(script, "through_autoencoder", lambda model, images: torch.ones_like(images))
