@@ -18,7 +18,7 @@ from torch import Tensor
 from qdiff.checkpoint_qdiff import read_tensors
 from qdiff.files import write_atomically
 from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
-from qdiff.quant_model import QuantModel
+from qdiff.quant_model import QuantModel, put_module
 from qdiff.ranks import from_first_rank, rank, sum_over_ranks, world_size
 
 MOMENTUM = 0.95  # of running ranges
@@ -206,24 +206,7 @@ def capture(
     """
     device = next(qnn.parameters()).device
     stores: list[Tensor] = []
-    place = slice(0, 0)
-
-    def keep(values: list[Tensor]) -> None:
-        if not stores:
-            stores.extend(cache.allocate((len(data), *value.shape[1:])) for value in values)
-        for store, value in zip(stores, values, strict=True):
-            store[place] = value.float().cpu()
-        raise _Stop
-
-    def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        keep([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
-
-    def on_output(module: nn.Module, args: tuple, result: Tensor) -> None:
-        keep([result])
-
-    register = unit.register_forward_hook if output else unit.register_forward_pre_hook
-    hook = register(on_output) if output else register(on_input, with_kwargs=True)
-    try:
+    with _stopping_at(unit, output) as caught:
         for number, start in enumerate(range(0, len(data), batch_size)):
             # The first batch is for everyone: it tells the shapes.
             if number and number % world_size() != rank():
@@ -235,14 +218,36 @@ def capture(
                 pass
             else:
                 raise RuntimeError("the unit was not reached: it is not part of the model")
-            if number == 0 and rank() != 0:
-                for store in stores:
-                    store[place] = 0
+            if not stores:
+                stores = [cache.allocate((len(data), *value.shape[1:])) for value in caught]
+            for store, value in zip(stores, caught, strict=True):
+                if number or rank() == 0:  # counted once
+                    store[place] = value.float().cpu()
             progress((place.stop - place.start) * world_size())
-    finally:
-        hook.remove()
     sum_over_ranks(stores)
     return stores
+
+
+@contextmanager
+def _stopping_at(unit: nn.Module, output: bool) -> Iterator[list[Tensor]]:
+    """Within the block a forward pass ends at `unit`, and the list holds what it was given, or gave."""
+    caught: list[Tensor] = []
+
+    def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught[:] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        raise _Stop
+
+    def on_output(module: nn.Module, args: tuple, result: Tensor) -> None:
+        caught[:] = [result]
+        raise _Stop
+
+    hook = (
+        unit.register_forward_hook(on_output) if output else unit.register_forward_pre_hook(on_input, with_kwargs=True)
+    )
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 # --- the ranges of activations -----------------------------------------------------------------------------
@@ -253,16 +258,17 @@ class Observer(nn.Module):
 
     enabled = True  # attention computes its operands for us
 
-    def __init__(self, quantizer: UniformAffineQuantizer, values_a_call: int, seed: int, running: bool):
+    def __init__(self, quantizer: UniformAffineQuantizer, values_a_batch: int, seed: int, running: bool):
         super().__init__()
         self._quantizer = (quantizer,)
         self.running = running
-        self.values_a_call = values_a_call
+        self.values_a_batch = values_a_batch
         self.generator = torch.Generator().manual_seed(seed)
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.batch: list[Tensor] = []  # minimum and maximum of each call since the last batch
-        self.values: list[Tensor] = []
+        self.drawn: list[Tensor] = []  # values of each call since the last batch
+        self.values: list[Tensor] = []  # of the batches
 
     @property
     def quantizer(self) -> UniformAffineQuantizer:
@@ -271,9 +277,12 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.batch.append(torch.stack(x.detach().aminmax()).float().cpu())
         if self.quantizer.scale_method == "mse" and not self.running:
-            chosen = torch.randint(x.numel(), (self.values_a_call,), generator=self.generator)
-            self.values.append(x.detach().flatten()[chosen.to(x.device)].float().cpu())
+            self.drawn.append(self._draw(x.detach().flatten()).float().cpu())
         return x
+
+    def _draw(self, values: Tensor) -> Tensor:
+        chosen = torch.randint(len(values), (self.values_a_batch,), generator=self.generator)
+        return values[chosen.to(values.device)]
 
     def end_batch(self) -> None:
         """Take in the extremes of a batch, which may have come in several calls."""
@@ -282,6 +291,9 @@ class Observer(nn.Module):
         extremes = torch.stack(self.batch)
         low, high = extremes[:, 0].min(), extremes[:, 1].max()
         self.batch.clear()
+        if self.drawn:
+            self.values.append(self._draw(torch.cat(self.drawn)) if len(self.drawn) > 1 else self.drawn[0])
+            self.drawn.clear()
         if self.low is None:
             self.low, self.high = low, high
         elif self.running:
@@ -330,22 +342,17 @@ def fit_activations(
 
 
 @contextmanager
-def _observed(qnn: QuantModel, values_a_call: int, seed: int, running: bool) -> Iterator[list[Observer]]:
+def _observed(qnn: QuantModel, values_a_batch: int, seed: int, running: bool) -> Iterator[list[Observer]]:
     """Within the block Observers stand in the slots of all activation quantizers."""
     quantizers: dict[str, Quantizer] = qnn.act_quantizers()
     observers = {
-        name: Observer(quantizer, values_a_call, seed + i, running)
+        name: Observer(quantizer, values_a_batch, seed + i, running)
         for i, (name, quantizer) in enumerate(quantizers.items())
     }
     try:
         for name, observer in observers.items():
-            _put(qnn, name, observer)
+            put_module(qnn, name, observer)
         yield list(observers.values())
     finally:
         for name, quantizer in quantizers.items():
-            _put(qnn, name, quantizer)
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+            put_module(qnn, name, quantizer)

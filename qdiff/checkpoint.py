@@ -1,19 +1,13 @@
 """Files that hold a calibrated model: a cali_ckpt of ours, and Q-Diffusion's published format.
 
-Ours is a .safetensors with, for every quantizer of `QuantModel`, by name,
-
-    NAME.codes       uint8, a weight's codes, packed at their width (qdiff.packing)
-    NAME.delta       float32, [] for an activation, one a channel for a weight
-    NAME.zero_point  float32, whole numbers
-
-and a header that says all that is needed to read it (`CaliHeader`). It holds no float weights: biases and norms are
-those of the source model, which the header names by a fingerprint. Q-Diffusion's is described in
-`qdiff.checkpoint_qdiff`.
+Ours is a .safetensors with, for every quantizer of `QuantModel`, the tensors that `qdiff.tensors` describes, and a
+header that says all that is needed to read it (`CaliHeader`). It holds no float weights: biases and norms are those of
+the source model, which the header names by a fingerprint. Q-Diffusion's is described in `qdiff.checkpoint_qdiff`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +20,9 @@ from torch import Tensor
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
 from qdiff.files import write_atomically
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, SplitQuantModule, check_range
+from qdiff.quant_layer import SplitQuantModule
 from qdiff.quant_model import QuantModel
+from qdiff.tensors import check_keys, expected_keys, put_tensors, ranges_of, weights_of
 
 HEADER = "dsdiff_cali"  # the entry of the file's metadata that holds the header, as JSON
 VERSION = 1
@@ -88,7 +83,7 @@ def save_cali_ckpt(
             "source": {"fingerprint": fingerprint(qnn), **(source or {})},
         }
         header = {HEADER: json.dumps(content)}  # one entry: of several, the order in the file would be by chance
-        tensors = dict(_tensors_of(qnn))
+        tensors = weights_of(qnn) | ranges_of(qnn)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -112,29 +107,11 @@ def fingerprint(qnn: QuantModel) -> str:
 
 def unet_bytes(qnn: QuantModel) -> int:
     """Bytes of a calibrated UNet's weights: packed codes, ranges of weights and activations, the rest in float32."""
-    quantized = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors_of(qnn))
+    tensors = (weights_of(qnn) | ranges_of(qnn)).values()
+    quantized = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     weights = {id(layer.weight) for layer in qnn.layers().values()}
     rest = (p for name, p in qnn.named_parameters() if id(p) not in weights and ".alpha" not in name)
     return quantized + sum(4 * parameter.numel() for parameter in rest)
-
-
-def _tensors_of(qnn: QuantModel) -> Iterator[tuple[str, Tensor]]:
-    for layer_name, layer in qnn.layers().items():
-        for part_name, part in layer.weight_parts().items():
-            quantizer = getattr(layer, part_name)
-            if not isinstance(quantizer, FrozenQuantizer):
-                quantizer = FrozenQuantizer(quantizer, part)
-            name = f"{layer_name}.{part_name}"
-            yield f"{name}.codes", quantizer.packed.cpu().contiguous()
-            yield from _range_of(name, quantizer)
-    for name, quantizer in qnn.act_quantizers().items():
-        yield from _range_of(name, quantizer)
-
-
-def _range_of(name: str, quantizer: Quantizer) -> Iterator[tuple[str, Tensor]]:
-    # Copies: tensors that share memory cannot be saved.
-    yield f"{name}.delta", quantizer.delta.detach().cpu().clone()
-    yield f"{name}.zero_point", quantizer.zero_point.detach().cpu().clone()
 
 
 def _check_complete(qnn: QuantModel) -> None:
@@ -156,11 +133,7 @@ def read_cali_header(path: str | Path, **bits: int) -> CaliHeader:
     """
     path = _existing(path)
     if path.suffix != ".safetensors":
-        tensors = checkpoint_qdiff.read(path)
-        config, inferred = checkpoint_qdiff.infer_config(tensors, str(path), bits)
-        return CaliHeader(
-            config=config, splits=checkpoint_qdiff.splits_in(tensors), format="qdiff", inferred=tuple(inferred)
-        )
+        return _header_of_qdiff(checkpoint_qdiff.read(path), path, bits)
     with _open(path) as file:
         header = _parse_header(path, file.metadata() or {})
     check_flags(header, bits, str(path))
@@ -192,8 +165,9 @@ def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) ->
         if config.quant_act and config.act_symmetric:
             raise ValueError(f"{str(path)!r} has unsigned activations, and the model's are signed")
         bits = {name: getattr(config, name) for name in compared if name != "split"}
-        header = read_cali_header(path, **bits)
-        checkpoint_qdiff.load(qnn, checkpoint_qdiff.read(path), str(path), freeze=freeze)
+        tensors = checkpoint_qdiff.read(path)
+        header = _header_of_qdiff(tensors, path, bits)
+        checkpoint_qdiff.load(qnn, tensors, str(path), freeze=freeze)
     else:
         header = read_cali_header(path)
         for name in (*compared, "act_symmetric") if config.quant_act else compared:
@@ -210,54 +184,14 @@ def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) ->
 def _load_tensors(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
     if header.splits != splits_of(qnn):
         raise ValueError(f"{str(path)!r} splits other layers than this model has: it is of another architecture")
-    weights = {
-        f"{layer_name}.{part_name}": (layer, part_name, tuple(part.shape))
-        for layer_name, layer in qnn.layers().items()
-        for part_name, part in layer.weight_parts().items()
-    }
-    acts = qnn.act_quantizers()
-    expected = {f"{name}.{what}" for name in weights for what in ("codes", "delta", "zero_point")}
-    expected |= {f"{name}.{what}" for name in acts for what in ("delta", "zero_point")}
     with _open(path) as file:
-        found = {key for key in file.keys() if acts or "act_quantizer" not in key}  # noqa: SIM118
-        _check_keys(found, expected, str(path))
+        found = {key for key in file.keys() if qnn.config.quant_act or "act_quantizer" not in key}  # noqa: SIM118
+        check_keys(found, expected_keys(qnn), str(path))
         _check_source(qnn, header, str(path))
         try:
-            frozen = {}
-            for name, (_, _, shape) in weights.items():
-                frozen[name] = FrozenQuantizer.from_packed(
-                    file.get_tensor(f"{name}.codes"),
-                    shape,
-                    header.config.weight_bit,
-                    _shaped(file.get_tensor(f"{name}.delta"), (shape[0], *[1] * (len(shape) - 1)), name),
-                    file.get_tensor(f"{name}.zero_point"),
-                )
-            ranges = {
-                name: (_shaped(file.get_tensor(f"{name}.delta"), (), name), file.get_tensor(f"{name}.zero_point"))
-                for name in acts
-            }
-            for delta, zero_point in ranges.values():
-                check_range(delta, zero_point)
+            put_tensors(qnn, {key: file.get_tensor(key) for key in found})
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"cali_ckpt {str(path)!r} is damaged: {error}") from error
-    for name, (delta, zero_point) in ranges.items():
-        acts[name].set(delta, zero_point)
-    for name, (layer, part_name, _) in weights.items():
-        setattr(layer, part_name, frozen[name].to(layer.weight.device))
-
-
-def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}.delta has shape {tuple(tensor.shape)}, not {shape}")
-    return tensor
-
-
-def _check_keys(found: set[str], expected: set[str], source: str) -> None:
-    for what, keys in (("lacks", expected - found), ("has unknown", found - expected)):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3])
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"cali_ckpt {source!r} {what} {shown}{more}: it is of another architecture or damaged")
 
 
 def _check_source(qnn: QuantModel, header: CaliHeader, source: str) -> None:
@@ -268,6 +202,12 @@ def _check_source(qnn: QuantModel, header: CaliHeader, source: str) -> None:
             f"cali_ckpt {source!r} was made from {made_from} with other weights than this model's: calibrate this "
             "model, or give the --ckpt that it was made from"
         )
+
+
+def _header_of_qdiff(tensors: Mapping[str, Tensor], path: Path, bits: Mapping[str, int]) -> CaliHeader:
+    config, inferred = checkpoint_qdiff.infer_config(tensors, str(path), bits)
+    splits = checkpoint_qdiff.splits_in(tensors)
+    return CaliHeader(config=config, splits=splits, format="qdiff", inferred=tuple(inferred))
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> CaliHeader:

@@ -23,6 +23,7 @@ from qdiff.adaptive_rounding import AdaRoundQuantizer
 from qdiff.config import BITS, QuantConfig
 from qdiff.quant_layer import Quantizer, QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
+from qdiff.tensors import check_keys, range_of
 
 # Where h(alpha) reaches 1 (and, with the other sign, 0): what a decided rounding is written as.
 DECIDED = 2.3978953
@@ -176,11 +177,7 @@ def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
 def _check(expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str, quant_act: bool) -> None:
     # A file with activations also serves a model without; not the reverse.
     found = {key for key in tensors if quant_act or "act_quantizer" not in key}
-    for what, keys in (("lacks", set(expected) - found), ("has unknown", found - set(expected))):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3])
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"cali_ckpt {source!r} {what} {shown}{more}: it is of another architecture or settings")
+    check_keys(found, set(expected), source)
     for key, shape in expected.items():
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"{key} of {source!r} has shape {tuple(tensors[key].shape)}, the model's has {shape}")
@@ -195,19 +192,12 @@ def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
         for part_name, part in layer.weight_parts().items():
             quantizer = getattr(layer, part_name)
             tensors[f"{name}.{part_name}.alpha"] = _alpha_of(quantizer, part).detach().float().cpu().clone()
-            tensors |= _range_of(f"{name}.{part_name}", quantizer)
+            tensors |= range_of(f"{name}.{part_name}", quantizer)
     for name, quantizer in qnn.act_quantizers().items():
         if quantizer.symmetric:
             raise ValueError("Q-Diffusion's format has no signed activations: write our own format")
-        tensors |= _range_of(name, quantizer)
+        tensors |= range_of(name, quantizer)
     return tensors
-
-
-def _range_of(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.zero_point": quantizer.zero_point.detach().float().cpu().clone(),
-        f"{name}.delta": quantizer.delta.detach().float().cpu().clone(),
-    }
 
 
 @torch.no_grad()

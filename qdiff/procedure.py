@@ -7,10 +7,11 @@ from typing import Any
 
 from qdiff.calibration import Cache, CalibrationSet, fit_activations
 from qdiff.config import ReconConfig
-from qdiff.progress import ProgressFolder, put_ranges, put_weights, ranges_of, weights_of
+from qdiff.progress import ProgressFolder
 from qdiff.quant_model import QuantModel
 from qdiff.ranks import barrier, rank
 from qdiff.reconstruction import unit_reconstruction
+from qdiff.tensors import put_tensors, ranges_of, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ def calibrate(
             barrier()
         else:
             tensors, report = saved
-            _put_state(qnn, step, tensors)
+            weights = step.phase == "weights"
+            put_tensors(qnn, tensors, step.unit, weights=weights, acts=not weights)
         yield step, report
     qnn.freeze()
     qnn.set_quant_state(True, qnn.config.quant_act)
@@ -87,10 +89,3 @@ def calibrate(
 
 def _state_of(qnn: QuantModel, step: Step) -> dict:
     return weights_of(qnn, step.unit) if step.phase == "weights" else ranges_of(qnn, step.unit)
-
-
-def _put_state(qnn: QuantModel, step: Step, tensors: dict) -> None:
-    if step.phase == "weights":
-        put_weights(qnn, step.unit, tensors)
-    else:
-        put_ranges(qnn, tensors, step.unit)

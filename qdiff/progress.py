@@ -10,8 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qdiff.files import write_atomically
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule
-from qdiff.quant_model import QuantModel
 
 
 class ProgressFolder:
@@ -83,51 +81,3 @@ class ProgressFolder:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"step-{number:04}.safetensors"
-
-
-def weights_of(qnn: QuantModel, unit: str) -> dict[str, Tensor]:
-    """The decided roundings of a unit's layers, packed."""
-    return {
-        f"{name}.{part}.{what}": getattr(getattr(layer, part), attribute).cpu().clone()
-        for name, layer in _layers_of(qnn, unit).items()
-        for part in layer.weight_parts()
-        for what, attribute in (("codes", "packed"), ("delta", "delta"), ("zero_point", "zero_point"))
-    }
-
-
-def put_weights(qnn: QuantModel, unit: str, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `weights_of`."""
-    for name, layer in _layers_of(qnn, unit).items():
-        for part_name, part in layer.weight_parts().items():
-            old: Quantizer = getattr(layer, part_name)
-            codes, delta, zero_point = (
-                tensors[f"{name}.{part_name}.{what}"] for what in ("codes", "delta", "zero_point")
-            )
-            frozen = FrozenQuantizer.from_packed(codes, tuple(part.shape), old.n_bits, delta, zero_point)
-            frozen.enabled = old.enabled
-            setattr(layer, part_name, frozen.to(layer.weight.device))
-
-
-def ranges_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
-    """The ranges of the activations of a unit, or of the model."""
-    return {
-        f"{name}.{what}": getattr(quantizer, what).detach().cpu().clone()
-        for name, quantizer in qnn.act_quantizers().items()
-        if _within(name, unit)
-        for what in ("delta", "zero_point")
-    }
-
-
-def put_ranges(qnn: QuantModel, tensors: Mapping[str, Tensor], unit: str = "") -> None:
-    """The inverse of `ranges_of`."""
-    for name, quantizer in qnn.act_quantizers().items():
-        if _within(name, unit):
-            quantizer.set(tensors[f"{name}.delta"], tensors[f"{name}.zero_point"])
-
-
-def _layers_of(qnn: QuantModel, unit: str) -> dict[str, QuantModule]:
-    return {name: layer for name, layer in qnn.layers().items() if _within(name, unit)}
-
-
-def _within(name: str, unit: str) -> bool:
-    return not unit or name == unit or name.startswith(f"{unit}.")

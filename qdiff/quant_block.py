@@ -30,7 +30,7 @@ class QuantizedAttention(nn.Module):
         """softmax(q k^T scale) v on [B, heads, N, d], each operand quantized; as inherited where they stay float."""
         if not getattr(self.act_quantizer_q, "enabled", False):  # off, or the identity of a weights-only model
             return super().attend(q, k, v) if mask is None else super().attend(q, k, v, mask)
-        scale = getattr(self, "scale", q.shape[-1] ** -0.5)
+        scale = q.shape[-1] ** -0.5
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
         if mask is not None:
             mask = mask.expand(len(q), q.shape[1], 1, k.shape[2]).flatten(0, 1)

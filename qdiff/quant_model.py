@@ -43,7 +43,7 @@ class QuantModel(nn.Module):
             if isinstance(layer, LAYERS):
                 split = splits.get(name)
                 quantized = SplitQuantModule(layer, config, split) if split else QuantModule(layer, config)
-                _put(unet, name, quantized)
+                put_module(unet, name, quantized)
         self.to(next(unet.parameters()).device)
         self.eval()
         self.set_quant_state(False, False)
@@ -58,7 +58,7 @@ class QuantModel(nn.Module):
             raise ValueError("the blocks are patched: take the patch off (tomesd.remove_patch) before restore()")
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, QuantModule):
-                _put(self.model, name, layer.layer)
+                put_module(self.model, name, layer.layer)
         for block in list(self.model.modules()):
             restore(block)
         for module, training in self._modes:
@@ -164,7 +164,7 @@ def _units_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _units_of(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name`."""
+def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` into the slot `name` of `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)

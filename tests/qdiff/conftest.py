@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.util import instantiate_from_config
-from qdiff import QuantConfig, QuantModel
+from qdiff import QuantConfig, QuantModel, load_cali_ckpt
 
 GOLDENS = "tests/goldens"
 
@@ -69,3 +69,33 @@ def assert_close():
         assert error <= rtol, f"relative error {error:.2e}"
 
     return check
+
+
+class Witness:
+    """A model, with what it held and computed when it was handed over."""
+
+    def __init__(self, qnn, inputs):
+        self.qnn, self.inputs = qnn, inputs
+        self.state = {name: value.clone() for name, value in qnn.state_dict().items()}
+        with torch.no_grad():
+            self.output = qnn(*inputs)
+
+    def assert_unchanged(self):
+        state = self.qnn.state_dict()
+        assert state.keys() == self.state.keys()
+        assert [name for name, value in state.items() if not torch.equal(value, self.state[name])] == []
+        with torch.no_grad():
+            assert torch.equal(self.qnn(*self.inputs), self.output)
+
+    def assert_refuses(self, path, match, error=ValueError):
+        """Loading raises an error of one line, and the model stays as it is."""
+        with pytest.raises(error, match=match) as raised:
+            load_cali_ckpt(self.qnn, path)
+        assert "\n" not in str(raised.value)
+        self.assert_unchanged()
+
+
+@pytest.fixture(scope="session")
+def witness(golden):
+    """(qnn) -> its Witness."""
+    return lambda qnn: Witness(qnn, tuple(golden[f"in_B1/{name}"] for name in ("x", "t", "context")))

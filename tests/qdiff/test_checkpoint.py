@@ -109,34 +109,10 @@ def rewrite(source, target, edit):
     return target
 
 
-class Witness:
-    """A model, with what it held and computed when it was handed over."""
-
-    def __init__(self, qnn, golden):
-        self.qnn, self.inputs = qnn, inputs(golden, "B1")
-        self.state = {name: value.clone() for name, value in qnn.state_dict().items()}
-        with torch.no_grad():
-            self.output = qnn(*self.inputs)
-
-    def assert_unchanged(self):
-        state = self.qnn.state_dict()
-        assert state.keys() == self.state.keys()
-        assert [name for name, value in state.items() if not torch.equal(value, self.state[name])] == []
-        with torch.no_grad():
-            assert torch.equal(self.qnn(*self.inputs), self.output)
-
-    def assert_refuses(self, path, match, error=ValueError):
-        """Loading raises an error of one line, and the model stays as it is."""
-        with pytest.raises(error, match=match) as raised:
-            load_cali_ckpt(self.qnn, path)
-        assert "\n" not in str(raised.value)
-        self.assert_unchanged()
-
-
 @pytest.fixture(scope="module")
-def small(make_small, golden):
+def small(make_small, witness):
     """The witness of all tests that must not change a model."""
-    return Witness(make_small(), golden)
+    return witness(make_small())
 
 
 # --- there and back ----------------------------------------------------------------------------------------
@@ -414,24 +390,24 @@ def test_bits_that_contradict_the_file_are_refused_with_its_name(small_file):
     "name, value, stored",
     [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)],
 )
-def test_model_of_other_settings_is_refused(make_small, golden, small_file, name, value, stored):
-    witness = Witness(make_small(**{name: value}), golden)
-    witness.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
+def test_model_of_other_settings_is_refused(make_small, witness, small_file, name, value, stored):
+    seen = witness(make_small(**{name: value}))
+    seen.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
 
 
 @pytest.mark.parametrize("parameter", ["time_embed.0.weight", "out.0.bias", "output_blocks.1.0.skip_connection.weight"])
-def test_another_source_model_is_refused(make_small, golden, small_file, parameter):
+def test_another_source_model_is_refused(make_small, witness, small_file, parameter):
     qnn = make_small()
     with torch.no_grad():
         qnn.model.get_parameter(parameter).view(-1)[3] += 0.01
-    Witness(qnn, golden).assert_refuses(small_file, "was made from another model with other weights than this model's")
+    witness(qnn).assert_refuses(small_file, "was made from another model with other weights than this model's")
 
 
-def test_source_model_that_would_fit_is_named(make_small, golden, detailed):
+def test_source_model_that_would_fit_is_named(make_small, witness, detailed):
     qnn = make_small()
     with torch.no_grad():
         qnn.model.out[0].bias[0] += 0.01
-    Witness(qnn, golden).assert_refuses(detailed, r"made from models/ldm/shapes/model\.safetensors with other weights")
+    witness(qnn).assert_refuses(detailed, r"made from models/ldm/shapes/model\.safetensors with other weights")
 
 
 def test_fingerprint_covers_all_parameters(make_small):
@@ -478,8 +454,8 @@ def test_file_serves_the_source_model_in_float16(make_unet, saved):
     ],
     ids=["deeper", "more blocks", "fewer blocks"],
 )
-def test_another_architecture_is_refused(make_small, golden, small_file, params, match):
-    Witness(make_small(params), golden).assert_refuses(small_file, match)
+def test_another_architecture_is_refused(make_small, witness, small_file, params, match):
+    witness(make_small(params)).assert_refuses(small_file, match)
 
 
 # --- broken files ------------------------------------------------------------------------------------------

@@ -56,27 +56,6 @@ def merged(qnn, **kwargs):
         tomesd.remove_patch(qnn)
 
 
-class Witness:
-    """A model, with what it held and computed when it was handed over."""
-
-    def __init__(self, qnn, golden):
-        self.qnn, self.inputs = qnn, inputs(golden, "B1")
-        self.state = {name: value.clone() for name, value in qnn.state_dict().items()}
-        with torch.no_grad():
-            self.output = qnn(*self.inputs)
-
-    def assert_refuses(self, path, match, error=ValueError):
-        """Loading raises an error of one line, and the model stays as it is."""
-        with pytest.raises(error, match=match) as raised:
-            load_cali_ckpt(self.qnn, path)
-        assert "\n" not in str(raised.value)
-        state = self.qnn.state_dict()
-        assert state.keys() == self.state.keys()
-        assert [name for name, value in state.items() if not torch.equal(value, self.state[name])] == []
-        with torch.no_grad():
-            assert torch.equal(self.qnn(*self.inputs), self.output)
-
-
 @pytest.fixture(scope="module")
 def make_small():
     """(**settings) -> a calibrated UNet of a few blocks, all quantizers on, its weights always the same."""
@@ -99,9 +78,9 @@ def make_small():
 
 
 @pytest.fixture(scope="module")
-def small(make_small, golden):
+def small(make_small, witness):
     """The witness of all tests that must not change a model."""
-    return Witness(make_small(), golden)
+    return witness(make_small())
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +344,8 @@ def test_weights_only_file_does_what_the_full_file_does(make_qnn, resumed, golde
     assert torch.equal(qnn(*inputs(golden, "A")), resumed("qa0")(*inputs(golden, "A")))
 
 
-def test_weights_only_file_is_refused_for_activations(resumed, golden, weights_only_file):
-    Witness(resumed("qa1"), golden).assert_refuses(weights_only_file, r"lacks model\..*act_quantizer")
+def test_weights_only_file_is_refused_for_activations(resumed, witness, weights_only_file):
+    witness(resumed("qa1")).assert_refuses(weights_only_file, r"lacks model\..*act_quantizer")
 
 
 def test_bits_are_inferred(golden_ckpt):
@@ -405,8 +384,8 @@ def test_bits_that_the_file_contradicts_are_refused(golden_ckpt, name, value, ma
 
 
 @pytest.mark.parametrize("name, value, match", REFUSED_BITS)
-def test_model_of_other_bits_is_refused(make_small, golden, golden_ckpt, name, value, match):
-    Witness(make_small(**{name: value}), golden).assert_refuses(golden_ckpt, match)
+def test_model_of_other_bits_is_refused(make_small, witness, golden_ckpt, name, value, match):
+    witness(make_small(**{name: value})).assert_refuses(golden_ckpt, match)
 
 
 # --- files that do not fit, or are broken ------------------------------------------------------------------

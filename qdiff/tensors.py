@@ -1,0 +1,106 @@
+"""What a model's quantizers hold, as tensors by name, and back: the content of our files.
+
+NAME.codes       uint8, a weight's codes, packed at their width (qdiff.packing)
+NAME.delta       float32, [] for an activation, one a channel for a weight
+NAME.zero_point  float32, whole numbers
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, check_range
+from qdiff.quant_model import QuantModel
+
+
+def weights_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+    """The codes and ranges of the weights of a unit, or of the model, as they are rounded at present."""
+    tensors = {}
+    for layer, part_name, name in _weights(qnn, unit):
+        quantizer = getattr(layer, part_name)
+        if not isinstance(quantizer, FrozenQuantizer):
+            quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[part_name])
+        tensors[f"{name}.codes"] = quantizer.packed.cpu().clone()
+        tensors |= range_of(name, quantizer)
+    return tensors
+
+
+def ranges_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+    """The ranges of the activations of a unit, or of the model."""
+    tensors = {}
+    for name, quantizer in _acts(qnn, unit).items():
+        tensors |= range_of(name, quantizer)
+    return tensors
+
+
+def range_of(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    """delta and zero point: copies, as tensors that share memory cannot be saved."""
+    return {f"{name}.{what}": getattr(quantizer, what).detach().cpu().clone() for what in ("delta", "zero_point")}
+
+
+def put_tensors(
+    qnn: QuantModel, tensors: Mapping[str, Tensor], unit: str = "", *, weights: bool = True, acts: bool = True
+) -> None:
+    """The inverse of `weights_of` and `ranges_of`; weights become frozen.
+
+    Raises ValueError, and leaves the model as it is, if a tensor is missing or does not fit.
+    """
+    try:
+        frozen = [_frozen(tensors, *slot) for slot in _weights(qnn, unit)] if weights else []
+        ranges = {name: _range(tensors, name) for name in _acts(qnn, unit)} if acts else {}
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from error
+    for (layer, part_name, _), quantizer in zip(_weights(qnn, unit) if weights else (), frozen, strict=True):
+        setattr(layer, part_name, quantizer)
+    for name, quantizer in _acts(qnn, unit).items() if acts else ():
+        quantizer.set(*ranges[name])
+
+
+def check_keys(found: set[str], expected: set[str], source: str) -> None:
+    """Raises ValueError, naming some, if keys of the file `source` are missing or not known."""
+    for what, keys in (("lacks", expected - found), ("has unknown", found - expected)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"cali_ckpt {source!r} {what} {shown}{more}: it is of another architecture, other settings, or damaged"
+            )
+
+
+def expected_keys(qnn: QuantModel) -> set[str]:
+    """The names of all that the model's quantizers hold."""
+    weights = {f"{name}.{what}" for _, _, name in _weights(qnn, "") for what in ("codes", "delta", "zero_point")}
+    return weights | {f"{name}.{what}" for name in _acts(qnn, "") for what in ("delta", "zero_point")}
+
+
+def _frozen(tensors: Mapping[str, Tensor], layer: QuantModule, part_name: str, name: str) -> FrozenQuantizer:
+    old: Quantizer = getattr(layer, part_name)
+    shape = tuple(layer.weight_parts()[part_name].shape)
+    codes, delta, zero_point = (tensors[f"{name}.{what}"] for what in ("codes", "delta", "zero_point"))
+    quantizer = FrozenQuantizer.from_packed(codes, shape, old.n_bits, delta, zero_point)
+    quantizer.enabled = old.enabled
+    return quantizer.to(layer.weight.device)
+
+
+def _range(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    delta, zero_point = tensors[f"{name}.delta"], tensors[f"{name}.zero_point"]
+    if delta.ndim:
+        raise ValueError(f"{name}.delta has shape {tuple(delta.shape)}, not ()")
+    check_range(delta, zero_point)
+    return delta, zero_point
+
+
+def _weights(qnn: QuantModel, unit: str) -> Iterator[tuple[QuantModule, str, str]]:
+    """Each weight quantizer's layer, its name there, and its whole name."""
+    for layer_name, layer in qnn.layers().items():
+        if _within(layer_name, unit):
+            for part_name in layer.weight_parts():
+                yield layer, part_name, f"{layer_name}.{part_name}"
+
+
+def _acts(qnn: QuantModel, unit: str) -> dict[str, Quantizer]:
+    return {name: quantizer for name, quantizer in qnn.act_quantizers().items() if _within(name, unit)}
+
+
+def _within(name: str, unit: str) -> bool:
+    return not unit or name == unit or name.startswith(f"{unit}.")
