@@ -34,9 +34,10 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its paren
 import tomesd
 from ldm.checkpoint import averaged_weights, fill, read_weights
 from ldm.util import instantiate_from_config
+from qdiff.files import write_atomically
 from scripts.common import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, choose_device, precision_context, read_config
 from scripts.console import ArgumentParser, command, number
-from scripts.files import check_writable, write_file
+from scripts.files import check_writable
 
 MODELS = {"embedded": EMBEDDED, "sd-v1": STABLE_DIFFUSION}  # name -> config
 UNET_PREFIX = "model.diffusion_model."
@@ -354,7 +355,7 @@ def main(argv: Sequence[str]) -> None:
     tqdm.write(table(report))
     args.outdir.mkdir(parents=True, exist_ok=True)
     content = json.dumps(report, indent=2)
-    write_file(args.outdir / "benchmark.json", lambda path: path.write_text(content + "\n"))
+    write_atomically(args.outdir / "benchmark.json", lambda path: path.write_text(content + "\n"))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,13 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +35,16 @@ from ldm.util import load_model_from_config
 from qdiff.calibration import Cache, CalibrationSet
 from qdiff.checkpoint import fingerprint, save_cali_ckpt
 from qdiff.config import QuantConfig, ReconConfig
+from qdiff.files import write_atomically
 from qdiff.procedure import Step, calibrate, steps_of, work_of
 from qdiff.progress import ProgressFolder
 from qdiff.quant_model import QuantModel
 from qdiff.ranks import barrier, rank, world_size
 from scripts.calibration_data import calibration_data
-from scripts.common import choose_device, choose_model, precision_context, sampling_options, versions
+from scripts.calibration_estimate import GIB, check_estimate, estimate
+from scripts.common import choose_model, precision_context, sampling_options, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.estimate import GIB, check_estimate, estimate
-from scripts.files import check_writable, write_file
+from scripts.files import check_writable
 from scripts.flags import (
     add_bit_arguments,
     add_model_arguments,
@@ -56,6 +53,7 @@ from scripts.flags import (
     given_flags,
     merge_options,
 )
+from scripts.processes import own_device, processes
 
 PRESETS = {
     "fast": dict(cali_st=10, cali_n=12, iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
@@ -307,21 +305,6 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
-@contextmanager
-def processes() -> Iterator[None]:
-    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs."""
-    if "LOCAL_RANK" not in os.environ:
-        yield
-        return
-    # What is captured lies in main memory, what is learned on the device. One process may draw for hours alone.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def run(args: argparse.Namespace) -> None:
     choice = choose_model(args)
     logger.info("%s", choice)
@@ -329,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
     suffix = ".pth" if args.format == "qdiff" else ".safetensors"
     target = args.outdir / f"cali{suffix}"
     check_writable(args.outdir)
-    device = own_device(args)
+    device = own_device(args.device)
     model = load_model_from_config(choice.config, choice.ckpt, device, tokenizer=args.tokenizer, verbose=args.verbose)
     data = calibration_data(args, choice, replace(sampling_options(args, choice), merge=None), model)
     qnn = QuantModel(model.model.diffusion_model, config)
@@ -352,21 +335,12 @@ def run(args: argparse.Namespace) -> None:
         source = {"ckpt": choice.ckpt.name, "config": choice.config_path.name, **choice.hashes}
         save_cali_ckpt(qnn, target, format=args.format, merge=settings["merge"], calibration=facts, source=source)
         content = json.dumps({"settings": facts, "units": reports}, indent=2)
-        write_file(args.outdir / "report.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
+        write_atomically(args.outdir / "report.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
         progress.remove()
     for line in summary(reports):
         logger.info("%s", line)
     if rank() == 0:
         logger.info("written to %s (%.2f MB)", target, target.stat().st_size / 1e6)
-
-
-def own_device(args: argparse.Namespace) -> torch.device:
-    """The device of this process: under torchrun on GPUs, one each."""
-    device = choose_device(args.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
 
 
 @command

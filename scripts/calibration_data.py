@@ -16,7 +16,7 @@ from qdiff.calibration import CalibrationSet, chosen_calls, recorded_inputs
 from qdiff.ranks import barrier, rank
 from scripts.common import EMBEDDED, STABLE_DIFFUSION, ModelChoice, SamplingOptions, choose_device, sample
 from scripts.console import logger
-from scripts.files import file_sha256
+from scripts.files import file_sha256, read_prompt_file
 
 PROMPTS = {config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)}
 
@@ -26,14 +26,7 @@ def read_prompts(args: argparse.Namespace, choice: ModelChoice) -> tuple[Path, l
     path = args.prompts or PROMPTS.get(choice.config_path.resolve())
     if path is None:
         raise ValueError(f"no prompts are known for {choice.description}: give --prompts FILE or --data_path FILE")
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {str(path)!r} is no UTF-8 text: {error}") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"--prompts {str(path)!r} holds no prompts: write one per line")
-    return Path(path), prompts
+    return Path(path), read_prompt_file(Path(path), "--prompts")
 
 
 def calibration_data(

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its paren
 
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
+from qdiff.files import write_atomically
 from scripts.common import (
     EMBEDDED,
     SamplingOptions,
@@ -46,7 +47,7 @@ from scripts.common import (
     versions,
 )
 from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
+from scripts.files import check_writable, file_sha256, to_pictures, write_png
 from scripts.flags import (
     add_model_arguments,
     add_noise_arguments,
@@ -237,7 +238,7 @@ def report(
     shown = slice(0, 64)
     first = next(iter(verdicts.values()))
     write_png(outdir / f"sheet-{split}.png", sheet(pictures[shown], captions[shown], first[shown]))
-    write_file(
+    write_atomically(
         outdir / f"prompts-{split}.txt", lambda path: path.write_text("\n".join(captions) + "\n", encoding="utf-8")
     )
     return rows
@@ -285,7 +286,9 @@ def main(argv: Sequence[str]) -> None:
     with logs(args.verbose):
         check_writable(args.outdir)
         content = json.dumps(run(args), indent=2, default=str)
-        write_file(args.outdir / "attributes.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
+        write_atomically(
+            args.outdir / "attributes.json", lambda path: path.write_text(content + "\n", encoding="utf-8")
+        )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from ldm.data.reader import STRIDE
+from qdiff.files import write_atomically
 from scripts.common import choose_device, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.features import (
@@ -50,7 +51,7 @@ from scripts.features import (
     read_statistics,
     write_statistics,
 )
-from scripts.files import check_writable, write_file
+from scripts.files import check_writable
 from scripts.paired import TITLES as PAIRED
 from scripts.paired import Pairing, add_paired_scores, pair_up
 from scripts.pictures import (
@@ -381,7 +382,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -25,21 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import ShapesDataset, caption, parse_caption
-from qdiff.checkpoint import load_cali_ckpt, read_cali_header, unet_bytes
-from qdiff.quant_model import QuantModel
-from scripts import calibrate, txt2img
-from scripts.common import CHECKPOINTS, EMBEDDED, build_model, choose_model, decode, sample, sampling_options, versions
+from qdiff.files import write_atomically
+from scripts import calibrate
+from scripts.common import CHECKPOINTS, EMBEDDED, SamplingOptions, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
+from scripts.drawing import draw_missing, model_of
 from scripts.eval_attributes import READER, tensor_of, wilson
-from scripts.files import check_writable, file_sha256, to_pictures, write_file, write_png
+from scripts.files import check_writable, file_sha256, write_png
+from scripts.pace import weight_bytes
 
 SAMPLER = ["--dpm_solver", "--ddim_steps", "20"]
 SHEET_COLUMNS = 8
@@ -141,33 +141,15 @@ def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[s
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     folder = args.outdir / "pictures" / f"{variant.name.replace(' ', '_').replace(',', '')}-{key}"
     paths = [folder / f"{i:05}.png" for i in range(len(captions))]
-    todo = [i for i, path in enumerate(paths) if not path.exists()]
-    if todo:
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(variant, cali, args, captions, todo, paths)
+    seeds = [args.seed + i for i in range(len(captions))]
+
+    def build() -> tuple[nn.Module, SamplingOptions]:
+        flags = ["--config", str(EMBEDDED), "--device", args.device, *SAMPLER, *variant.draw]
+        model, _, options = model_of([*flags, *(["--ptq", "--cali_ckpt", str(cali)] if cali else [])])
+        return model, options
+
+    draw_missing(build, captions, seeds, paths, args.n_samples, variant.name)
     return torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
-
-
-def draw(
-    variant: Variant,
-    cali: Path | None,
-    args: argparse.Namespace,
-    captions: Sequence[str],
-    todo: Sequence[int],
-    paths: Sequence[Path],
-) -> None:
-    """Draw the pictures `todo` with the model of a variant."""
-    flags = ["--prompt", "-", "--config", str(EMBEDDED), "--device", args.device, *SAMPLER, *variant.draw]
-    flags += ["--ptq", "--cali_ckpt", str(cali)] if cali else []
-    drawing = txt2img.parse_args(flags)
-    choice = choose_model(drawing)
-    options = sampling_options(drawing, choice)
-    model = build_model(drawing, choice, options)
-    for start in tqdm(range(0, len(todo), args.n_samples), desc=variant.name, unit="batch"):
-        part = todo[start : start + args.n_samples]
-        images = decode(model, sample(model, [captions[i] for i in part], [args.seed + i for i in part], options))
-        for i, picture in zip(part, to_pictures(images), strict=True):
-            write_png(paths[i], picture, {"prompt": captions[i], "seed": str(args.seed + i)})
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -190,16 +172,10 @@ def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesRe
     return sum(answers), len(answers)
 
 
-def weight_bytes(cali: Path | None) -> int:
-    """Of the embedded model's UNet: in float32, or quantized, with its scales, biases and norms."""
-    args = txt2img.parse_args(["--prompt", "-", "--config", str(EMBEDDED)])
-    choice = choose_model(args)
-    unet = build_model(args, choice, sampling_options(args, choice)).model.diffusion_model
-    if cali is None:
-        return sum(4 * parameter.numel() for parameter in unet.parameters())
-    qnn = QuantModel(unet, read_cali_header(cali).config)
-    load_cali_ckpt(qnn, cali)
-    return unet_bytes(qnn)
+def bytes_of(cali: Path | None) -> int:
+    """Of the embedded model's UNet, as a cali_ckpt has it, or in float32."""
+    model, _, _ = model_of(["--config", str(EMBEDDED), *(["--ptq", "--cali_ckpt", str(cali)] if cali else [])])
+    return weight_bytes(model.model.diffusion_model)
 
 
 def figures(variants: Sequence[Variant], args: argparse.Namespace, sheet: list[Tensor]) -> Iterator[dict[str, Any]]:
@@ -221,7 +197,7 @@ def figures(variants: Sequence[Variant], args: argparse.Namespace, sheet: list[T
             "low": 100 * low,
             "high": 100 * high,
             "asked": asked,
-            "bytes": weight_bytes(cali_ckpt_of(variant, args)),
+            "bytes": bytes_of(cali_ckpt_of(variant, args)),
         }
 
 
@@ -259,8 +235,8 @@ def main(argv: list[str]) -> None:
         table = markdown(rows)
         facts = {"n": args.n, "preset": args.preset, "seed": args.seed, "sampler": SAMPLER, "versions": versions()}
         content = json.dumps({**facts, "reader_sha256": file_sha256(READER), "rows": rows}, indent=2)
-        write_file(args.outdir / f"{name}.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
-        write_file(args.outdir / f"{name}.md", lambda path: path.write_text(table + "\n", encoding="utf-8"))
+        write_atomically(args.outdir / f"{name}.json", lambda path: path.write_text(content + "\n", encoding="utf-8"))
+        write_atomically(args.outdir / f"{name}.md", lambda path: path.write_text(table + "\n", encoding="utf-8"))
         write_png(args.outdir / f"{name}.png", sheet_of(pictures, [variant.name for variant in variants]))
         print(table)
 

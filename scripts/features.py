@@ -26,9 +26,10 @@ from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 from ldm.data.reader import ShapesReader
+from qdiff.files import write_atomically
 from scripts.common import ROOT, precision_context
 from scripts.console import logger
-from scripts.files import file_sha256, write_file
+from scripts.files import file_sha256
 from scripts.pictures import PictureSet
 
 READER = ROOT / "models/ldm/shapes/reader.safetensors"
@@ -226,7 +227,7 @@ class FeatureStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor for name, tensor in vars(features).items() if tensor is not None}
             text = {"features": json.dumps(header)}
-            write_file(path, lambda temporary: save_file(tensors, temporary, metadata=text))
+            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=text))
         return features
 
     @torch.inference_mode()
@@ -299,7 +300,7 @@ def write_statistics(path: Path, gaussian: Gaussian) -> None:
         with open(temporary, "wb") as file:
             np.savez(file, **arrays, n=np.array(gaussian.n), facts=np.array(facts))
 
-    write_file(path, write)
+    write_atomically(path, write)
 
 
 def read_statistics(path: Path) -> Gaussian:

@@ -1,15 +1,16 @@
-"""What the commands write: files that are complete or not there, and pictures."""
+"""Files of the commands: prompts they read, pictures they write."""
 
 import hashlib
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from qdiff.files import write_atomically
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -36,14 +37,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename to `path`: the file is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def read_prompt_file(path: Path, flag: str) -> list[str]:
+    """The prompts in a text file, one a line, that `flag` names. Raises ValueError if it holds none or is no text."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {str(path)!r} is no UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{flag} {str(path)!r} holds no prompts: write one per line")
+    return prompts
 
 
 def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
@@ -51,4 +54,4 @@ def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None 
     info = PngInfo()
     for key, text in (texts or {}).items():
         info.add_text(key, text)
-    write_file(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))

@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from ldm.data.shapes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES
+from qdiff.files import write_atomically
 from scripts.console import ArgumentParser, command
-from scripts.files import check_writable, write_file
+from scripts.files import check_writable
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
     outdir.mkdir(parents=True, exist_ok=True)
     files = tokenizer_files(grammar_words())
     for name, text in files.items():
-        write_file(outdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n"))
+        write_atomically(outdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n"))
     print(f"{outdir}: {len(json.loads(files['vocab.json']))} tokens")
 
 

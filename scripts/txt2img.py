@@ -28,6 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from qdiff.files import write_atomically
 from scripts.common import (
     ModelChoice,
     SamplingOptions,
@@ -40,7 +41,7 @@ from scripts.common import (
     versions,
 )
 from scripts.console import ArgumentParser, Log, command, logger, logs, number
-from scripts.files import check_writable, to_pictures, write_file, write_png
+from scripts.files import check_writable, read_prompt_file, to_pictures, write_png
 from scripts.flags import (
     add_model_arguments,
     add_noise_arguments,
@@ -102,16 +103,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompt, or those of the file. ValueError if it holds none."""
-    if args.from_file is None:
-        prompts = [args.prompt]
-    else:
-        try:
-            lines = args.from_file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--from-file {str(args.from_file)!r} is no UTF-8 text: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--from-file {str(args.from_file)!r} holds no prompts: write one per line")
+    prompts = [args.prompt] if args.from_file is None else read_prompt_file(args.from_file, "--from-file")
     for text in (*prompts, args.negative_prompt or ""):
         try:
             text.encode("utf-8")
@@ -366,7 +358,7 @@ def begin(args: argparse.Namespace, settings: Mapping[str, Any], log: Log) -> No
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     (args.outdir if args.skip_save else args.outdir / "samples").mkdir(parents=True, exist_ok=True)
     log.open(args.outdir / "log.txt")
-    write_file(args.outdir / "settings.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(args.outdir / "settings.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def generate(args: argparse.Namespace, choice: ModelChoice, log: Log) -> None:

@@ -1,0 +1,35 @@
+"""Several processes that torchrun started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from scripts.common import choose_device
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    # What is captured lies in main memory, what is learned on the device. One process may draw for hours alone.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process, see `choose_device`: under torchrun on GPUs, one each."""
+    device = choose_device(name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,204 @@
+"""The table of results as markdown, and as a page that needs nothing beside it: table, plots, pictures side by side."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # told apart with defects of colour vision, too
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+td.theirs, th.theirs { color: #666; font-style: italic; }
+.wide { overflow-x: auto; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots svg { max-width: 100%; height: auto; }
+.pictures td { padding: 2px; border: 0; text-align: center; font-size: 13px; max-width: 10rem; }
+.pictures td:first-child { text-align: right; vertical-align: middle; padding-right: .7rem; }
+.pictures img { width: 9rem; display: block; }
+.notes { color: #444; font-size: 14px; }
+"""
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 4) -> str:
+    """So many significant digits; 0 for what rounding leaves of it."""
+    return f"{0.0 if abs(value) < 5e-5 else value:.{digits}g}"
+
+
+def score_cell(row: Row, key: str, factor: float = 1.0) -> str:
+    """A score with its 95% interval, or with its spread behind +-; - where the row has none."""
+    score = row["scores"].get(key)
+    if score is None:
+        return "-"
+    text = number(score["value"] * factor)
+    if score["low"] is not None:
+        return f"{text} [{number(score['low'] * factor)}, {number(score['high'] * factor)}]"
+    return text if score["spread"] is None else f"{text} +- {number(score['spread'] * factor, 2)}"
+
+
+def change_cell(row: Row, base: Row) -> str:
+    """By how many % of the baseline's FID the row's is higher, with the interval of the paired difference."""
+    change = row["scores"].get("fid_difference")
+    if change is None:
+        return "-"
+    share = 100 / base["scores"]["fid"]["value"]
+    text = f"{change['value'] * share:+.1f}%"
+    if change["low"] is None:
+        return text
+    return f"{text} [{change['low'] * share:+.1f}, {change['high'] * share:+.1f}]"
+
+
+def speed_cell(row: Row) -> str:
+    speed = row["unet"]["speed"]
+    return f"{speed['median']:.2f} ({speed['min']:.2f}..{speed['max']:.2f})"
+
+
+def cells(row: Row, base: Row) -> list[str]:
+    """A row of the table, without the original's figure."""
+    return [
+        row["title"],
+        score_cell(row, "fid"),
+        change_cell(row, base),
+        score_cell(row, "kid", 1000),
+        score_cell(row, "precision"),
+        score_cell(row, "recall"),
+        score_cell(row, "psnr"),
+        score_cell(row, "ssim"),
+        f"{row['unet']['weight_bytes'] / 1e6:.2f}",
+        speed_cell(row),
+    ]
+
+
+def head(base: Row) -> list[str]:
+    of = f" ({base['features']})" if base["features"] else ""
+    fid = f"FID{of}"
+    return [
+        "",
+        fid,
+        "FID against FP32",
+        "KID x 1000",
+        "precision",
+        "recall",
+        "PSNR to FP32, dB",
+        "SSIM to FP32",
+        "UNet, MB",
+        "speed of a UNet call, FP32 = 1",
+    ]
+
+
+THEIRS = "FID the original published (SD v1.4, Inception)"
+
+
+def theirs(row: Row) -> str:
+    return "-" if row["published"] is None else f"{row['published']:.2f}"
+
+
+# --- what it says ------------------------------------------------------------------------------------------
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, and a line on how it came about."""
+    base = results["rows"][0]
+    lines = [[*head(base), THEIRS], ["---"] * (len(head(base)) + 1)]
+    lines += [[*cells(row, base), theirs(row)] for row in results["rows"]]
+    table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return f"{table}\n\n{protocol(results)}"
+
+
+def protocol(results: Mapping[str, Any]) -> str:
+    """What was drawn, scored and timed, and on what."""
+    base = results["rows"][0]
+    reference, on = base["protocol"]["reference"], results["machine"]
+    return (
+        f"{base['n']} pictures a row ({' '.join(results['drawing'])}, seed {results['seed']}) against "
+        f"{reference['n']} of {reference['source']}; intervals of 95%; speed side by side with FP32, median "
+        f"(least..most) of {results['repeats']}, on {on.get('gpu', on['cpu'])}, {on['cores']} cores, torch "
+        f"{on['torch']}. Few-bit rows are simulated in float."
+    )
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+def page(results: Mapping[str, Any], folder: Path) -> str:
+    """A page of HTML with everything in it. folder: where the rows' pictures lie."""
+    rows, base = results["rows"], results["rows"][0]
+    titles = "".join(f"<th>{html.escape(text)}</th>" for text in head(base)) + f'<th class="theirs">{THEIRS}</th>'
+    body = "\n".join(_table_row([*cells(row, base), theirs(row)]) for row in rows)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(n for row in rows for n in row["notes"]))
+    plots = plot(rows, "fid", "FID, lower is better") + plot(rows, "psnr", "PSNR to FP32 in dB, higher is better")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>DSDiff: results ({html.escape(results["model"])})</title>
+<style>{STYLE}</style></head>
+<body>
+<h1>Few bits, fewer tokens: results ({html.escape(results["model"])})</h1>
+<p>{html.escape(protocol(results))}</p>
+<div class="wide"><table id="results"><thead><tr>{titles}</tr></thead>
+<tbody>
+{body}
+</tbody></table></div>
+<h2>Against the ratio of merged tokens</h2>
+<div class="plots">{plots}</div>
+<h2>The same prompts from the same noise</h2>
+<div class="wide">{pictures(results, folder)}</div>
+<h2>Notes</h2>
+<ul class="notes">{notes}</ul>
+</body>
+</html>"""
+
+
+def _table_row(texts: Sequence[str]) -> str:
+    *ours, published = (html.escape(text) for text in texts)
+    return "<tr>" + "".join(f"<td>{text}</td>" for text in ours) + f'<td class="theirs">{published}</td></tr>'
+
+
+def plot(rows: Sequence[Row], key: str, title: str) -> str:
+    """A score against the ratio, a line for each of the bit widths, as SVG."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for colour, name in zip(COLOURS * 9, dict.fromkeys(row["name"] for row in rows), strict=False):
+        found = [(row["ratio"], row["scores"][key]) for row in rows if row["name"] == name and key in row["scores"]]
+        if found:
+            ratios, values = [ratio for ratio, _ in found], [score["value"] for _, score in found]
+            errors = [0 if score["low"] is None else score["high"] - score["value"] for _, score in found]
+            axes.errorbar(ratios, values, errors, label=name, color=colour, marker="o", capsize=3)
+    axes.set(xlabel="ratio of merged tokens", title=title)
+    if axes.has_data():
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def pictures(results: Mapping[str, Any], folder: Path) -> str:
+    """A line a row of the table, a column a prompt."""
+    shown = results["shown"]
+    prompts = "".join(f"<td>{html.escape(results['prompts'][i])}</td>" for i in shown)
+    lines = [
+        f"<tr><td>{html.escape(row['title'])}</td>"
+        + "".join(f"<td>{_image(folder / row['pictures'] / f'{i:05}.png', row['title'])}</td>" for i in shown)
+        + "</tr>"
+        for row in results["rows"]
+    ]
+    return f'<table class="pictures"><tr><td></td>{prompts}</tr>{"".join(lines)}</table>'
+
+
+def _image(path: Path, title: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">'

@@ -1,0 +1,237 @@
+"""scripts/reproduce.py on a small model with random weights: the way from a table to its page."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from qdiff import QuantConfig, QuantModel, save_cali_ckpt
+from scripts import reproduce
+from scripts.common import ROOT
+from scripts.drawing import model_of
+from scripts.table import TABLE, Row, read_table
+
+ROWS = [
+    {"name": "FP32", "ratio": 0.0, "published": 33.77},
+    {"name": "W4A8", "weight_bit": 4, "act_bit": 8, "ratio": 0.0},
+    {"name": "W4A8", "weight_bit": 4, "act_bit": 8, "ratio": 0.5, "published": 34.02},
+]
+N = 20  # the least that has intervals
+
+
+@pytest.fixture(scope="module")
+def flags(small_model, tmp_path_factory):
+    """Of reproduce.py: the small model, calibrated to a range that is somewhere near."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    config, ckpt = small_model
+    model, _, _ = model_of(["--config", str(config), "--ckpt", str(ckpt), "--device", "cpu"])
+    qnn = QuantModel(model.model.diffusion_model, QuantConfig())
+    qnn.fit_weights()
+    for quantizer in qnn.act_quantizers().values():
+        quantizer.set(torch.tensor(0.05), torch.tensor(0.0 if quantizer.n_bits == 16 else 128.0))
+    save_cali_ckpt(qnn, folder / "cali.safetensors")
+    drawing = ["--dpm_solver", "--ddim_steps", "2", "--H", "32", "--W", "32"]
+    protocol = {"config": str(config), "prompts": "shapes", "pictures": N, "seed": 0, "drawing": drawing}
+    models = {"embedded": {**protocol, "reference": "shapes", "scoring": ["--reference_n", "30"]}}
+    (folder / "table.yaml").write_text(yaml.safe_dump({"rows": ROWS, "models": models}))
+    named = {"table": "table.yaml", "cali_ckpt": "cali.safetensors", "cache": "cache"}
+    paths = [text for name, file in named.items() for text in (f"--{name}", str(folder / file))]
+    return [*paths, "--ckpt", str(ckpt), "--repeats", "1", "--shown", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def outdir(flags, tmp_path_factory):
+    """Of a whole run."""
+    outdir = tmp_path_factory.mktemp("results")
+    reproduce.main([*flags, "--outdir", str(outdir)])
+    return outdir
+
+
+@pytest.fixture(scope="module")
+def results(outdir):
+    return json.loads((outdir / "results.json").read_text())
+
+
+def test_rows_are_those_of_the_table(results):
+    rows = results["rows"]
+    assert [(row["name"], row["ratio"], row["published"]) for row in rows] == [
+        (row["name"], row["ratio"], row.get("published")) for row in ROWS
+    ]
+    assert [row["n"] for row in rows] == [N] * 3
+    assert all(row["features"] == "shapes features" for row in rows)
+    assert rows[0]["unet"]["weight_bytes"] > 3 * rows[1]["unet"]["weight_bytes"]
+
+
+def test_differences_are_those_of_the_fids(results):
+    base, *others = results["rows"]
+    assert "fid_difference" not in base["scores"] and "psnr" not in base["scores"]
+    for row in others:
+        change = row["scores"]["fid_difference"]
+        assert change["value"] == pytest.approx(
+            row["scores"]["fid"]["value"] - base["scores"]["fid"]["value"], rel=1e-6
+        )
+        assert change["low"] <= change["value"] <= change["high"]
+        assert 5 < row["scores"]["psnr"]["value"] < 80
+
+
+def test_same_prompts_from_the_same_noise(outdir, results):
+    seen = []
+    for row in results["rows"]:
+        folder = outdir / row["pictures"]
+        infos = [Image.open(path).info for path in sorted(folder.glob("*.png"))]
+        seen.append([(info["prompt"], info["seed"]) for info in infos])
+    assert seen[0] == seen[1] == seen[2] == [(prompt, str(i)) for i, prompt in enumerate(results["prompts"])]
+    pixels = [Image.open(outdir / row["pictures"] / "00000.png").tobytes() for row in results["rows"]]
+    assert len(set(pixels)) == 3
+
+
+def test_second_run_draws_nothing_and_says_the_same(outdir, flags, results, monkeypatch):
+    monkeypatch.setattr(reproduce, "model_of", None)
+    reproduce.main([*flags, "--outdir", str(outdir)])
+    assert json.loads((outdir / "results.json").read_text()) == results
+
+
+def test_other_settings_have_other_folders(flags, results, tmp_path):
+    args = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
+    rows, protocols = read_table(args.table)
+    prompts = results["prompts"]
+    folders = {row["pictures"] for row in results["rows"]}
+    for change in ({"n_samples": 3}, {}):
+        changed = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
+        vars(changed).update(change)
+        tasks = reproduce.tasks_of(rows, protocols["embedded"], prompts, args.cali_ckpt, changed)
+        assert (folders == {str(task.folder.relative_to(tmp_path)) for task in tasks}) == (not change)
+    tasks = reproduce.tasks_of(rows, protocols["embedded"], prompts[::-1], args.cali_ckpt, args)
+    assert folders.isdisjoint(str(task.folder.relative_to(tmp_path)) for task in tasks)
+
+
+# --- what it writes ----------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Cells of the table, pictures, and whatever a browser would have to fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.images, self.fetched, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "img", "use", "path", "rect", "br"):
+            self.open.append(tag)
+        self.fetched += [attrs[name] for name in ("src", "href") if attrs.get(name, "#")[:5] not in ("data:", "#")]
+        if tag == "img":
+            self.images.append(attrs["src"])
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_markdown_and_page_show_the_same_table(outdir, results):
+    lines = (outdir / "results.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    page = Page((outdir / "results.html").read_text())
+    assert len(table) == 2 + len(ROWS)
+    assert [page.rows[0], *page.rows[1:4]] == [table[0], *table[2:]]
+    assert [row[-1] for row in table[2:]] == ["33.77", "-", "34.02"]
+    fid = results["rows"][0]["scores"]["fid"]["value"]
+    assert table[2][1].startswith(f"{fid:.4g} [") and table[2][2] == "-" and re.match(r"[+-]\d", table[3][2])
+
+
+def test_page_holds_all_it_shows(outdir):
+    text = (outdir / "results.html").read_text()
+    page = Page(text)
+    assert [target for target in page.fetched if not target.startswith("#")] == []
+    assert len(page.images) == 2 * len(ROWS) == len(set(page.images))
+    assert text.count("<svg") == 2
+
+
+def browser():
+    return next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no browser to open the page with")
+def test_a_browser_shows_the_page(outdir, tmp_path):
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    places = [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={tmp_path / 'page.png'}",
+        "--window-size=1300,1500",
+    ]
+    command = [browser(), *options, *places, (outdir / "results.html").resolve().as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(tmp_path / "page.png") as picture:
+        colours = picture.convert("RGB").getcolors(maxcolors=2**24)
+        assert picture.size == (1300, 1500) and len(colours) > 100
+
+
+# --- Stable Diffusion, and bad input -----------------------------------------------------------------------
+
+
+def test_prompts_of_imagenet():
+    _, protocols = read_table(TABLE)
+    prompts = reproduce.prompts_of(protocols["sd-v1"], 2000)
+    assert len(prompts) == 2000 and len(set(prompts)) == 1000
+    assert prompts[:3] == ["A high quality photograph of a tench"] * 2 + ["A high quality photograph of a goldfish"]
+    assert prompts[-1] == "A high quality photograph of a toilet tissue"
+    few = reproduce.prompts_of(protocols["sd-v1"], 10)
+    assert len(set(few)) == 10 and few[5] == prompts[1000]
+
+
+def test_captions_are_not_those_of_the_reference():
+    from ldm.data.shapes import ShapesDataset, caption
+    from scripts.pictures import SHAPES_SEED
+
+    _, protocols = read_table(TABLE)
+    reference = ShapesDataset(50, "heldout", 128, SHAPES_SEED)
+    ours = reproduce.prompts_of(protocols["embedded"], 50)
+    assert ours != [caption(reference.spec(i)) for i in range(50)]
+
+
+def test_rows_of_a_calibration_have_its_flags(flags, tmp_path):
+    args = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
+    _, protocols = read_table(args.table)
+    rows = [Row(name="FP32", ratio=0.5), Row(name="W4A32", ratio=0.0, weight_bit=4)]
+    first, second = reproduce.tasks_of(rows, protocols["embedded"], ["a red circle"], args.cali_ckpt, args)
+    assert "--cali_ckpt" not in first.flags and first.flags[-2:] == ("--ratio", "0.5")
+    assert second.flags[-2:] == ("--cali_ckpt", str(args.cali_ckpt)) and "--no-quant_act" in second.flags
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--model", "sd-v1", "--table", str(TABLE)], "give --reference imagenet:DIR"),
+        (["--cali_ckpt", "missing.safetensors"], "missing.safetensors"),
+        (["--table", "missing.yaml"], "missing.yaml"),
+        (["--ckpt", "missing.ckpt"], "missing.ckpt"),
+        (["--reference", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(flags, tmp_path, capsys, more, says):
+    with pytest.raises(SystemExit) as exit_:
+        reproduce.main([*flags, "--outdir", str(tmp_path / "out"), *more])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2 and says in error and not (tmp_path / "out").exists()
+
+
+def test_scripts_run_by_themselves():
+    done = subprocess.run([sys.executable, "scripts/reproduce.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "results.html" in done.stdout
