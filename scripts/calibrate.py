@@ -325,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
     # What is given and what is wanted are merged alike, and convolutions of float targets are float32.
     pinned = tomesd.pinned(qnn, merge.seed) if merge is not None else nullcontext()
     with pinned, precision_context(device, "full"):
-        check_estimate(estimate(qnn, data, recon, args.batch_size, cache.limit), cache.limit, args.outdir)
+        check_estimate(estimate(qnn, data, recon, args.batch_size, cache.limit), cache.limit, args.outdir, device)
         settings = settings_of(args, qnn, recon, data)
         prepare_progress(progress, settings, args.resume)
         reports = run_steps(qnn, data, recon, args, progress, cache)

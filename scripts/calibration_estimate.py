@@ -23,11 +23,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of a calibration: seconds, bytes of activations of the largest unit, bytes of memory beyond the loaded model."""
+    """Of a calibration.
+
+    activations: bytes of those of the largest unit. memory: bytes of main memory beyond the loaded model.
+    gpu_memory: the same of each process's GPU, 0 without one.
+    """
 
     seconds: float
     activations: int
     memory: int
+    gpu_memory: int = 0
 
     def on_disk(self, cache: int) -> int:
         """Bytes of activations that do not fit into a cache of that many bytes."""
@@ -69,11 +74,13 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
     weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
     largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
     working = 12 * largest + 24 * max(sizes) // len(data) * batch_size + 16 * MAX_SCORES
-    memory = int(weights * 0.15) + min(activations, cache) + (working if learned else 0)
+    at_work = int(weights * 0.15) + (working if learned else 0)
+    on_gpu = at_work if device.type == "cuda" else 0
     return Estimate(
         seconds=sample_seconds * passes / world_size(),
         activations=activations * local_processes(),
-        memory=memory * local_processes(),
+        memory=(min(activations, cache) + at_work - on_gpu) * local_processes(),
+        gpu_memory=on_gpu,
     )
 
 
@@ -87,7 +94,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
+def check_estimate(expected: Estimate, cache: int, folder: Path, device: torch.device) -> None:
     """Tell it, and raise ValueError where memory or disk will not do."""
     disk, free_disk = expected.on_disk(cache * local_processes()), shutil.disk_usage(_existing(folder)).free
     free_memory = available_memory()
@@ -109,6 +116,24 @@ def check_estimate(expected: Estimate, cache: int, folder: Path) -> None:
             f"{expected.memory / GIB:.1f} GiB more memory are needed and {free_memory / GIB:.1f} are available: "
             "use a smaller --cache_gb or --batch_size"
         )
+    if device.type == "cuda":
+        check_gpu(expected.gpu_memory, available_gpu_memory(device))
+
+
+def check_gpu(needed: int, free: int) -> None:
+    """The same for a GPU's memory."""
+    logger.info("%.1f GiB more of the GPU's memory (%.1f available)", needed / GIB, free / GIB)
+    if needed > free:
+        raise ValueError(
+            f"{needed / GIB:.1f} GiB more of the GPU's memory are needed and {free / GIB:.1f} are available: "
+            "use a smaller --batch_size, or --device cpu"
+        )
+
+
+def available_gpu_memory(device: torch.device) -> int:
+    """Bytes: those that the GPU has left, and those that torch holds and does not use."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle
 
 
 def available_memory() -> int:

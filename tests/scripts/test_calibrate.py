@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from qdiff.checkpoint import read_cali_header
-from scripts import calibrate, estimate, txt2img
+from scripts import calibrate, calibration_estimate, txt2img
 from scripts.flags import QUANTIZATION_FLAGS
 
 TINY = ["--ddim_steps", "2", "--cali_st", "2", "--cali_n", "2", "--batch_size", "4", "--device", "cpu"]
@@ -196,11 +196,17 @@ def test_bad_flags(make, tmp_path, capsys, flags, says):
 
 def test_too_little_memory_or_disk_is_refused(make, calibrated, tmp_path, capsys, monkeypatch):
     data = ["--data_path", next(calibrated.glob("data-*"))]
-    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    monkeypatch.setattr(calibration_estimate, "available_memory", lambda: 1000)
     assert "GiB more memory are needed" in error_of(capsys, make, tmp_path, *LEARN, *data)
     monkeypatch.undo()
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(calibration_estimate.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     assert "GiB of disk are needed" in error_of(capsys, make, tmp_path, *LEARN, *data, "--cache_gb", "0")
+
+
+def test_too_little_gpu_memory_is_refused():
+    calibration_estimate.check_gpu(needed=2**30, free=2**30)
+    with pytest.raises(ValueError, match=r"2\.0 GiB more of the GPU's memory are needed and 1\.0 are available"):
+        calibration_estimate.check_gpu(needed=2**31, free=2**30)
 
 
 def test_data_of_another_model_is_refused(make, tmp_path, capsys):
