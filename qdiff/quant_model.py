@@ -35,7 +35,7 @@ class QuantModel(nn.Module):
                 check_layer(module)
         self.config = config
         self.model = unet
-        self._modes = [(module, module.training) for module in unet.modules()]
+        self._modes: list[tuple[nn.Module, bool]] | None = [(module, module.training) for module in unet.modules()]
         splits = split_widths(unet) if config.split else {}
         for block in list(unet.modules()):
             convert(block, config)
@@ -53,7 +53,12 @@ class QuantModel(nn.Module):
         return self.model(x, timesteps, context=context, y=y)
 
     def restore(self) -> UNetModel:
-        """The float UNet, as it was; this model must not be used any more. Raises ValueError while it is patched."""
+        """The float UNet, as it was; this model must not be used any more.
+
+        Raises ValueError while it is patched, and once `forget_float` was called.
+        """
+        if self._modes is None:
+            raise ValueError("the float weights are gone: load the model anew")
         if any(isinstance(block, BaseQuantBlock) and type(block) not in FLOAT for block in self.model.modules()):
             raise ValueError("the blocks are patched: take the patch off (tomesd.remove_patch) before restore()")
         for name, layer in list(self.model.named_modules()):
@@ -64,6 +69,10 @@ class QuantModel(nn.Module):
         for module, training in self._modes:
             module.training = training
         return self.model
+
+    def forget_float(self) -> None:
+        """Let go of the float layers: all that keeps their weights then is what computes with them."""
+        self._modes = None
 
     # --- what is in it ------------------------------------------------------------------------------------
 

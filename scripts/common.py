@@ -253,7 +253,7 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
         negative_prompt=args.negative_prompt or "",
         precision=args.precision or ("autocast" if on_gpu else "full"),
         merge=merge_options(args),
-        quantization=choose_quantization(args, choice.cali_ckpts),
+        quantization=choose_quantization(args, choice.cali_ckpts, choose_device(args.device)),
     )
 
 

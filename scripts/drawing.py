@@ -1,6 +1,7 @@
 """Drawing pictures into a folder for those who measure them: in batches that do not depend on who draws them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -12,11 +13,16 @@ from scripts.common import ModelChoice, SamplingOptions, build_model, choose_mod
 from scripts.files import to_pictures, write_png
 
 
-def model_of(flags: Sequence[str]) -> tuple[nn.Module, ModelChoice, SamplingOptions]:
-    """The model and the options that these flags of txt2img.py mean; what to draw is not among them."""
+def model_of(flags: Sequence[str], *, packed: bool = True) -> tuple[nn.Module, ModelChoice, SamplingOptions]:
+    """The model and the options that these flags of txt2img.py mean; what to draw is not among them.
+
+    packed: ready to run. Otherwise a quantized model has the layers that calibration knows.
+    """
     args = txt2img.parse_args(["--prompt", "-", *flags])
     choice = choose_model(args)
     options = sampling_options(args, choice)
+    if options.quantization is not None and not packed:
+        options = replace(options, quantization=replace(options.quantization, engine=None))
     return build_model(args, choice, options), choice, options
 
 

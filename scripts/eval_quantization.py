@@ -7,14 +7,16 @@ attributes that are right (colour, shape, texture, size, count and relation toge
 scripts/eval_attributes.py), and the bytes of the UNet's weights. --ablation takes Q-Diffusion apart instead.
 
 Calibrations and pictures are kept in OUTDIR, and made only if they are not there: an interrupted run goes on with the
-same command. Writes OUTDIR/quantization.json or ablation.json, the table as markdown beside it, and a sheet of
-pictures, a row a variant.
+same command. With torchrun the processes share the work, which is fastest with one a core:
+torchrun --nproc_per_node 2 scripts/eval_quantization.py. Writes OUTDIR/quantization.json or ablation.json, the table
+as markdown beside it, and a sheet of pictures, a row a variant.
 """
 
 # ruff: noqa: E402
 import argparse
 import hashlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,13 +35,15 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its paren
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import ShapesDataset, caption, parse_caption
 from qdiff.files import write_atomically
+from qdiff.ranks import barrier, rank
 from scripts import calibrate
-from scripts.common import CHECKPOINTS, EMBEDDED, SamplingOptions, versions
+from scripts.common import CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.drawing import draw_missing, model_of
 from scripts.eval_attributes import READER, tensor_of, wilson
 from scripts.files import check_writable, file_sha256, write_png
 from scripts.pace import weight_bytes
+from scripts.processes import own_device, processes
 
 SAMPLER = ["--dpm_solver", "--ddim_steps", "20"]
 SHEET_COLUMNS = 8
@@ -61,34 +65,35 @@ class Variant:
         )
 
 
-def bits(weight: int, act: bool, *more: str) -> tuple[str, ...]:
+def bits(weight: int, *more: str) -> tuple[str, ...]:
     """The flags of a calibration."""
-    acts = ("--quant_act", "--act_bit", "8", "--sm_abit", "16") if act else ()
-    return ("--weight_bit", str(weight), *acts, *more)
+    return ("--weight_bit", str(weight), "--quant_act", "--act_bit", "8", "--sm_abit", "16", *more)
 
 
+# Weights are learned before activations: those of W4A8 are those of W4A32.
+FLOAT_ACTS = ("--no-quant_act",)
 LINEAR, SPLIT, MERGE = ("--quant_mode", "linear"), ("--split",), ("--ratio", "0.5")
 TABLE = (
     Variant(name="full precision"),
-    Variant(name="W8A8 linear", cali=bits(8, True, *LINEAR)),
-    Variant(name="W8A8 qdiff", cali=bits(8, True, *SPLIT)),
-    Variant(name="W4A32 linear", cali=bits(4, False, *LINEAR)),
-    Variant(name="W4A32 qdiff", cali=bits(4, False, *SPLIT)),
-    Variant(name="W4A8 linear", cali=bits(4, True, *LINEAR)),
-    Variant(name="W4A8 qdiff", cali=bits(4, True, *SPLIT)),
+    Variant(name="W8A8 linear", cali=bits(8, *LINEAR)),
+    Variant(name="W8A8 qdiff", cali=bits(8, *SPLIT)),
+    Variant(name="W4A32 linear", cali=bits(4, *LINEAR), draw=FLOAT_ACTS),
+    Variant(name="W4A32 qdiff", cali=bits(4, *SPLIT), draw=FLOAT_ACTS),
+    Variant(name="W4A8 linear", cali=bits(4, *LINEAR)),
+    Variant(name="W4A8 qdiff", cali=bits(4, *SPLIT)),
     Variant(name="ratio 0.5", draw=MERGE),
-    Variant(name="W4A8 linear, ratio 0.5", cali=bits(4, True, *LINEAR), draw=MERGE),
-    Variant(name="W4A8 qdiff, ratio 0.5", cali=bits(4, True, *SPLIT), draw=MERGE),
+    Variant(name="W4A8 linear, ratio 0.5", cali=bits(4, *LINEAR), draw=MERGE),
+    Variant(name="W4A8 qdiff, ratio 0.5", cali=bits(4, *SPLIT), draw=MERGE),
 )
 ABLATION = (
     Variant(name="full precision"),
-    Variant(name="W4A8 qdiff", cali=bits(4, True, *SPLIT)),
-    Variant(name="without split", cali=bits(4, True)),
-    Variant(name="without AdaRound", cali=bits(4, True, *SPLIT, "--iters_w", "0")),
-    Variant(name="without LSQ", cali=bits(4, True, *SPLIT, "--iters_a", "0")),
-    Variant(name="calibrated plain, drawn merged", cali=bits(4, True, *SPLIT), draw=MERGE),
-    Variant(name="calibrated merged, drawn merged", cali=bits(4, True, *SPLIT, *MERGE), draw=MERGE),
-    Variant(name="calibrated merged, drawn plain", cali=bits(4, True, *SPLIT, *MERGE)),
+    Variant(name="W4A8 qdiff", cali=bits(4, *SPLIT)),
+    Variant(name="without split", cali=bits(4)),
+    Variant(name="without AdaRound", cali=bits(4, *SPLIT, "--iters_w", "0")),
+    Variant(name="without LSQ", cali=bits(4, *SPLIT, "--iters_a", "0")),
+    Variant(name="calibrated plain, drawn merged", cali=bits(4, *SPLIT), draw=MERGE),
+    Variant(name="calibrated merged, drawn merged", cali=bits(4, *SPLIT, *MERGE), draw=MERGE),
+    Variant(name="calibrated merged, drawn plain", cali=bits(4, *SPLIT, *MERGE)),
 )
 
 
@@ -122,14 +127,18 @@ def cali_ckpt_of(variant: Variant, args: argparse.Namespace) -> Path | None:
     root = args.outdir / "calibrations" / args.preset
     folder = root / variant.cali_name
     path = folder / "cali.safetensors"
-    if not path.exists():
+    there = path.exists()
+    barrier()  # all have looked
+    if not there:
         logger.info("calibrating %s", variant.name)
         ready = sorted(root.glob("*/data-*.safetensors"))
         data = ["--data_path", str(ready[0])] if ready else ["--cond", *SAMPLER]
         learn = [] if "linear" in variant.cali else ["--no_grad_ckpt"]
         begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
         flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--device", args.device, "--outdir", str(folder)]
+        barrier()
         calibrate.run(calibrate.parse_args([*variant.cali, *flags, *data, *learn, *begun]))
+        barrier()
     return path
 
 
@@ -137,7 +146,14 @@ def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[s
     """uint8 [N, H, W, 3], drawn if they are not there."""
     cali = cali_ckpt_of(variant, args)
     files = [CHECKPOINTS[EMBEDDED][0], *([cali] if cali else [])]
-    facts = [*captions, *variant.draw, *SAMPLER, str(args.seed), args.device, *map(file_sha256, files)]
+    facts = [
+        *captions,
+        *variant.draw,
+        *SAMPLER,
+        str(args.seed),
+        choose_device(args.device).type,
+        *map(file_sha256, files),
+    ]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     folder = args.outdir / "pictures" / f"{variant.name.replace(' ', '_').replace(',', '')}-{key}"
     paths = [folder / f"{i:05}.png" for i in range(len(captions))]
@@ -149,6 +165,7 @@ def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[s
         return model, options
 
     draw_missing(build, captions, seeds, paths, args.n_samples, variant.name)
+    barrier()
     return torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
 
 
@@ -174,8 +191,7 @@ def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesRe
 
 def bytes_of(cali: Path | None) -> int:
     """Of the embedded model's UNet, as a cali_ckpt has it, or in float32."""
-    model, _, _ = model_of(["--config", str(EMBEDDED), *(["--ptq", "--cali_ckpt", str(cali)] if cali else [])])
-    return weight_bytes(model.model.diffusion_model)
+    return weight_bytes(["--config", str(EMBEDDED), *(["--ptq", "--cali_ckpt", str(cali)] if cali else [])])
 
 
 def figures(variants: Sequence[Variant], args: argparse.Namespace, sheet: list[Tensor]) -> Iterator[dict[str, Any]]:
@@ -227,11 +243,16 @@ def sheet_of(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
 @command
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    with logs(args.verbose):
+    with logs(args.verbose), processes():
+        if rank() != 0:
+            logger.setLevel(logging.WARNING)
+        args.device = str(own_device(args.device))
         check_writable(args.outdir)
         variants, name = (ABLATION, "ablation") if args.ablation else (TABLE, "quantization")
         pictures: list[Tensor] = []
         rows = list(figures(variants, args, pictures))
+        if rank() != 0:
+            return
         table = markdown(rows)
         facts = {"n": args.n, "preset": args.preset, "seed": args.seed, "sampler": SAMPLER, "versions": versions()}
         content = json.dumps({**facts, "reader_sha256": file_sha256(READER), "rows": rows}, indent=2)

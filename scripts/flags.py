@@ -8,6 +8,7 @@ import tomesd
 from scripts.console import number
 
 TOME_FLAGS = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+ENGINES = ("int8", "simulate")
 QUANTIZATION_FLAGS = (
     "ptq",
     "quant_act",
@@ -19,6 +20,7 @@ QUANTIZATION_FLAGS = (
     "no_grad_ckpt",
     "split",
     "sm_abit",
+    "engine",
 )
 
 
@@ -122,6 +124,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bit_arguments(group)
     group.add_argument("--quant_mode", choices=["qdiff", "linear"], help="how the cali_ckpt was made")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="int8 computes in whole numbers, simulate with floats that hold them (default: int8 where it can)",
+    )
     group.add_argument("--cond", action="store_true", default=None, help="the model must be a conditional one")
     group.add_argument(
         "--no_grad_ckpt", action="store_true", default=None, help="build the UNet without gradient checkpointing"

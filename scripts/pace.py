@@ -41,7 +41,7 @@ def unet_figures(flags: Sequence[str], baseline: Sequence[str], kept: Path, repe
                 theirs.append(seconds_of(other, other_options, inputs))
     ratios = [b / s for b, s in zip(theirs, own, strict=True)]
     figures = {
-        "weight_bytes": weight_bytes(model.model.diffusion_model),
+        "weight_bytes": weight_bytes(flags),
         "seconds": statistics.median(own),
         "speed": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
     }
@@ -56,8 +56,9 @@ def seconds_of(model: nn.Module, options: SamplingOptions, inputs: dict[str, tor
         return seconds_per_call(lambda: unet(**inputs), model.device)
 
 
-def weight_bytes(unet: nn.Module) -> int:
-    """Of a UNet in float32, or quantized: packed, with its scales, biases and norms."""
+def weight_bytes(flags: Sequence[str]) -> int:
+    """Of the UNet that these flags mean, in float32, or quantized: packed, with its scales, biases and norms."""
+    unet = model_of(flags, packed=False)[0].model.diffusion_model
     if isinstance(unet, QuantModel):
         return unet_bytes(unet)
     return sum(4 * parameter.numel() for parameter in unet.parameters())

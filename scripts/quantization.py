@@ -2,14 +2,16 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qdiff.checkpoint import CaliHeader, check_flags, load_cali_ckpt, read_cali_header
 from qdiff.config import QuantConfig
+from qdiff.engine import ReferenceLayer, kernels_for, pack
 from qdiff.quant_model import QuantModel
 from scripts.console import logger
 from scripts.files import file_sha256
@@ -20,23 +22,28 @@ BIT_FLAGS = ("weight_bit", "act_bit", "sm_abit")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """A quantized model. cali_ckpt: the file. bits: in short, such as "W4A8 sm16 split". quant_act: whether activations
-    are quantized, which may be off where config, the file's, has it on. cond, no_grad_ckpt: as the flags."""
+    """A quantized model. cali_ckpt: the file. bits: in short, such as "W4A8 sm16 split". engine: one of ENGINES, or
+    None for the layers that calibration knows. quant_act: whether activations are quantized, which may be off where
+    config, the file's, has it on. cond, no_grad_ckpt: as the flags."""
 
     cali_ckpt: str
     cali_sha256: str
     bits: str
+    engine: str | None
     quant_act: bool
     cond: bool
     no_grad_ckpt: bool
     config: QuantConfig
 
 
-def choose_quantization(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Quantization | None:
+def choose_quantization(
+    args: argparse.Namespace, shipped: Mapping[int, Path], device: torch.device
+) -> Quantization | None:
     """What --ptq and its group ask for; None without. Reads the header of the cali_ckpt.
 
-    shipped: the cali_ckpts that come with the model, by the bits of its weights. Raises ValueError for a flag without
-    effect or one that contradicts the file, FileNotFoundError without a file.
+    device: on which the model will be. shipped: the cali_ckpts that come with the model, by the bits of its weights.
+    Raises ValueError for a flag without effect, one that contradicts the file, or an engine that cannot run it;
+    FileNotFoundError without a file.
     """
     request = _request(args, shipped)
     if request is None:
@@ -46,6 +53,7 @@ def choose_quantization(args: argparse.Namespace, shipped: Mapping[int, Path]) -
         cali_ckpt=str(path),
         cali_sha256=file_sha256(path),
         bits=_in_short(header, args),
+        engine=_engine(args.engine, replace(header.config, quant_act=_acts(header, args)), device),
         quant_act=_acts(header, args),
         cond=bool(args.cond),
         no_grad_ckpt=bool(args.no_grad_ckpt),
@@ -63,6 +71,29 @@ def quantize(model: nn.Module, quantization: Quantization) -> None:
         switch_grad_checkpoint_off(qnn)
     qnn.set_quant_state(True, quantization.quant_act)
     model.model.diffusion_model = qnn
+    if quantization.engine == "int8":
+        pack(qnn, kernels_for(quantization.config, model.device))
+    elif quantization.engine == "simulate" and fits_bytes(quantization):
+        pack(qnn, ReferenceLayer, attention=False)
+
+
+def fits_bytes(quantization: Quantization) -> bool:
+    """Whether weights and activations are of 8 bits at most: then the simulation is exact in whole numbers, too."""
+    config = quantization.config
+    return quantization.quant_act and max(config.weight_bit, config.act_bit) <= 8
+
+
+def _engine(wanted: str | None, config: QuantConfig, device: torch.device) -> str:
+    """The engine asked for, or int8 where it can run. ValueError if it cannot be had."""
+    if wanted == "simulate":
+        return wanted
+    try:
+        kernels_for(config, device)
+    except ValueError as error:
+        if wanted is None:
+            return "simulate"
+        raise ValueError(f"--engine {wanted}: {error}; use --engine simulate") from error
+    return "int8"
 
 
 def switch_grad_checkpoint_off(unet: nn.Module) -> None:

@@ -43,7 +43,7 @@ from scripts.features import choose_extractor, is_statistics, read_statistics
 from scripts.files import check_writable, file_sha256
 from scripts.pace import unet_figures
 from scripts.pictures import SHAPES, open_source
-from scripts.processes import processes
+from scripts.processes import own_device, processes
 from scripts.table import TABLE, Protocol, Row, read_table
 
 SHAPES_SEED = 30_000  # of the captions: those of the reference are others
@@ -280,6 +280,7 @@ def main(argv: list[str]) -> None:
     with logs(args.verbose), processes():
         if rank() != 0:
             logger.setLevel(logging.WARNING)
+        args.device = str(own_device(args.device))
         run(args)
 
 

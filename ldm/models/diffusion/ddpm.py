@@ -49,7 +49,9 @@ class DiffusionWrapper(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor, c_crossattn: Sequence[torch.Tensor] | None = None):
         if self.conditioning_key is None:
             return self.diffusion_model(x, t)
-        return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
+        # One context stays the object that it is: a model may know it again in the next step.
+        context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
+        return self.diffusion_model(x, t, context=context)
 
 
 class LatentDiffusion(pl.LightningModule):

@@ -394,7 +394,7 @@ class UNetModel(nn.Module):
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resblock_updown and any(n % factor for n in x.shape[2:]):
             raise ValueError(f"latents of {tuple(x.shape[2:])} are not multiples of {factor}, as this UNet needs")
-        dtype = self.time_embed[0].weight.dtype
+        dtype = self.out[0].weight.dtype  # of a norm: other layers may be packed
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y)

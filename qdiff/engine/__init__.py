@@ -1,0 +1,63 @@
+"""Packed models: integer weights, integer kernels.
+
+`pack` replaces the layers of a calibrated QuantModel by integer ones of the kernels at hand. There is one interface
+(`layers.IntegerLayer`), a reference in plain PyTorch, and one implementation a kind of hardware. In float32 they agree
+bit for bit: sums are exact, and all else is the same code on the same numbers in the same order.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ldm.modules.attention import BasicTransformerBlock
+from qdiff.config import QuantConfig
+from qdiff.engine import onednn
+from qdiff.engine.attention import PACKED, OncePerContext
+from qdiff.engine.layers import IntegerLayer, LayerSpec, integer_layer
+from qdiff.engine.onednn import OneDNNLayer
+from qdiff.engine.reference import ReferenceLayer
+from qdiff.quant_model import QuantModel, put_module
+
+__all__ = ["IntegerLayer", "LayerSpec", "OneDNNLayer", "ReferenceLayer", "kernels_for", "pack"]
+
+
+def kernels_for(config: QuantConfig, device: torch.device) -> type[IntegerLayer]:
+    """The layers that run a model of this config on this device. ValueError, with the reason, if there are none."""
+    if not config.quant_act:
+        raise ValueError("it computes in whole numbers, and these activations are float")
+    if max(config.weight_bit, config.act_bit) > 8:
+        raise ValueError(f"W{config.weight_bit}A{config.act_bit} does not fit into bytes: 8 bits are the most that do")
+    if device.type != "cpu":
+        raise ValueError(f"there are no kernels for {device.type} yet: they run on the CPU")
+    if not onednn.works():
+        raise ValueError("this CPU, or this build of PyTorch, has no exact integer kernels")
+    return OneDNNLayer
+
+
+def pack(qnn: QuantModel, make: Callable[[LayerSpec], IntegerLayer], *, attention: bool = True) -> None:
+    """Replace all layers of a calibrated model by integer ones, in place. No float weight is left but biases and norms.
+
+    attention: use the fused kernel for large attention, too, and keep the keys and values of a prompt. Tokens are
+    merged afterwards (`tomesd.apply_patch`). There is no way back: load the model anew. Raises ValueError, and leaves
+    the model as it is, if a layer cannot be packed.
+    """
+    layers = {}
+    for name, layer in qnn.layers().items():
+        try:
+            layers[name] = integer_layer(layer, make)
+        except ValueError as error:
+            raise ValueError(f"{name.removeprefix('model.')}: {error}") from error
+    for name, layer in layers.items():
+        put_module(qnn, name, layer)
+    qnn.forget_float()
+    if attention:
+        _pack_attention(qnn)
+
+
+def _pack_attention(qnn: QuantModel) -> None:
+    for block in qnn.modules():
+        if isinstance(block, BasicTransformerBlock):
+            for name in ("to_k", "to_v"):
+                setattr(block.attn2, name, OncePerContext(getattr(block.attn2, name)))
+        if type(block) in PACKED:
+            block.__class__ = PACKED[type(block)]

@@ -1,0 +1,136 @@
+"""A layer on integers, apart from what computes it.
+
+With the codes c of an input (0..2^b - 1, zero point Z, step D) and the codes q of its weight (zero point z and step d
+of each output channel), a layer is
+
+    y = D d sum (c - Z) (q - z) + bias          summed over the inputs of an output
+
+in whole numbers up to the last product: the sum is exact in 32 bits. Zero padding of a convolution is c = Z.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from qdiff.quant_layer import FrozenQuantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """A layer, as numbers.
+
+    weight: int8 [outputs, inputs / groups, *kernel], q - z. step: float32 [outputs], d. bias: float32 [outputs] or
+    None. delta, zero_point, high: D, Z and 2^b - 1 of the input. options: stride, padding, dilation and groups of a
+    convolution, None for a linear layer.
+    """
+
+    weight: Tensor
+    step: Tensor
+    bias: Tensor | None
+    delta: float
+    zero_point: int
+    high: int
+    options: dict[str, Any] | None = None
+
+
+class IntegerLayer(nn.Module):
+    """What the layers of all engines share: a float input is quantized, then multiplied in whole numbers."""
+
+    def __init__(self, spec: LayerSpec):
+        super().__init__()
+        self.delta, self.zero_point, self.high = spec.delta, spec.zero_point, spec.high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of x in any float dtype, in its dtype."""
+        return self.product(self.quantize(x), x.dtype)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit."""
+        return (x.float() / self.delta).round_().add_(self.zero_point).clamp_(0, self.high).to(torch.uint8)
+
+    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The layer's output in `dtype`, of the codes of its input."""
+        raise NotImplementedError
+
+
+MakeLayer = Callable[[LayerSpec], IntegerLayer]
+
+
+class SplitIntegerLayer(nn.Module):
+    """The sum of two layers, of the first `split` channels of their input and of the rest."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, split: int):
+        super().__init__()
+        self.first, self.second, self.split = first, second, split
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x[:, : self.split]) + self.second(x[:, self.split :])
+
+
+class OffsetIntegerLayer(nn.Module):
+    """For weights of which q - z does not fit into a byte: q - 128 does, and 128 - z times the sum of c - Z is added.
+
+    That sum is one more output, with a weight of ones.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, layer: nn.Module, offsets: Tensor, dim: int):
+        super().__init__()
+        self.layer, self.dim = layer, dim
+        self.register_buffer("offsets", offsets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, sums = self.layer(x).split([len(self.offsets), 1], dim=self.dim)
+        shape = [-1 if axis == self.dim % x.ndim else 1 for axis in range(x.ndim)]
+        return torch.addcmul(outputs, sums, self.offsets.to(x.dtype).view(shape))
+
+
+# --- from a quantized layer --------------------------------------------------------------------------------
+
+
+def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
+    """`layer` in whole numbers; `make` makes the layers of an engine. Raises ValueError for what does not fit."""
+    parts = [_part(layer, name, make) for name in layer.weight_parts()]
+    return SplitIntegerLayer(*parts, layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
+
+
+def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
+    quantizer, act = getattr(layer, name), getattr(layer, name.replace("weight", "act"))
+    if not isinstance(act, UniformAffineQuantizer):
+        raise ValueError("activations are float: there is nothing to compute in whole numbers")
+    if max(act.n_bits, quantizer.n_bits) > 8:
+        raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: 8 bits are the most that do")
+    if not isinstance(quantizer, FrozenQuantizer):
+        quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[name])
+    bias = layer.bias if name == "weight_quantizer" else None  # of a split layer, the first part has it
+    spec = LayerSpec(
+        weight=quantizer.codes() - quantizer.zero_point,
+        step=quantizer.delta.flatten().clone(),
+        bias=None if bias is None else bias.detach().float().clone(),
+        delta=float(act.delta),
+        zero_point=int(act.zero_point) - act.low,  # signed codes, moved up
+        high=act.high - act.low,
+        options=layer.options or None,
+    )
+    if spec.weight.min() >= -128 and spec.weight.max() <= 127:
+        return make(replace(spec, weight=spec.weight.to(torch.int8)))
+    return _offset(spec, quantizer, make)
+
+
+def _offset(spec: LayerSpec, quantizer: FrozenQuantizer, make: MakeLayer) -> OffsetIntegerLayer:
+    if spec.options and spec.options["groups"] > 1:
+        raise ValueError("a grouped convolution with weights of 8 bits: there is no integer layer for it")
+    weight = quantizer.codes() - 128
+    wider = replace(
+        spec,
+        weight=torch.cat([weight, torch.ones_like(weight[:1])]).to(torch.int8),
+        step=torch.cat([spec.step, torch.ones_like(spec.step[:1])]),
+        bias=None if spec.bias is None else torch.cat([spec.bias, torch.zeros_like(spec.bias[:1])]),
+    )
+    offsets = (128 - quantizer.zero_point.flatten()) * spec.step
+    return OffsetIntegerLayer(make(wider), offsets, 1 if spec.options else -1)
