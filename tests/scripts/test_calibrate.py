@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from qdiff.checkpoint import read_cali_header
+from qdiff.engine import onednn
 from scripts import calibrate, calibration_estimate, txt2img
 from scripts.flags import QUANTIZATION_FLAGS
 
@@ -246,6 +247,23 @@ def test_activations_can_stay_float(draw, calibrated):
     assert yaml.safe_load((weights / "settings.yaml").read_text())["quantization"]["bits"] == "W4A32 split"
 
 
+@pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")
+def test_engines_draw_the_same(draw, calibrated):
+    cali = ["--ptq", "--cali_ckpt", calibrated / "cali.safetensors", "--ratio", 0.5]
+    default, simulated = draw("default", *cali), draw("simulated", *cali, "--engine", "simulate")
+    assert [
+        yaml.safe_load((folder / "settings.yaml").read_text())["quantization"]["engine"]
+        for folder in (default, simulated)
+    ] == ["int8", "simulate"]
+    assert np.array_equal(picture(default), picture(simulated))
+
+
+def test_where_int8_cannot_be_had_it_is_simulated(draw, calibrated, monkeypatch):
+    monkeypatch.setattr(onednn, "works", lambda: False)
+    folder = draw("quantized", "--ptq", "--cali_ckpt", calibrated / "cali.safetensors")
+    assert yaml.safe_load((folder / "settings.yaml").read_text())["quantization"]["engine"] == "simulate"
+
+
 def test_merging_comes_on_top(draw, calibrated):
     cali = ["--ptq", "--cali_ckpt", calibrated / "cali.safetensors"]
     assert not np.array_equal(picture(draw("plain", *cali)), picture(draw("merged", *cali, "--ratio", 0.5)))
@@ -259,6 +277,7 @@ def test_merging_comes_on_top(draw, calibrated):
         (["--sm_abit", "8"], ["--sm_abit is 8", "sm_abit 16"]),
         (["--quant_mode", "linear"], ["--quant_mode is linear", "quant_mode qdiff"]),
         (["--no-quant_act", "--act_bit", "8"], ["--act_bit has no effect"]),
+        (["--no-quant_act", "--engine", "int8"], ["--engine int8: ", "activations are float", "use --engine simulate"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -270,7 +289,9 @@ def test_flags_that_contradict_the_file_are_refused(draw, calibrated, capsys, tm
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZATION_FLAGS if name != "ptq"])
 def test_without_ptq_no_flag_is_accepted(draw, capsys, name):
-    value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"]}.get(name, [8] if "bit" in name else [])
+    value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"], "engine": ["int8"]}.get(
+        name, [8] if "bit" in name else []
+    )
     assert f"--{name} has no effect: add --ptq" in error_of(capsys, draw, "refused", f"--{name}", *value)
 
 
