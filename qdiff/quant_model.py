@@ -57,8 +57,7 @@ class QuantModel(nn.Module):
 
         Raises ValueError while it is patched, and once `forget_float` was called.
         """
-        if self._modes is None:
-            raise ValueError("the float weights are gone: load the model anew")
+        self.check_float()
         if any(isinstance(block, BaseQuantBlock) and type(block) not in FLOAT for block in self.model.modules()):
             raise ValueError("the blocks are patched: take the patch off (tomesd.remove_patch) before restore()")
         for name, layer in list(self.model.named_modules()):
@@ -73,6 +72,11 @@ class QuantModel(nn.Module):
     def forget_float(self) -> None:
         """Let go of the float layers: all that keeps their weights then is what computes with them."""
         self._modes = None
+
+    def check_float(self) -> None:
+        """Raises ValueError once `forget_float` was called, as packing does."""
+        if self._modes is None:
+            raise ValueError("the model is packed, its float weights are gone: load it anew")
 
     # --- what is in it ------------------------------------------------------------------------------------
 
@@ -103,8 +107,10 @@ class QuantModel(nn.Module):
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         """Switch all quantizers of weights, and all of activations, on or off.
 
-        Raises ValueError for switching on what has no range yet, or activations that the config leaves float.
+        Raises ValueError for switching on what has no range yet, activations that the config leaves float, and once the
+        float layers are gone.
         """
+        self.check_float()
         states = ((weight_quant, self.weight_quantizers()), (act_quant, self.act_quantizers()))
         if act_quant and not self.config.quant_act:
             raise ValueError("this model quantizes weights only (quant_act is False)")

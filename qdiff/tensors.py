@@ -14,7 +14,11 @@ from qdiff.quant_model import QuantModel
 
 
 def weights_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
-    """The codes and ranges of the weights of a unit, or of the model, as they are rounded at present."""
+    """The codes and ranges of the weights of a unit, or of the model, as they are rounded at present.
+
+    Raises ValueError for a packed model.
+    """
+    qnn.check_float()
     tensors = {}
     for layer, part_name, name in _weights(qnn, unit):
         quantizer = getattr(layer, part_name)

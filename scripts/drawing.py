@@ -1,5 +1,6 @@
 """Drawing pictures into a folder for those who measure them: in batches that do not depend on who draws them."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,17 @@ def model_of(flags: Sequence[str], *, packed: bool = True) -> tuple[nn.Module, M
 
     packed: ready to run. Otherwise a quantized model has the layers that calibration knows.
     """
-    args = txt2img.parse_args(["--prompt", "-", *flags])
-    choice = choose_model(args)
-    options = sampling_options(args, choice)
+    args, choice, options = options_of(flags)
     if options.quantization is not None and not packed:
         options = replace(options, quantization=replace(options.quantization, engine=None))
     return build_model(args, choice, options), choice, options
+
+
+def options_of(flags: Sequence[str]) -> tuple[argparse.Namespace, ModelChoice, SamplingOptions]:
+    """What these flags mean, before any weights are read. ValueError or OSError for flags that cannot be."""
+    args = txt2img.parse_args(["--prompt", "-", *flags])
+    choice = choose_model(args)
+    return args, choice, sampling_options(args, choice)
 
 
 def draw_missing(

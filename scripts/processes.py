@@ -30,6 +30,9 @@ def own_device(name: str) -> torch.device:
     """The device of this process, see `choose_device`: under torchrun on GPUs, one each."""
     device = choose_device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"process {number + 1} has no GPU: there are {count}; start fewer, or use --device cpu")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device

@@ -9,9 +9,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from PIL import Image
 
 Row = Mapping[str, Any]
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # told apart with defects of colour vision, too
+SHOWN_SIDE = 256  # pixels of a picture on the page, at most
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -47,16 +49,13 @@ def score_cell(row: Row, key: str, factor: float = 1.0) -> str:
     return text if score["spread"] is None else f"{text} +- {number(score['spread'] * factor, 2)}"
 
 
-def change_cell(row: Row, base: Row) -> str:
-    """By how many % of the baseline's FID the row's is higher, with the interval of the paired difference."""
-    change = row["scores"].get("fid_difference")
+def change_cell(row: Row) -> str:
+    """By how many % the row's FID is above the baseline's."""
+    change = row["change"]
     if change is None:
         return "-"
-    share = 100 / base["scores"]["fid"]["value"]
-    text = f"{change['value'] * share:+.1f}%"
-    if change["low"] is None:
-        return text
-    return f"{text} [{change['low'] * share:+.1f}, {change['high'] * share:+.1f}]"
+    interval = "" if change["low"] is None else f" [{change['low']:+.1f}, {change['high']:+.1f}]"
+    return f"{change['value']:+.1f}%{interval}"
 
 
 def speed_cell(row: Row) -> str:
@@ -64,12 +63,12 @@ def speed_cell(row: Row) -> str:
     return f"{speed['median']:.2f} ({speed['min']:.2f}..{speed['max']:.2f})"
 
 
-def cells(row: Row, base: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
     """A row of the table, without the original's figure."""
     return [
         row["title"],
         score_cell(row, "fid"),
-        change_cell(row, base),
+        change_cell(row),
         score_cell(row, "kid", 1000),
         score_cell(row, "precision"),
         score_cell(row, "recall"),
@@ -111,9 +110,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The table, and a line on how it came about."""
     base = results["rows"][0]
     lines = [[*head(base), THEIRS], ["---"] * (len(head(base)) + 1)]
-    lines += [[*cells(row, base), theirs(row)] for row in results["rows"]]
+    lines += [[*cells(row), theirs(row)] for row in results["rows"]]
     table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
-    return f"{table}\n\n{protocol(results)}"
+    remarks = "\n".join(f"- {note}" for note in notes(results["rows"]))
+    return f"{table}\n\n{protocol(results)}\n\n{remarks}"
 
 
 def protocol(results: Mapping[str, Any]) -> str:
@@ -124,8 +124,23 @@ def protocol(results: Mapping[str, Any]) -> str:
         f"{base['n']} pictures a row ({' '.join(results['drawing'])}, seed {results['seed']}) against "
         f"{reference['n']} of {reference['source']}; intervals of 95%; speed side by side with FP32, median "
         f"(least..most) of {results['repeats']}, on {on.get('gpu', on['cpu'])}, {on['cores']} cores, torch "
-        f"{on['torch']}. Few-bit rows are simulated in float."
+        f"{on['torch']}. {engines(results['rows'])}"
     )
+
+
+def engines(rows: Sequence[Row]) -> str:
+    """What computed the rows."""
+    by_engine: dict[str, list[str]] = {}
+    for row in rows:
+        names = by_engine.setdefault(f"{row['engine']}, precision {row['precision']}", [])
+        names += [row["name"]] if row["name"] not in names else []
+    return "Computed by " + "; ".join(f"{engine}: {' and '.join(names)}" for engine, names in by_engine.items()) + "."
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What is to be said of the scores: of all rows at once, or of one."""
+    common = [note for note in rows[0]["notes"] if all(note in row["notes"] for row in rows)]
+    return common + [f"{row['title']}: {note}" for row in rows for note in row["notes"] if note not in common]
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -135,8 +150,8 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
     """A page of HTML with everything in it. folder: where the rows' pictures lie."""
     rows, base = results["rows"], results["rows"][0]
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head(base)) + f'<th class="theirs">{THEIRS}</th>'
-    body = "\n".join(_table_row([*cells(row, base), theirs(row)]) for row in rows)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(n for row in rows for n in row["notes"]))
+    body = "\n".join(_table_row([*cells(row), theirs(row)]) for row in rows)
+    remarks = "".join(f"<li>{html.escape(note)}</li>" for note in notes(rows))
     plots = plot(rows, "fid", "FID, lower is better") + plot(rows, "psnr", "PSNR to FP32 in dB, higher is better")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -154,7 +169,7 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
 <h2>The same prompts from the same noise</h2>
 <div class="wide">{pictures(results, folder)}</div>
 <h2>Notes</h2>
-<ul class="notes">{notes}</ul>
+<ul class="notes">{remarks}</ul>
 </body>
 </html>"""
 
@@ -172,8 +187,9 @@ def plot(rows: Sequence[Row], key: str, title: str) -> str:
         found = [(row["ratio"], row["scores"][key]) for row in rows if row["name"] == name and key in row["scores"]]
         if found:
             ratios, values = [ratio for ratio, _ in found], [score["value"] for _, score in found]
-            errors = [0 if score["low"] is None else score["high"] - score["value"] for _, score in found]
-            axes.errorbar(ratios, values, errors, label=name, color=colour, marker="o", capsize=3)
+            below = [0 if score["low"] is None else score["value"] - score["low"] for _, score in found]
+            above = [0 if score["high"] is None else score["high"] - score["value"] for _, score in found]
+            axes.errorbar(ratios, values, [below, above], label=name, color=colour, marker="o", capsize=3)
     axes.set(xlabel="ratio of merged tokens", title=title)
     if axes.has_data():
         axes.legend(frameon=False)
@@ -200,5 +216,9 @@ def pictures(results: Mapping[str, Any], folder: Path) -> str:
 
 
 def _image(path: Path, title: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
+    buffer = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        picture.save(buffer, format="PNG")
+    content = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">'

@@ -32,18 +32,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 from ldm.data.shapes import ShapesDataset, caption
+from qdiff.checkpoint import read_cali_header
 from qdiff.files import write_atomically
 from qdiff.ranks import barrier, rank
 from scripts import calibrate, eval_fid, report
 from scripts.benchmark import machine
-from scripts.common import CALI_CKPTS, CHECKPOINTS, SamplingOptions, choose_device, versions
+from scripts.common import SamplingOptions, choose_device, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.drawing import draw_missing, model_of
+from scripts.drawing import draw_missing, model_of, options_of
 from scripts.features import choose_extractor, is_statistics, read_statistics
-from scripts.files import check_writable, file_sha256
+from scripts.files import check_writable
 from scripts.pace import unet_figures
-from scripts.pictures import SHAPES, open_source
+from scripts.pictures import SHAPES, choose_framing, open_source, size_text
 from scripts.processes import own_device, processes
+from scripts.scores import T_QUANTILE, Scores, jackknife_error
 from scripts.table import TABLE, Protocol, Row, read_table
 
 SHAPES_SEED = 30_000  # of the captions: those of the reference are others
@@ -97,7 +99,13 @@ class Task:
 
     row: Row
     flags: tuple[str, ...]
+    options: SamplingOptions
     folder: Path
+
+    @property
+    def engine(self) -> str:
+        """What computes it."""
+        return "float32" if self.options.quantization is None else self.options.quantization.engine
 
 
 def prompts_of(protocol: Protocol, n: int) -> list[str]:
@@ -121,25 +129,30 @@ def model_flags(protocol: Protocol, args: argparse.Namespace) -> list[str]:
 def tasks_of(
     rows: Sequence[Row], protocol: Protocol, prompts: Sequence[str], cali: Path, args: argparse.Namespace
 ) -> list[Task]:
-    """The rows, in order. A folder has a name that changes with all that shapes its pictures."""
-    places = [Path(args.ckpt)] if args.ckpt else CHECKPOINTS[ROOT / protocol.config]
-    ckpt, cali_hash = (file_sha256(path) for path in (next(path for path in places if path.is_file()), cali))
-    common = [
-        ckpt,
-        choose_device(args.device).type,
-        str(args.n_samples),
-        str(protocol.seed),
-        *protocol.drawing,
-        *prompts,
-    ]
+    """The rows, in order. A folder has a name that changes with all that shapes its pictures.
+
+    Raises ValueError if the cali_ckpt, of which the header is read, is not what a row needs.
+    """
     tasks = []
     for row in rows:
-        bits = [] if row.weight_bit is None else [*row.flags, cali_hash]
-        facts = json.dumps([*common, str(row.ratio), *bits]).encode()
-        folder = args.outdir / "pictures" / f"{row.key}-{hashlib.sha256(facts).hexdigest()[:12]}"
         flags = [*model_flags(protocol, args), *protocol.drawing, *row.flags]
         flags += [] if row.weight_bit is None else ["--cali_ckpt", str(cali)]
-        tasks.append(Task(row=row, flags=tuple(flags), folder=folder))
+        given, choice, options = options_of(flags)
+        facts = {
+            "options": asdict(options),
+            "hashes": choice.hashes,
+            "tokenizer": args.tokenizer,
+            "device": choose_device(given.device).type,
+            "batch": args.n_samples,
+            "seed": protocol.seed,
+            "prompts": prompts,
+            "versions": versions(),
+        }
+        if options.quantization is not None:
+            del facts["options"]["quantization"]["cali_ckpt"]  # its hash is there as well
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        folder = args.outdir / "pictures" / f"{row.key}-{key}"
+        tasks.append(Task(row=row, flags=tuple(flags), options=options, folder=folder))
     return tasks
 
 
@@ -147,17 +160,20 @@ def cali_ckpt_of(protocol: Protocol, args: argparse.Namespace) -> Path:
     """Of W4A8: the one given, the one that comes with the model, or one that is made now."""
     if args.cali_ckpt is not None:
         return args.cali_ckpt
-    shipped = CALI_CKPTS.get(CHECKPOINTS[ROOT / protocol.config][0], {}).get(4)
-    if args.ckpt is None and shipped is not None and shipped.is_file():
+    choice = options_of(model_flags(protocol, args))[1]
+    shipped = choice.cali_ckpts.get(4)
+    if shipped is not None and shipped.is_file():
         return shipped
-    folder = args.outdir / "calibration"
+    flags = [*model_flags(protocol, args), *CALIBRATION, *protocol.calibration]
+    key = hashlib.sha256(json.dumps([*protocol.calibration, *choice.hashes.values()]).encode()).hexdigest()[:12]
+    folder = args.outdir / f"calibration-{key}"
     path = folder / "cali.safetensors"
-    if not path.exists():
+    there = path.exists()
+    begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
+    barrier()  # all have looked
+    if not there:
         logger.info("calibrating")
-        begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
-        flags = [*model_flags(protocol, args), "--outdir", str(folder), *protocol.drawing, *CALIBRATION, *begun]
-        barrier()  # all have seen whether it was begun
-        calibrate.run(calibrate.parse_args(flags))
+        calibrate.run(calibrate.parse_args([*flags, "--outdir", str(folder), *begun]))
         barrier()
     return path
 
@@ -185,12 +201,12 @@ def scoring(folder: Path, protocol: Protocol, args: argparse.Namespace, *more: s
     return eval_fid.parse_args([*flags, *more])
 
 
-def measured(task: Task, base: Task, protocol: Protocol, args: argparse.Namespace) -> dict[str, Any]:
-    """A row of results.json."""
+def measured(task: Task, base: Task, protocol: Protocol, args: argparse.Namespace) -> tuple[dict[str, Any], Scores]:
+    """A row of results.json, but for its change against the baseline; and its scores."""
     logger.info("scoring %s", task.row.title)
     paired = ["--paired", str(base.folder)] if task is not base else []
     facts, scores, label = eval_fid.run(scoring(task.folder, protocol, args, *paired))
-    return {
+    row = {
         **asdict(task.row),
         "title": task.row.title,
         "n": facts["pictures"]["n"],
@@ -198,20 +214,35 @@ def measured(task: Task, base: Task, protocol: Protocol, args: argparse.Namespac
         "scores": {key: {**asdict(score), "replicates": None} for key, score in scores.by_key.items()},
         "notes": scores.notes,
         "protocol": facts,
+        "engine": task.engine,
+        "precision": task.options.precision,
         "unet": unet_figures(task.flags, base.flags, task.folder / "unet.json", args.repeats),
         "pictures": str(task.folder.relative_to(args.outdir)),
     }
+    return row, scores
+
+
+def change(row: Scores, base: Scores) -> dict[str, float | None]:
+    """By how many % the FID is above the baseline's, with a 95% interval: both are without the same tenths of pairs."""
+    own, other = row.by_key["fid"], base.by_key["fid"]
+    value = 100 * (own.value / other.value - 1)
+    replicates = [100 * (a / b - 1) for a, b in zip(own.replicates, other.replicates, strict=True)]
+    half = jackknife_error(replicates) * T_QUANTILE if replicates else None
+    return {"value": value, "low": half and value - half, "high": half and value + half}
 
 
 def rows_of(
     tasks: Sequence[Task], prompts: Sequence[str], protocol: Protocol, args: argparse.Namespace
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     """Draw and measure all rows, the first of which is the baseline. Only the first process measures, and yields."""
+    base_scores = None
     for task in tasks:
         draw(task, prompts, protocol.seed, args.n_samples)
         barrier()
         if rank() == 0:
-            yield measured(task, tasks[0], protocol, args)
+            row, scores = measured(task, tasks[0], protocol, args)
+            base_scores = base_scores or scores
+            yield {**row, "change": change(scores, base_scores) if task is not tasks[0] else None}
         barrier()
 
 
@@ -222,44 +253,64 @@ def check(protocol: Protocol, args: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError for what would otherwise be missing hours later."""
     if args.reference is None and protocol.reference is None:
         raise ValueError(f"--model {args.model} is scored against real pictures: give --reference imagenet:DIR")
-    places = [Path(args.ckpt)] if args.ckpt else CHECKPOINTS.get(ROOT / protocol.config, ())
-    if not any(path.is_file() for path in places):
-        raise FileNotFoundError(f"no checkpoint at {' or '.join(map(str, places))}: put one there, or give --ckpt FILE")
     if args.cali_ckpt is not None and not args.cali_ckpt.is_file():
         raise FileNotFoundError(2, "No such file", str(args.cali_ckpt))
     for folder in (args.outdir, args.cache):
         check_writable(folder)
-    scored = scoring(args.outdir, protocol, args)
+    options = options_of([*model_flags(protocol, args), *protocol.drawing])[2]
+    check_scoring(scoring(args.outdir, protocol, args), (options.width, options.height))
+
+
+def check_scoring(scored: argparse.Namespace, size: tuple[int, int]) -> None:
+    """The same for the reference and the features. size: of the pictures to come, width and height."""
+    suggested = SHAPES if scored.reference == SHAPES else "inception"
     if is_statistics(scored.reference):
-        read_statistics(Path(scored.reference))
+        suggested = read_statistics(Path(scored.reference)).facts.get("extractor", suggested)
     else:
-        open_source(scored.reference, what="reference", limit=scored.reference_n, per_class=scored.per_class or 5)
-    features = scored.features or (SHAPES if scored.reference == SHAPES else "inception")
-    choose_extractor(features, reader=scored.reader, inception_weights=scored.inception_weights)
+        per_class = scored.per_class or 5
+        reference = open_source(
+            scored.reference, what="reference", limit=scored.reference_n, per_class=per_class, shapes_side=size[0]
+        )
+        reference = reference.framed(choose_framing(scored.resize, scored.size, reference))
+        framed = size if scored.resize == "none" else reference.size
+        if reference.size != framed:
+            raise ValueError(f"the reference is {size_text(reference.size)}, the pictures will be {size_text(framed)}")
+    name = scored.features or suggested
+    if scored.inception_weights is not None and name != "inception":
+        raise ValueError(f"--inception_weights has no effect with features of {name}: leave it out")
+    choose_extractor(name, reader=scored.reader, inception_weights=scored.inception_weights)
 
 
 def run(args: argparse.Namespace) -> None:
     rows, protocols = read_table(args.table)
+    if args.model not in protocols:
+        raise ValueError(f"table {str(args.table)!r} has no model {args.model}: it has {', '.join(protocols)}")
     protocol = protocols[args.model]
     check(protocol, args)
     prompts = prompts_of(protocol, args.n or protocol.pictures)
-    results: dict[str, Any] = {
+    cali = cali_ckpt_of(protocol, args)
+    tasks = tasks_of(rows, protocol, prompts, cali, args)
+    if quantized := [task for task in tasks if task.options.quantization is not None]:
+        model_of(quantized[0].flags)  # a file that is damaged, or of another model, is told now
+    shown = min(args.shown, len(prompts))
+    results = {
         "model": args.model,
         "machine": machine(choose_device(args.device)),
-        "drawing": list(protocol.drawing),
+        "drawing": protocol.drawing,
+        "calibration": read_cali_header(cali).calibration,
         "n_samples": args.n_samples,
         "seed": protocol.seed,
         "repeats": args.repeats,
         "versions": versions(),
-        "shown": [i * len(prompts) // args.shown for i in range(min(args.shown, len(prompts)))],
+        "shown": [i * len(prompts) // shown for i in range(shown)],
         "prompts": prompts,
         "rows": [],
     }
-    tasks = tasks_of(rows, protocol, prompts, cali_ckpt_of(protocol, args), args)
     for row in rows_of(tasks, prompts, protocol, args):
         results["rows"].append(row)
-        write(results, args.outdir)  # after each row: a look at what there is so far
+        logger.info("%s", " | ".join(report.cells(row)))
     if rank() == 0:
+        write(results, args.outdir)
         print(report.markdown(results))
         logger.info("written to %s", args.outdir / "results.html")
 

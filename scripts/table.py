@@ -10,6 +10,7 @@ import yaml
 import tomesd
 from scripts.common import ROOT
 
+SET_BY_ROWS = ("--seed", "--n_samples", "--n_iter", "--outdir", "--ratio", "--ptq", "--cali_ckpt", "--device", "--ckpt")
 TABLE = ROOT / "configs/eval/table.yaml"
 
 
@@ -50,17 +51,24 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a model's pictures are drawn and scored: see configs/eval/table.yaml."""
+    """How a model is calibrated, and its pictures are drawn and scored: see configs/eval/table.yaml."""
 
     config: str
     prompts: str
     pictures: int
     seed: int
     drawing: list[str]
+    calibration: list[str]
     reference: str | None
     scoring: list[str]
 
     def __post_init__(self) -> None:
+        for name in ("drawing", "calibration", "scoring"):
+            flags = getattr(self, name)
+            if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+                raise ValueError(f"{name} is {flags!r}: it must be a list of texts, numbers in quotes")
+        if idle := [flag for flag in self.drawing if flag in SET_BY_ROWS]:
+            raise ValueError(f"drawing has {', '.join(idle)}, which the rows and the command say")
         if self.prompts != "shapes" and "{class}" not in self.prompts:
             raise ValueError(f"prompts are {self.prompts!r}: they must be shapes or a text with {{class}}")
 

@@ -162,13 +162,23 @@ def take_up(outdir: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {name: int(old[name]) for name in ("first", "first_grid")}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
-    changed = [name for name in settings if name not in INCIDENTAL and old.get(name) != settings[name]]
+    before, now = _flat(old), _flat(settings)
+    names = [name for name in (*now, *before) if name.split(".")[0] not in INCIDENTAL]
+    changed = [name for name in dict.fromkeys(names) if before.get(name) != now.get(name)]
     if changed:
-        what = ", ".join(_difference(name, old.get(name), settings[name]) for name in changed[:3])
+        what = ", ".join(_difference(name, before.get(name), now.get(name)) for name in changed[:3])
         raise ValueError(f"--resume: the run in {str(outdir)!r} has other settings: {what}; use its flags")
     if old.get("versions") != settings["versions"]:
         logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))
     return {**settings, **numbers}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of groups such as `merge` by their whole names, `merge.ratio`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -2,7 +2,8 @@
 
 `pack` replaces the layers of a calibrated QuantModel by integer ones of the kernels at hand. There is one interface
 (`layers.IntegerLayer`), a reference in plain PyTorch, and one implementation a kind of hardware. In float32 they agree
-bit for bit: sums are exact, and all else is the same code on the same numbers in the same order.
+bit for bit, but for large attention (see `attention`): sums are exact, and all else is the same code on the same
+numbers in the same order.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,18 @@ class LayerSpec:
     options: dict[str, Any] | None = None
 
 
-class IntegerLayer(nn.Module):
+class _FixedDtypes(nn.Module):
+    """`.half()` and the like move its tensors, but do not cast them: steps would lose their precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FixedDtypes":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class IntegerLayer(_FixedDtypes):
     """What the layers of all engines share: a float input is quantized, then multiplied in whole numbers."""
 
     def __init__(self, spec: LayerSpec):
@@ -49,7 +60,7 @@ class IntegerLayer(nn.Module):
         return self.product(self.quantize(x), x.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit."""
+        """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit, of finite x. NaN has no code."""
         return (x.float() / self.delta).round_().add_(self.zero_point).clamp_(0, self.high).to(torch.uint8)
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,7 +82,7 @@ class SplitIntegerLayer(nn.Module):
         return self.first(x[:, : self.split]) + self.second(x[:, self.split :])
 
 
-class OffsetIntegerLayer(nn.Module):
+class OffsetIntegerLayer(_FixedDtypes):
     """For weights of which q - z does not fit into a byte: q - 128 does, and 128 - z times the sum of c - Z is added.
 
     That sum is one more output, with a weight of ones.
@@ -107,6 +118,8 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
         raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: 8 bits are the most that do")
     if not isinstance(quantizer, FrozenQuantizer):
         quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[name])
+    if isinstance(layer.options.get("padding"), str):
+        raise ValueError(f"padding {layer.options['padding']!r}: there is no integer layer for it, give numbers")
     bias = layer.bias if name == "weight_quantizer" else None  # of a split layer, the first part has it
     spec = LayerSpec(
         weight=quantizer.codes() - quantizer.zero_point,

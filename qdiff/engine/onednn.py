@@ -1,5 +1,8 @@
 """Integer layers by oneDNN, on CPUs: unsigned activations, signed weights, sums of 32 bits, steps and bias fused."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +36,22 @@ class OneDNNLayer(IntegerLayer):
             packed = torch.ops.onednn.qconv_prepack(
                 weight, spec.step, spec.delta, spec.zero_point, stride, padding, dilation, groups, None
             )
-        self.packed = packed  # of a layout of its own: it can neither be moved nor saved
+        self.packed = packed  # of a layout of the kernel's own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneDNNLayer":
+        super()._apply(fn, recurse)
+        if self.step.device.type != "cpu":
+            raise NotImplementedError("a model packed for the CPU cannot be moved: load it on the other device")
+        return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise NotImplementedError("a packed model cannot be saved: its cali_ckpt holds it")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise NotImplementedError("weights cannot be loaded into a packed model: load, then pack")
+
+    def __deepcopy__(self, memo: dict) -> "OneDNNLayer":
+        raise NotImplementedError("a packed model cannot be copied: load it anew")
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         out = dtype if dtype in OUTPUTS else torch.float32

@@ -18,21 +18,24 @@ class ReferenceLayer(IntegerLayer):
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.options = spec.options
-        largest = spec.weight.flatten(1).abs().sum(1, dtype=torch.int64).max() * max(spec.zero_point, spec.high)
+        furthest = max(abs(spec.zero_point), abs(spec.high - spec.zero_point))
+        largest = spec.weight.flatten(1).abs().sum(1, dtype=torch.int64).max() * furthest
         self.exact = torch.float32 if largest < EXACT else torch.float64
         self.register_buffer("weight", spec.weight)
         self.register_buffer("step", spec.step * spec.delta)
         self.register_buffer("bias", spec.bias)
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        numbers, weight = codes.to(self.exact) - self.zero_point, self.weight.to(self.exact)
-        if self.options is None:
-            sums, shape = F.linear(numbers, weight), (-1,)
-        else:
-            convolve = F.conv2d if weight.ndim == 4 else F.conv1d
-            sums, shape = convolve(numbers, weight, **self.options), (-1, *[1] * (weight.ndim - 2))
+        shape = (-1,) if self.options is None else (-1, *[1] * (self.weight.ndim - 2))
+        with torch.autocast(codes.device.type, enabled=False):  # whole numbers are not to be rounded
+            sums = self._sums(codes.to(self.exact) - self.zero_point, self.weight.to(self.exact)).round()
         outputs = sums.float() * self.step.view(shape)
         outputs = outputs if self.bias is None else outputs + self.bias.view(shape)
         if outputs.ndim == 4:  # as the kernels lay them out: a norm that follows sums in the order of memory
             outputs = outputs.contiguous(memory_format=torch.channels_last)
         return outputs.to(dtype)
+
+    def _sums(self, numbers: Tensor, weight: Tensor) -> Tensor:
+        if self.options is None:
+            return F.linear(numbers, weight)
+        return (F.conv2d if weight.ndim == 4 else F.conv1d)(numbers, weight, **self.options)

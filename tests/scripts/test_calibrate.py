@@ -14,6 +14,7 @@ from PIL import Image
 from qdiff.checkpoint import read_cali_header
 from qdiff.engine import onednn
 from scripts import calibrate, calibration_estimate, txt2img
+from scripts.common import CHECKPOINTS, EMBEDDED
 from scripts.flags import QUANTIZATION_FLAGS
 
 TINY = ["--ddim_steps", "2", "--cali_st", "2", "--cali_n", "2", "--batch_size", "4", "--device", "cpu"]
@@ -304,3 +305,26 @@ def test_another_model_is_refused(calibrated, random_ckpt, tmp_path, capsys):
 
 def test_a_model_without_cali_ckpt_needs_one(draw, capsys):
     assert "--ptq needs a --cali_ckpt" in error_of(capsys, draw, "refused", "--ptq")
+
+
+# --- what comes with the embedded model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shipped_files_are_the_default(tmp_path, bits):
+    flags = ["--config", str(EMBEDDED), "--prompt", "a red circle", "--n_iter", "1", "--n_samples", "1", "--seed", "1"]
+    flags += ["--dpm_solver", "--ddim_steps", "4", "--device", "cpu"]
+    txt2img.main([*flags, "--outdir", str(tmp_path / "float")])
+    chosen = [] if bits == 4 else ["--weight_bit", str(bits)]
+    txt2img.main([*flags, "--ptq", *chosen, "--outdir", str(tmp_path / "quantized")])
+    settings = yaml.safe_load((tmp_path / "quantized/settings.yaml").read_text())["quantization"]
+    assert settings["cali_ckpt"].endswith(f"models/ldm/shapes/cali_w{bits}a8.safetensors")
+    assert settings["bits"] == f"W{bits}A8 sm16 split"
+    error = np.square(picture(tmp_path / "float") - picture(tmp_path / "quantized")).mean()
+    assert 0 < error < 255**2 / 10**1.8  # 18 dB: the same picture
+
+
+def test_shipped_files_are_small():
+    sizes = {path.name: path.stat().st_size for path in CHECKPOINTS[EMBEDDED][0].parent.glob("*.safetensors")}
+    assert sizes["cali_w4a8.safetensors"] < 4e6 < sizes["cali_w8a8.safetensors"] < 8e6
+    assert sizes["cali_w4a8.safetensors"] < sizes["model.safetensors"] / 4

@@ -1,21 +1,25 @@
 """scripts/reproduce.py on a small model with random weights: the way from a table to its page."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from qdiff import QuantConfig, QuantModel, save_cali_ckpt
-from scripts import reproduce
+from scripts import drawing, pace, report, reproduce
 from scripts.common import ROOT
 from scripts.drawing import model_of
+from scripts.scores import Score, Scores
 from scripts.table import TABLE, Row, read_table
 
 ROWS = [
@@ -37,8 +41,15 @@ def flags(small_model, tmp_path_factory):
     for quantizer in qnn.act_quantizers().values():
         quantizer.set(torch.tensor(0.05), torch.tensor(0.0 if quantizer.n_bits == 16 else 128.0))
     save_cali_ckpt(qnn, folder / "cali.safetensors")
-    drawing = ["--dpm_solver", "--ddim_steps", "2", "--H", "32", "--W", "32"]
-    protocol = {"config": str(config), "prompts": "shapes", "pictures": N, "seed": 0, "drawing": drawing}
+    drawing_flags = ["--dpm_solver", "--ddim_steps", "2", "--H", "32", "--W", "32"]
+    protocol = {
+        "config": str(config),
+        "prompts": "shapes",
+        "pictures": N,
+        "seed": 0,
+        "drawing": drawing_flags,
+        "calibration": [],
+    }
     models = {"embedded": {**protocol, "reference": "shapes", "scoring": ["--reference_n", "30"]}}
     (folder / "table.yaml").write_text(yaml.safe_dump({"rows": ROWS, "models": models}))
     named = {"table": "table.yaml", "cali_ckpt": "cali.safetensors", "cache": "cache"}
@@ -77,7 +88,6 @@ def test_differences_are_those_of_the_fids(results):
         assert change["value"] == pytest.approx(
             row["scores"]["fid"]["value"] - base["scores"]["fid"]["value"], rel=1e-6
         )
-        assert change["low"] <= change["value"] <= change["high"]
         assert 5 < row["scores"]["psnr"]["value"] < 80
 
 
@@ -92,8 +102,25 @@ def test_same_prompts_from_the_same_noise(outdir, results):
     assert len(set(pixels)) == 3
 
 
+def test_changes_are_jackknifed_together():
+    def scores_of(value, replicates):
+        score = Score(name="FID", value=value, n=20, better="lower", replicates=replicates)
+        return Scores(by_key={"fid": score})
+
+    base = scores_of(2.0, tuple(2.0 + 0.1 * i for i in range(10)))
+    row = scores_of(2.2, tuple(1.1 * (2.0 + 0.1 * i) for i in range(10)))  # a tenth more, whatever is left out
+    change = reproduce.change(row, base)
+    assert change["value"] == pytest.approx(10) and change["high"] - change["low"] == pytest.approx(0, abs=1e-9)
+    other = reproduce.change(scores_of(2.2, (2.2,) * 10), base)
+    shares = np.array([220 / (2.0 + 0.1 * i) - 100 for i in range(10)])
+    error = math.sqrt(0.9 * np.square(shares - shares.mean()).sum())
+    assert other["high"] - other["value"] == pytest.approx(2.262 * error) == other["value"] - other["low"]
+    assert reproduce.change(scores_of(1.0, ()), scores_of(2.0, ())) == {"value": -50.0, "low": None, "high": None}
+
+
 def test_second_run_draws_nothing_and_says_the_same(outdir, flags, results, monkeypatch):
-    monkeypatch.setattr(reproduce, "model_of", None)
+    monkeypatch.setattr(drawing, "write_png", None)
+    monkeypatch.setattr(pace, "side_by_side", None)
     reproduce.main([*flags, "--outdir", str(outdir)])
     assert json.loads((outdir / "results.json").read_text()) == results
 
@@ -103,13 +130,25 @@ def test_other_settings_have_other_folders(flags, results, tmp_path):
     rows, protocols = read_table(args.table)
     prompts = results["prompts"]
     folders = {row["pictures"] for row in results["rows"]}
-    for change in ({"n_samples": 3}, {}):
+    protocol = protocols["embedded"]
+
+    def folders_of(protocol=protocol, prompts=prompts, **changes):
         changed = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
-        vars(changed).update(change)
-        tasks = reproduce.tasks_of(rows, protocols["embedded"], prompts, args.cali_ckpt, changed)
-        assert (folders == {str(task.folder.relative_to(tmp_path)) for task in tasks}) == (not change)
-    tasks = reproduce.tasks_of(rows, protocols["embedded"], prompts[::-1], args.cali_ckpt, args)
-    assert folders.isdisjoint(str(task.folder.relative_to(tmp_path)) for task in tasks)
+        vars(changed).update(changes)
+        tasks = reproduce.tasks_of(rows, protocol, prompts, args.cali_ckpt, changed)
+        return {str(task.folder.relative_to(tmp_path)) for task in tasks}
+
+    assert folders_of() == folders
+    other_weights = tmp_path / "other.safetensors"
+    other_weights.write_bytes(b"other")
+    for others in (
+        folders_of(n_samples=3),
+        folders_of(prompts=prompts[::-1]),
+        folders_of(protocol=replace(protocol, seed=1)),
+        folders_of(protocol=replace(protocol, drawing=[*protocol.drawing, "--scale", "2"])),
+        folders_of(ckpt=str(other_weights)),
+    ):
+        assert folders.isdisjoint(others)
 
 
 # --- what it writes ----------------------------------------------------------------------------------------
@@ -169,7 +208,7 @@ def browser():
 
 
 @pytest.mark.skipif(browser() is None, reason="no browser to open the page with")
-def test_a_browser_shows_the_page(outdir, tmp_path):
+def test_a_browser_shows_the_page(outdir, results, tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     places = [
         f"--user-data-dir={tmp_path / 'profile'}",
@@ -179,8 +218,13 @@ def test_a_browser_shows_the_page(outdir, tmp_path):
     command = [browser(), *options, *places, (outdir / "results.html").resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     with Image.open(tmp_path / "page.png") as picture:
-        colours = picture.convert("RGB").getcolors(maxcolors=2**24)
-        assert picture.size == (1300, 1500) and len(colours) > 100
+        counts = {colour: count for count, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
+    for colour in report.COLOURS[:2]:  # the lines of the plots
+        assert counts[tuple(bytes.fromhex(colour[1:]))] > 50
+    for row in results["rows"]:  # a picture of each row, by what it has most of
+        with Image.open(outdir / row["pictures"] / "00000.png") as picture:
+            colour = max(picture.convert("RGB").getcolors(maxcolors=2**24))[1]
+        assert any(max(abs(a - b) for a, b in zip(colour, seen, strict=True)) < 8 for seen in counts)
 
 
 # --- Stable Diffusion, and bad input -----------------------------------------------------------------------
@@ -203,7 +247,7 @@ def test_captions_are_not_those_of_the_reference():
     _, protocols = read_table(TABLE)
     reference = ShapesDataset(50, "heldout", 128, SHAPES_SEED)
     ours = reproduce.prompts_of(protocols["embedded"], 50)
-    assert ours != [caption(reference.spec(i)) for i in range(50)]
+    assert len(set(ours) & {caption(reference.spec(i)) for i in range(50)}) < 5  # short captions may come twice
 
 
 def test_rows_of_a_calibration_have_its_flags(flags, tmp_path):
@@ -222,6 +266,9 @@ def test_rows_of_a_calibration_have_its_flags(flags, tmp_path):
         (["--cali_ckpt", "missing.safetensors"], "missing.safetensors"),
         (["--table", "missing.yaml"], "missing.yaml"),
         (["--ckpt", "missing.ckpt"], "missing.ckpt"),
+        (["--model", "sd-v1"], "has no model sd-v1"),
+        (["--inception_weights", "x.pth"], "--inception_weights has no effect"),
+        (["--cali_ckpt", str(TABLE)], "no readable checkpoint"),
         (["--reference", "no/such/folder"], "no/such/folder"),
     ],
 )

@@ -16,7 +16,8 @@ def test_shipped_table_is_that_of_the_original():
     assert [row.published for row in rows] == [33.77, 33.54, 33.71, 34.06, 33.31, 33.28, 33.90, 34.02, 34.20]
     sd = protocols["sd-v1"]
     assert (sd.prompts, sd.pictures) == ("A high quality photograph of a {class}", 2000)
-    assert sd.drawing == ["--plms", "--ddim_steps", "50", "--scale", "7.5"] and sd.reference is None
+    assert sd.drawing[:5] == ["--plms", "--ddim_steps", "50", "--scale", "7.5"] and sd.reference is None
+    assert all(protocol.drawing[-2:] == ["--precision", "full"] for protocol in protocols.values())
 
 
 def test_flags_of_rows():
@@ -39,6 +40,8 @@ def test_flags_of_rows():
         (lambda table: table["rows"][1].update(colour="red"), "unknown colour"),
         (lambda table: table["models"]["sd-v1"].update(prompts="a dog"), "prompts are 'a dog'"),
         (lambda table: table["models"]["sd-v1"].pop("seed"), "seed"),
+        (lambda table: table["models"]["sd-v1"].update(drawing=["--ddim_steps", 20]), "numbers in quotes"),
+        (lambda table: table["models"]["sd-v1"].update(drawing=["--seed", "5"]), "drawing has --seed"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, edit, says):

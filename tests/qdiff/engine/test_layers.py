@@ -1,5 +1,7 @@
 """Integer layers against the simulation, which is float: random shapes, strides, paddings, zero points, splits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +107,48 @@ def test_sums_too_large_for_float32_are_exact(quantized):
     assert torch.equal(packed(x), sums.float() * packed.step + packed.bias)
 
 
+def test_zero_points_beyond_the_codes(quantized):
+    layer = nn.Linear(512, 2)
+    nn.init.constant_(layer.weight, 1.0)
+    module = quantized(layer, torch.rand(1, 512))
+    module.act_quantizer.set(torch.tensor(0.01), torch.tensor(-5000.0))  # all inputs near 51
+    x = torch.rand(3, 512) * 2 + 50.2
+    reference = integer_layer(module, ReferenceLayer)
+    assert reference.exact == torch.float64
+    assert relative_error(reference(x), module(x)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_rounds_no_sums(quantized, engine, dtype):
+    x = torch.randn(2, 32, 8, 8) + 1
+    packed = integer_layer(quantized(nn.Conv2d(32, 16, 3, padding=1), x), engine)
+    expected = packed(x)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(packed(x), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_keep_their_precision(quantized, engine):
+    x = torch.randn(5, 32)
+    packed = integer_layer(quantized(nn.Linear(32, 16), x, weight_bit=8), engine)
+    expected = packed(x)
+    assert torch.equal(packed.half()(x), expected) and torch.equal(packed.bfloat16()(x), expected)
+
+
+@pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")
+def test_layers_of_kernels_cannot_be_saved_copied_or_moved(quantized):
+    packed = integer_layer(quantized(nn.Linear(32, 16), torch.randn(2, 32)), OneDNNLayer)
+    for attempt in (
+        packed.state_dict,
+        lambda: packed.load_state_dict({}),
+        lambda: copy.deepcopy(packed),
+        lambda: packed.to("meta"),
+    ):
+        with pytest.raises(NotImplementedError, match="packed"):
+            attempt()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_output_is_of_the_dtype_of_the_input(quantized, engine, dtype):
@@ -140,6 +184,7 @@ def test_weights_of_8_bits_have_an_offset(quantized):
     [
         (lambda: nn.Linear(8, 4), (2, 8), {"act_bit": 9}, "W4A9 does not fit into bytes"),
         (lambda: nn.Linear(8, 4), (2, 8), {"weight_bit": 12}, "W12A8 does not fit into bytes"),
+        (lambda: nn.Conv2d(8, 8, 3, padding="same"), (2, 8, 5, 5), {}, "padding 'same'"),
         (lambda: nn.Conv2d(8, 8, 3, groups=2), (2, 8, 5, 5), {"weight_bit": 8}, "grouped convolution"),
     ],
 )

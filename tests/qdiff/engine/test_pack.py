@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tomesd
-from qdiff import QuantConfig
+from qdiff import QuantConfig, save_cali_ckpt
+from qdiff.checkpoint import unet_bytes
 from qdiff.engine import IntegerLayer, OneDNNLayer, ReferenceLayer, attention, kernels_for, onednn, pack
 from qdiff.engine.attention import OncePerContext, PackedCrossAttention
 from qdiff.quant_layer import QuantModule
@@ -95,6 +96,37 @@ def test_they_agree_with_merged_tokens_and_odd_sizes(packed):
 
 
 @torch.no_grad()
+def test_packed_model_is_the_simulation_up_to_rounding(make_calibrated, packed):
+    make, inputs = make_calibrated
+    qnn, _ = packed(ReferenceLayer, attention=False)
+    expected = make()(*inputs)
+    assert (qnn(*inputs) - expected).norm() < 2e-2 * expected.norm()  # a few codes tip over, and tip others
+
+
+@torch.no_grad()
+def test_packed_model_refuses_what_needs_its_weights(packed, tmp_path):
+    qnn, _ = packed(ReferenceLayer)
+    for attempt in (
+        lambda: save_cali_ckpt(qnn, tmp_path / "x.safetensors"),
+        lambda: unet_bytes(qnn),
+        lambda: qnn.set_quant_state(False, False),
+        qnn.restore,
+    ):
+        with pytest.raises(ValueError, match="the model is packed"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+@has_kernels
+def test_packed_model_runs_in_inference_mode(packed):
+    qnn, inputs = packed(OneDNNLayer)
+    with torch.no_grad():
+        expected = qnn(*inputs)
+    with torch.inference_mode():
+        assert torch.equal(qnn(*(value.clone() for value in inputs)), expected)
+
+
+@torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch(packed):
     qnn, (x, t, context) = packed(ReferenceLayer)
     both = qnn(torch.cat([x, x.flip(0)]), torch.cat([t, t]), torch.cat([context, context]))
@@ -111,8 +143,13 @@ def test_large_attention_is_fused(packed, monkeypatch):
     monkeypatch.setattr(attention, "SMALL", 0)
     qkv = [torch.randn(2, 2, n, 8) for n in (9, 7, 7)]
     fused = blocks[0].attend(*qkv)
+    blocks[0].act_quantizer_w.set_range(torch.tensor(0.0), torch.tensor(0.3))  # clips: not to be left out
+    clipped = blocks[0].attend(*qkv)
+    blocks[0].act_quantizer_w.set_range(torch.tensor(0.0), torch.tensor(1.0))
     monkeypatch.setattr(attention, "SMALL", 2**20)
-    assert (fused - blocks[0].attend(*qkv)).abs().max() < 1e-3  # the softmax of 16 bits is left out
+    exact = blocks[0].attend(*qkv)
+    assert 0 < (fused - exact).abs().max() < 1e-3  # the softmax of 16 bits is left out
+    assert (clipped - exact).abs().max() > 1e-2
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     assert torch.equal(qnn(*inputs), expected)  # nothing here is large
 
