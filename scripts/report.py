@@ -22,7 +22,7 @@ th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 td.theirs, th.theirs { color: #666; font-style: italic; }
 .wide { overflow-x: auto; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots svg { max-width: 100%; height: auto; }
+.plots svg { width: calc(50% - .5rem); min-width: 20rem; height: auto; }
 .pictures td { padding: 2px; border: 0; text-align: center; font-size: 13px; max-width: 10rem; }
 .pictures td:first-child { text-align: right; vertical-align: middle; padding-right: .7rem; }
 .pictures img { width: 9rem; display: block; }
