@@ -37,7 +37,7 @@ from ldm.data.shapes import ShapesDataset, caption, parse_caption
 from qdiff.files import write_atomically
 from qdiff.ranks import barrier, rank
 from scripts import calibrate
-from scripts.common import CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
+from scripts.common import CALI_CKPTS, CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.drawing import draw_missing, model_of
 from scripts.eval_attributes import READER, tensor_of, wilson
@@ -73,6 +73,7 @@ def bits(weight: int, *more: str) -> tuple[str, ...]:
 # Weights are learned before activations: those of W4A8 are those of W4A32.
 FLOAT_ACTS = ("--no-quant_act",)
 LINEAR, SPLIT, MERGE = ("--quant_mode", "linear"), ("--split",), ("--ratio", "0.5")
+SHIPPED = {bits(width, *SPLIT): path for width, path in CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]].items()}
 TABLE = (
     Variant(name="full precision"),
     Variant(name="W8A8 linear", cali=bits(8, *LINEAR)),
@@ -121,9 +122,14 @@ def captions_of(n: int, seed: int) -> list[str]:
 
 
 def cali_ckpt_of(variant: Variant, args: argparse.Namespace) -> Path | None:
-    """The variant's calibration, made if it is not there. All variants are calibrated with the same data."""
+    """The variant's calibration: that which comes with the model, or one that is made if it is not there.
+
+    All that are made are so with the same data, collected as that of the shipped ones was.
+    """
     if variant.cali is None:
         return None
+    if args.preset == "fast" and SHIPPED.get(variant.cali, Path()).is_file():
+        return SHIPPED[variant.cali]
     root = args.outdir / "calibrations" / args.preset
     folder = root / variant.cali_name
     path = folder / "cali.safetensors"
