@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     add("--table", type=Path, default=TABLE, metavar="FILE", help=f"default: {TABLE.relative_to(ROOT)}")
-    add("--n", type=number(int, 2), metavar="N", help="pictures a row (default: the table's)")
+    add("--pictures", type=number(int, 2), metavar="N", help="pictures a row (default: the table's)")
     add("--reference", metavar="SOURCE", help="as of eval_fid.py (default: the table's)")
     add("--ckpt", metavar="FILE", help="the model's weights (default: under models/ldm)")
     add("--tokenizer", metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"table {str(args.table)!r} has no model {args.model}: it has {', '.join(protocols)}")
     protocol = protocols[args.model]
     check(protocol, args)
-    prompts = prompts_of(protocol, args.n or protocol.pictures)
+    prompts = prompts_of(protocol, args.pictures or protocol.pictures)
     cali = cali_ckpt_of(protocol, args)
     tasks = tasks_of(rows, protocol, prompts, cali, args)
     if quantized := [task for task in tasks if task.options.quantization is not None]:
