@@ -138,9 +138,14 @@ def engines(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What is to be said of the scores: of all rows at once, or of one."""
-    common = [note for note in rows[0]["notes"] if all(note in row["notes"] for row in rows)]
-    return common + [f"{row['title']}: {note}" for row in rows for note in row["notes"] if note not in common]
+    """What is to be said of the scores: of all rows, or all but the baseline, at once; else with the row's name."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            places.setdefault(note, []).append(row["title"])
+    enough = max(len(rows) - 1, 2)
+    common = [note for note, titles in places.items() if len(titles) >= enough]
+    return common + [f"{', '.join(titles)}: {note}" for note, titles in places.items() if len(titles) < enough]
 
 
 # --- the page ----------------------------------------------------------------------------------------------

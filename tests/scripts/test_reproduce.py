@@ -195,6 +195,15 @@ def test_markdown_and_page_show_the_same_table(outdir, results):
     assert table[2][1].startswith(f"{fid:.4g} [") and table[2][2] == "-" and re.match(r"[+-]\d", table[3][2])
 
 
+def test_notes_of_all_rows_are_told_once():
+    rows = [
+        {"title": "base", "notes": ["few pictures"]},
+        {"title": "first", "notes": ["few pictures", "no LPIPS", "biased by 1"]},
+        {"title": "second", "notes": ["few pictures", "no LPIPS", "biased by 2"]},
+    ]
+    assert report.notes(rows) == ["few pictures", "no LPIPS", "first: biased by 1", "second: biased by 2"]
+
+
 def test_page_holds_all_it_shows(outdir):
     text = (outdir / "results.html").read_text()
     page = Page(text)
