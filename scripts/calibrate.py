@@ -17,7 +17,6 @@ With torchrun the processes share the work: torchrun --nproc_per_node 2 scripts/
 import argparse
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -343,12 +342,25 @@ def run(args: argparse.Namespace) -> None:
         logger.info("written to %s (%.2f MB)", target, target.stat().st_size / 1e6)
 
 
+def ready_made(folder: Path, flags: Sequence[str]) -> Path:
+    """The file that these flags make in `folder`: made if it is not there, gone on with if it was begun.
+
+    For other commands; under torchrun all processes call it.
+    """
+    path = folder / "cali.safetensors"
+    there, begun = path.exists(), ProgressFolder(folder / "progress").begun
+    barrier()  # all have looked
+    if not there:
+        logger.info("calibrating in %s", folder)
+        run(parse_args([*flags, "--outdir", str(folder), *(["--resume"] if begun else [])]))
+        barrier()  # it is written
+    return path
+
+
 @command
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose), processes():
-        if rank() != 0:
-            logger.setLevel(logging.WARNING)
         run(args)
 
 

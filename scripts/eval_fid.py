@@ -65,7 +65,7 @@ from scripts.pictures import (
     open_source,
     size_text,
 )
-from scripts.scores import RNG_SEED, Score, Scores, add_fid_difference, add_set_scores, gaussian_of
+from scripts.scores import RNG_SEED, Scores, add_fid_difference, add_set_scores, cell, gaussian_of
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "torchvision", "numpy", "pillow")
 
@@ -213,19 +213,6 @@ def check_statistics(stored: Gaussian, extractor: Extractor, pictures: PictureSe
 
 
 # --- what to show and store --------------------------------------------------------------------------------
-
-
-def number_text(value: float) -> str:
-    """Four significant digits; 0 for what is less than rounding and sampling leave of it."""
-    return f"{0.0 if abs(value) < 5e-5 else value:.4g}"
-
-
-def cell(score: Score) -> str:
-    """The value with its interval in brackets, or with its spread behind +-."""
-    text = number_text(score.value)
-    if score.low is not None:
-        return f"{text} [{number_text(score.low)}, {number_text(score.high)}]"
-    return text if score.spread is None else f"{text} +- {number_text(score.spread)}"
 
 
 def titles(scores: Scores, label: str) -> dict[str, str]:

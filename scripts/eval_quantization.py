@@ -16,7 +16,6 @@ as markdown beside it, and a sheet of pictures, a row a variant.
 import argparse
 import hashlib
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ from qdiff.files import write_atomically
 from qdiff.ranks import barrier, rank
 from scripts import calibrate
 from scripts.common import CALI_CKPTS, CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
-from scripts.console import ArgumentParser, command, logger, logs, number
+from scripts.console import ArgumentParser, command, logs, number
 from scripts.drawing import draw_missing, model_of
 from scripts.eval_attributes import READER, tensor_of, wilson
 from scripts.files import check_writable, file_sha256, write_png
@@ -132,20 +131,12 @@ def cali_ckpt_of(variant: Variant, args: argparse.Namespace) -> Path | None:
         return SHIPPED[variant.cali]
     root = args.outdir / "calibrations" / args.preset
     folder = root / variant.cali_name
-    path = folder / "cali.safetensors"
-    there = path.exists()
-    barrier()  # all have looked
-    if not there:
-        logger.info("calibrating %s", variant.name)
-        ready = sorted(root.glob("*/data-*.safetensors"))
-        data = ["--data_path", str(ready[0])] if ready else ["--cond", *SAMPLER]
-        learn = [] if "linear" in variant.cali else ["--no_grad_ckpt"]
-        begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
-        flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--device", args.device, "--outdir", str(folder)]
-        barrier()
-        calibrate.run(calibrate.parse_args([*variant.cali, *flags, *data, *learn, *begun]))
-        barrier()
-    return path
+    ready = sorted(root.glob("*/data-*.safetensors"))
+    barrier()  # all have looked: the first calibration leaves its data there
+    data = ["--data_path", str(ready[0])] if ready else ["--cond", *SAMPLER]
+    learn = [] if "linear" in variant.cali else ["--no_grad_ckpt"]
+    flags = ["--config", str(EMBEDDED), "--preset", args.preset, "--device", args.device]
+    return calibrate.ready_made(folder, [*variant.cali, *flags, *data, *learn])
 
 
 def pictures_of(variant: Variant, args: argparse.Namespace, captions: Sequence[str]) -> Tensor:
@@ -250,8 +241,6 @@ def sheet_of(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose), processes():
-        if rank() != 0:
-            logger.setLevel(logging.WARNING)
         args.device = str(own_device(args.device))
         check_writable(args.outdir)
         variants, name = (ABLATION, "ablation") if args.ablation else (TABLE, "quantization")

@@ -1,5 +1,6 @@
 """Several processes that torchrun started."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +9,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from qdiff.ranks import rank
 from scripts.common import choose_device
+from scripts.console import logger
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs."""
+    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs.
+
+    All but the first tell warnings only, until `logs` ends.
+    """
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     # What is captured lies in main memory, what is learned on the device. One process may draw for hours alone.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))
+    if rank() != 0:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:

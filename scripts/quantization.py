@@ -11,7 +11,7 @@ from torch import nn
 
 from qdiff.checkpoint import CaliHeader, check_flags, load_cali_ckpt, read_cali_header
 from qdiff.config import QuantConfig
-from qdiff.engine import ReferenceLayer, kernels_for, pack
+from qdiff.engine import ReferenceLayer, fits_bytes, kernels_for, pack
 from qdiff.quant_model import QuantModel
 from scripts.console import logger
 from scripts.files import file_sha256
@@ -71,16 +71,11 @@ def quantize(model: nn.Module, quantization: Quantization) -> None:
         switch_grad_checkpoint_off(qnn)
     qnn.set_quant_state(True, quantization.quant_act)
     model.model.diffusion_model = qnn
+    config = replace(quantization.config, quant_act=quantization.quant_act)
     if quantization.engine == "int8":
-        pack(qnn, kernels_for(quantization.config, model.device))
-    elif quantization.engine == "simulate" and fits_bytes(quantization):
+        pack(qnn, kernels_for(config, model.device))
+    elif quantization.engine == "simulate" and fits_bytes(config):
         pack(qnn, ReferenceLayer, attention=False)
-
-
-def fits_bytes(quantization: Quantization) -> bool:
-    """Whether weights and activations are of 8 bits at most: then the simulation is exact in whole numbers, too."""
-    config = quantization.config
-    return quantization.quant_act and max(config.weight_bit, config.act_bit) <= 8
 
 
 def _engine(wanted: str | None, config: QuantConfig, device: torch.device) -> str:

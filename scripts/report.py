@@ -11,8 +11,11 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from scripts.scores import Score, cell
+
 Row = Mapping[str, Any]
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # told apart with defects of colour vision, too
+THEIRS = "FID the original published (SD v1.4, Inception)"
 SHOWN_SIDE = 256  # pixels of a picture on the page, at most
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
@@ -33,20 +36,9 @@ td.theirs, th.theirs { color: #666; font-style: italic; }
 # --- cells -------------------------------------------------------------------------------------------------
 
 
-def number(value: float, digits: int = 4) -> str:
-    """So many significant digits; 0 for what rounding leaves of it."""
-    return f"{0.0 if abs(value) < 5e-5 else value:.{digits}g}"
-
-
-def score_cell(row: Row, key: str, factor: float = 1.0) -> str:
-    """A score with its 95% interval, or with its spread behind +-; - where the row has none."""
-    score = row["scores"].get(key)
-    if score is None:
-        return "-"
-    text = number(score["value"] * factor)
-    if score["low"] is not None:
-        return f"{text} [{number(score['low'] * factor)}, {number(score['high'] * factor)}]"
-    return text if score["spread"] is None else f"{text} +- {number(score['spread'] * factor, 2)}"
+def score_cell(row: Row, key: str) -> str:
+    """A score with its interval or spread; - where the row has none."""
+    return cell(Score(**row["scores"][key])) if key in row["scores"] else "-"
 
 
 def change_cell(row: Row) -> str:
@@ -69,7 +61,7 @@ def cells(row: Row) -> list[str]:
         row["title"],
         score_cell(row, "fid"),
         change_cell(row),
-        score_cell(row, "kid", 1000),
+        score_cell(row, "kid"),
         score_cell(row, "precision"),
         score_cell(row, "recall"),
         score_cell(row, "psnr"),
@@ -80,13 +72,11 @@ def cells(row: Row) -> list[str]:
 
 
 def head(base: Row) -> list[str]:
-    of = f" ({base['features']})" if base["features"] else ""
-    fid = f"FID{of}"
     return [
         "",
-        fid,
+        f"FID ({base['features']})" if base["features"] else "FID",
         "FID against FP32",
-        "KID x 1000",
+        "KID",
         "precision",
         "recall",
         "PSNR to FP32, dB",
@@ -94,9 +84,6 @@ def head(base: Row) -> list[str]:
         "UNet, MB",
         "speed of a UNet call, FP32 = 1",
     ]
-
-
-THEIRS = "FID the original published (SD v1.4, Inception)"
 
 
 def theirs(row: Row) -> str:

@@ -2,13 +2,13 @@
 """The table of results, by one command: python scripts/reproduce.py
 
 For each row of configs/eval/table.yaml (few bits, fewer tokens, both) the same prompts are drawn from the same noise,
-scored against the reference (FID, KID, precision, recall) and against the full-precision pictures (PSNR, SSIM, the
-difference of the FIDs with its interval), and the UNet is timed side by side with the full-precision one. Writes
+scored against the reference (FID, KID, precision, recall) and against the full-precision pictures (PSNR, SSIM, by how
+much the FID is higher, with its interval), and the UNet is timed side by side with the full-precision one. Writes
 OUTDIR/results.json, results.md and results.html, which needs nothing beside it.
 
 --model sd-v1 does the same with Stable Diffusion v1.4 after the original's protocol: it needs the checkpoint,
 --reference imagenet:DIR, and torch-fidelity's Inception weights. Without --cali_ckpt the one that comes with the model
-is taken, or one is made first, in OUTDIR/calibration.
+is taken, or one is made first, in OUTDIR.
 
 Pictures are kept in OUTDIR/pictures and drawn only if they are not there: an interrupted run goes on with the same
 command. With torchrun the processes share the pictures: torchrun --nproc_per_node 2 scripts/reproduce.py
@@ -18,7 +18,6 @@ command. With torchrun the processes share the pictures: torchrun --nproc_per_no
 import argparse
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -105,7 +104,7 @@ class Task:
     @property
     def engine(self) -> str:
         """What computes it."""
-        return "float32" if self.options.quantization is None else self.options.quantization.engine
+        return "float" if self.options.quantization is None else self.options.quantization.engine
 
 
 def prompts_of(protocol: Protocol, n: int) -> list[str]:
@@ -166,16 +165,7 @@ def cali_ckpt_of(protocol: Protocol, args: argparse.Namespace) -> Path:
         return shipped
     flags = [*model_flags(protocol, args), *CALIBRATION, *protocol.calibration]
     key = hashlib.sha256(json.dumps([*protocol.calibration, *choice.hashes.values()]).encode()).hexdigest()[:12]
-    folder = args.outdir / f"calibration-{key}"
-    path = folder / "cali.safetensors"
-    there = path.exists()
-    begun = ["--resume"] if (folder / "progress" / "settings.json").exists() else []
-    barrier()  # all have looked
-    if not there:
-        logger.info("calibrating")
-        calibrate.run(calibrate.parse_args([*flags, "--outdir", str(folder), *begun]))
-        barrier()
-    return path
+    return calibrate.ready_made(args.outdir / f"calibration-{key}", flags)
 
 
 def draw(task: Task, prompts: Sequence[str], seed: int, batch_size: int) -> None:
@@ -211,7 +201,7 @@ def measured(task: Task, base: Task, protocol: Protocol, args: argparse.Namespac
         "title": task.row.title,
         "n": facts["pictures"]["n"],
         "features": label.strip(" ()"),
-        "scores": {key: {**asdict(score), "replicates": None} for key, score in scores.by_key.items()},
+        "scores": {key: {**asdict(score), "replicates": ()} for key, score in scores.by_key.items()},
         "notes": scores.notes,
         "protocol": facts,
         "engine": task.engine,
@@ -227,8 +217,10 @@ def change(row: Scores, base: Scores) -> dict[str, float | None]:
     own, other = row.by_key["fid"], base.by_key["fid"]
     value = 100 * (own.value / other.value - 1)
     replicates = [100 * (a / b - 1) for a, b in zip(own.replicates, other.replicates, strict=True)]
-    half = jackknife_error(replicates) * T_QUANTILE if replicates else None
-    return {"value": value, "low": half and value - half, "high": half and value + half}
+    if not replicates:
+        return {"value": value, "low": None, "high": None}
+    half = jackknife_error(replicates) * T_QUANTILE
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def rows_of(
@@ -272,9 +264,8 @@ def check_scoring(scored: argparse.Namespace, size: tuple[int, int]) -> None:
             scored.reference, what="reference", limit=scored.reference_n, per_class=per_class, shapes_side=size[0]
         )
         reference = reference.framed(choose_framing(scored.resize, scored.size, reference))
-        framed = size if scored.resize == "none" else reference.size
-        if reference.size != framed:
-            raise ValueError(f"the reference is {size_text(reference.size)}, the pictures will be {size_text(framed)}")
+        if scored.resize == "none" and reference.size != size:
+            raise ValueError(f"the reference is {size_text(reference.size)}, the pictures will be {size_text(size)}")
     name = scored.features or suggested
     if scored.inception_weights is not None and name != "inception":
         raise ValueError(f"--inception_weights has no effect with features of {name}: leave it out")
@@ -329,8 +320,6 @@ def write(results: dict[str, Any], outdir: Path) -> None:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose), processes():
-        if rank() != 0:
-            logger.setLevel(logging.WARNING)
         args.device = str(own_device(args.device))
         run(args)
 

@@ -53,6 +53,19 @@ class Scores:
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
+def number_text(value: float) -> str:
+    """Four significant digits; 0 for what is less than rounding and sampling leave of it."""
+    return f"{0.0 if abs(value) < 5e-5 else value:.4g}"
+
+
+def cell(score: Score) -> str:
+    """The value with its interval in brackets, or with its spread behind +-."""
+    text = number_text(score.value)
+    if score.low is not None:
+        return f"{text} [{number_text(score.low)}, {number_text(score.high)}]"
+    return text if score.spread is None else f"{text} +- {number_text(score.spread)}"
+
+
 # --- against a reference -----------------------------------------------------------------------------------
 
 

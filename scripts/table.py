@@ -10,7 +10,9 @@ import yaml
 import tomesd
 from scripts.common import ROOT
 
-SET_BY_ROWS = ("--seed", "--n_samples", "--n_iter", "--outdir", "--ratio", "--ptq", "--cali_ckpt", "--device", "--ckpt")
+MODEL_FLAGS = ("--config", "--ckpt", "--tokenizer", "--device")
+ROW_FLAGS = ("--ratio", "--ptq", "--cali_ckpt", "--weight_bit", "--quant_act", "--no-quant_act", "--act_bit")
+RUN_FLAGS = ("--seed", "--n_samples", "--n_iter", "--outdir")
 TABLE = ROOT / "configs/eval/table.yaml"
 
 
@@ -67,7 +69,8 @@ class Protocol:
             flags = getattr(self, name)
             if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
                 raise ValueError(f"{name} is {flags!r}: it must be a list of texts, numbers in quotes")
-        if idle := [flag for flag in self.drawing if flag in SET_BY_ROWS]:
+        set_elsewhere = (*MODEL_FLAGS, *ROW_FLAGS, *RUN_FLAGS)
+        if idle := [flag for flag in self.drawing if flag.split("=")[0] in set_elsewhere]:
             raise ValueError(f"drawing has {', '.join(idle)}, which the rows and the command say")
         if self.prompts != "shapes" and "{class}" not in self.prompts:
             raise ValueError(f"prompts are {self.prompts!r}: they must be shapes or a text with {{class}}")

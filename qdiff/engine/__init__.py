@@ -19,14 +19,19 @@ from qdiff.engine.onednn import OneDNNLayer
 from qdiff.engine.reference import ReferenceLayer
 from qdiff.quant_model import QuantModel, put_module
 
-__all__ = ["IntegerLayer", "LayerSpec", "OneDNNLayer", "ReferenceLayer", "kernels_for", "pack"]
+__all__ = ["IntegerLayer", "LayerSpec", "OneDNNLayer", "ReferenceLayer", "fits_bytes", "kernels_for", "pack"]
+
+
+def fits_bytes(config: QuantConfig) -> bool:
+    """Whether weights and activations are whole numbers of 8 bits at most: for those there are integer layers."""
+    return config.quant_act and max(config.weight_bit, config.act_bit) <= 8
 
 
 def kernels_for(config: QuantConfig, device: torch.device) -> type[IntegerLayer]:
     """The layers that run a model of this config on this device. ValueError, with the reason, if there are none."""
     if not config.quant_act:
         raise ValueError("it computes in whole numbers, and these activations are float")
-    if max(config.weight_bit, config.act_bit) > 8:
+    if not fits_bytes(config):
         raise ValueError(f"W{config.weight_bit}A{config.act_bit} does not fit into bytes: 8 bits are the most that do")
     if device.type != "cpu":
         raise ValueError(f"there are no kernels for {device.type} yet: they run on the CPU")

@@ -110,7 +110,8 @@ def test_changes_are_jackknifed_together():
     base = scores_of(2.0, tuple(2.0 + 0.1 * i for i in range(10)))
     row = scores_of(2.2, tuple(1.1 * (2.0 + 0.1 * i) for i in range(10)))  # a tenth more, whatever is left out
     change = reproduce.change(row, base)
-    assert change["value"] == pytest.approx(10) and change["high"] - change["low"] == pytest.approx(0, abs=1e-9)
+    assert [change[name] for name in ("value", "low", "high")] == pytest.approx([10] * 3)
+    assert reproduce.change(base, base) == {"value": 0.0, "low": 0.0, "high": 0.0}
     other = reproduce.change(scores_of(2.2, (2.2,) * 10), base)
     shares = np.array([220 / (2.0 + 0.1 * i) - 100 for i in range(10)])
     error = math.sqrt(0.9 * np.square(shares - shares.mean()).sum())
