@@ -191,7 +191,7 @@ def build_model(args: argparse.Namespace, choice: ModelChoice, options: "Samplin
     )
     getattr(model.cond_stage_model, "tokenizer", None)  # read now, since what it lacks should be told before all else
     if quantization is not None:
-        quantize(model, quantization)
+        quantize(model, quantization, options.precision)
     if options.merge is not None:
         tomesd.apply_patch(model, **asdict(options.merge))
     return model
@@ -241,7 +241,8 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
     taken = _steps_taken(sampler, steps, choice.timesteps)
     if taken != steps:
         logger.info("%d steps do not divide the model's %d: %d are taken", steps, choice.timesteps, taken)
-    on_gpu = choose_device(args.device).type == "cuda"
+    device = choose_device(args.device)
+    quantization = choose_quantization(args, choice.cali_ckpts, device)
     return SamplingOptions(
         height=_side("H", size.get("H", choice.height), choice.factor),
         width=_side("W", size.get("W", choice.width), choice.factor),
@@ -251,10 +252,17 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
         eta=args.ddim_eta or 0.0,
         scale=float(scale),
         negative_prompt=args.negative_prompt or "",
-        precision=args.precision or ("autocast" if on_gpu else "full"),
+        precision=args.precision or default_precision(device, quantization),
         merge=merge_options(args),
-        quantization=choose_quantization(args, choice.cali_ckpts, choose_device(args.device)),
+        quantization=quantization,
     )
+
+
+def default_precision(device: torch.device, quantization: Quantization | None) -> str:
+    """autocast on a GPU, and for the integer engine on a CPU that computes in bfloat16; else full."""
+    integers = quantization is not None and quantization.engine == "int8"
+    has_bfloat16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "autocast" if device.type == "cuda" or (integers and has_bfloat16) else "full"
 
 
 def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:

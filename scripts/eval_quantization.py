@@ -44,7 +44,7 @@ from scripts.files import check_writable, file_sha256, write_png
 from scripts.pace import weight_bytes
 from scripts.processes import own_device, processes
 
-SAMPLER = ["--dpm_solver", "--ddim_steps", "20"]
+SAMPLER = ["--dpm_solver", "--ddim_steps", "20", "--precision", "full"]
 SHEET_COLUMNS = 8
 
 

@@ -61,8 +61,8 @@ def choose_quantization(
     )
 
 
-def quantize(model: nn.Module, quantization: Quantization) -> None:
-    """Quantize a LatentDiffusion's UNet, in place."""
+def quantize(model: nn.Module, quantization: Quantization, precision: str = "full") -> None:
+    """Quantize a LatentDiffusion's UNet, in place. precision: autocast or full, in which it will draw."""
     if quantization.cond and model.model.conditioning_key is None:
         raise ValueError("--cond is given, but the model takes no condition: leave it out")
     qnn = QuantModel(model.model.diffusion_model, quantization.config)
@@ -75,7 +75,8 @@ def quantize(model: nn.Module, quantization: Quantization) -> None:
     if quantization.engine == "int8":
         pack(qnn, kernels_for(config, model.device))
     elif quantization.engine == "simulate" and fits_bytes(config):
-        pack(qnn, ReferenceLayer, attention=False)
+        # Under autocast what is not a product is that of the integer engine, whose rounding would differ otherwise.
+        pack(qnn, ReferenceLayer, fast=model.device.type == "cpu" and precision == "autocast")
 
 
 def _engine(wanted: str | None, config: QuantConfig, device: torch.device) -> str:

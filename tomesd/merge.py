@@ -160,7 +160,9 @@ def _identity(x: torch.Tensor, mode: str = "mean") -> torch.Tensor:
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [B, N, C], index [B, M] -> the M tokens [B, M, C]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    # Whole rows at a time, by places in the flattened batch: several times faster than a gather of single numbers.
+    first = torch.arange(len(x), device=index.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, x.shape[-1])
 
 
 def _normalize(metric: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,17 @@ from collections.abc import Callable
 import torch
 
 from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff.config import QuantConfig
-from qdiff.engine import onednn
-from qdiff.engine.attention import PACKED, OncePerContext
+from qdiff.engine import attention, blocks, onednn
+from qdiff.engine.attention import OncePerContext
+from qdiff.engine.blocks import OncePerStep
 from qdiff.engine.layers import IntegerLayer, LayerSpec, integer_layer
 from qdiff.engine.onednn import OneDNNLayer
 from qdiff.engine.reference import ReferenceLayer
 from qdiff.quant_model import QuantModel, put_module
+
+PACKED = blocks.PACKED | attention.PACKED  # class of a block -> its class when packed
 
 __all__ = ["IntegerLayer", "LayerSpec", "OneDNNLayer", "ReferenceLayer", "fits_bytes", "kernels_for", "pack"]
 
@@ -40,12 +44,13 @@ def kernels_for(config: QuantConfig, device: torch.device) -> type[IntegerLayer]
     return OneDNNLayer
 
 
-def pack(qnn: QuantModel, make: Callable[[LayerSpec], IntegerLayer], *, attention: bool = True) -> None:
+def pack(qnn: QuantModel, make: Callable[[LayerSpec], IntegerLayer], *, fast: bool = True) -> None:
     """Replace all layers of a calibrated model by integer ones, in place. No float weight is left but biases and norms.
 
-    attention: use the fused kernel for large attention, too, and keep the keys and values of a prompt. Tokens are
-    merged afterwards (`tomesd.apply_patch`). There is no way back: load the model anew. Raises ValueError, and leaves
-    the model as it is, if a layer cannot be packed.
+    fast: make its blocks packed ones, too: what is the same in all steps is computed once, large attention by the fused
+    kernel, and under autocast norms, activation functions and quantization together (see `blocks`). Tokens are merged
+    afterwards (`tomesd.apply_patch`). There is no way back: load the model anew. Raises ValueError, and leaves the
+    model as it is, if a layer cannot be packed.
     """
     layers = {}
     for name, layer in qnn.layers().items():
@@ -56,14 +61,16 @@ def pack(qnn: QuantModel, make: Callable[[LayerSpec], IntegerLayer], *, attentio
     for name, layer in layers.items():
         put_module(qnn, name, layer)
     qnn.forget_float()
-    if attention:
-        _pack_attention(qnn)
+    if fast:
+        _pack_blocks(qnn)
 
 
-def _pack_attention(qnn: QuantModel) -> None:
-    for block in qnn.modules():
+def _pack_blocks(qnn: QuantModel) -> None:
+    for block in list(qnn.modules()):
         if isinstance(block, BasicTransformerBlock):
             for name in ("to_k", "to_v"):
                 setattr(block.attn2, name, OncePerContext(getattr(block.attn2, name)))
+        if isinstance(block, ResBlock):
+            block.emb_layers = OncePerStep(block.emb_layers)
         if type(block) in PACKED:
             block.__class__ = PACKED[type(block)]

@@ -9,14 +9,15 @@ in whole numbers up to the last product: the sum is exact in 32 bits. Zero paddi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from qdiff.quant_layer import FrozenQuantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
+from qdiff.engine import rest
+from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,21 @@ class LayerSpec:
     options: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """How numbers become codes: clamp(round(x / delta) + zero_point, 0, high)."""
+
+    delta: float
+    zero_point: int
+    high: int
+
+
+def range_of(quantizer: Quantizer) -> Range:
+    """Of a quantizer with one range. Codes start at 0, signed ones are moved up."""
+    low = quantizer.low
+    return Range(delta=float(quantizer.delta), zero_point=int(quantizer.zero_point) - low, high=quantizer.high - low)
+
+
 class _FixedDtypes(nn.Module):
     """`.half()` and the like move its tensors, but do not cast them: steps would lose their precision."""
 
@@ -48,12 +64,12 @@ class _FixedDtypes(nn.Module):
         return self
 
 
-class IntegerLayer(_FixedDtypes):
-    """What the layers of all engines share: a float input is quantized, then multiplied in whole numbers."""
+class CodesLayer(_FixedDtypes):
+    """A layer whose float input is quantized first: `range` is a Range, or has what a Range has."""
 
-    def __init__(self, spec: LayerSpec):
+    def __init__(self, range: "Range | LayerSpec | CodesLayer"):
         super().__init__()
-        self.delta, self.zero_point, self.high = spec.delta, spec.zero_point, spec.high
+        self.delta, self.zero_point, self.high = range.delta, range.zero_point, range.high
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x in any float dtype, in its dtype."""
@@ -61,11 +77,23 @@ class IntegerLayer(_FixedDtypes):
 
     def quantize(self, x: Tensor) -> Tensor:
         """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit, of finite x. NaN has no code."""
-        return (x.float() / self.delta).round_().add_(self.zero_point).clamp_(0, self.high).to(torch.uint8)
+        return rest.quantize(x, self)[0]
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer's output in `dtype`, of the codes of its input."""
         raise NotImplementedError
+
+    def requantized(self, codes: Tensor, to: Range) -> Tensor:
+        """The layer's output as codes for what follows, of the codes of its input. It is not rounded in between.
+
+        As kernels do it, with a product by 1 / delta; codes may differ from those of a division where that is a tie.
+        """
+        scaled = self.product(codes, torch.float32).mul_(1 / to.delta).add_(to.zero_point)
+        return scaled.round_().clamp_(0, to.high).to(torch.uint8)
+
+
+class IntegerLayer(CodesLayer):
+    """What an engine makes of a LayerSpec: the product is one of whole numbers."""
 
 
 MakeLayer = Callable[[LayerSpec], IntegerLayer]
@@ -82,7 +110,7 @@ class SplitIntegerLayer(nn.Module):
         return self.first(x[:, : self.split]) + self.second(x[:, self.split :])
 
 
-class OffsetIntegerLayer(_FixedDtypes):
+class OffsetIntegerLayer(CodesLayer):
     """For weights of which q - z does not fit into a byte: q - 128 does, and 128 - z times the sum of c - Z is added.
 
     That sum is one more output, with a weight of ones.
@@ -90,15 +118,16 @@ class OffsetIntegerLayer(_FixedDtypes):
 
     offsets: Tensor
 
-    def __init__(self, layer: nn.Module, offsets: Tensor, dim: int):
-        super().__init__()
+    def __init__(self, layer: IntegerLayer, offsets: Tensor, dim: int):
+        super().__init__(layer)
         self.layer, self.dim = layer, dim
         self.register_buffer("offsets", offsets)
 
-    def forward(self, x: Tensor) -> Tensor:
-        outputs, sums = self.layer(x).split([len(self.offsets), 1], dim=self.dim)
-        shape = [-1 if axis == self.dim % x.ndim else 1 for axis in range(x.ndim)]
-        return torch.addcmul(outputs, sums, self.offsets.to(x.dtype).view(shape))
+    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        # In float32: two large numbers may differ by a small one.
+        outputs, sums = self.layer.product(codes, torch.float32).split([len(self.offsets), 1], dim=self.dim)
+        shape = [-1 if axis == self.dim % codes.ndim else 1 for axis in range(codes.ndim)]
+        return torch.addcmul(outputs, sums, self.offsets.view(shape)).to(dtype)
 
 
 # --- from a quantized layer --------------------------------------------------------------------------------
@@ -125,10 +154,8 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
         weight=quantizer.codes() - quantizer.zero_point,
         step=quantizer.delta.flatten().clone(),
         bias=None if bias is None else bias.detach().float().clone(),
-        delta=float(act.delta),
-        zero_point=int(act.zero_point) - act.low,  # signed codes, moved up
-        high=act.high - act.low,
         options=layer.options or None,
+        **asdict(range_of(act)),
     )
     if spec.weight.min() >= -128 and spec.weight.max() <= 127:
         return make(replace(spec, weight=spec.weight.to(torch.int8)))

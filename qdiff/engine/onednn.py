@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.layers import IntegerLayer, LayerSpec, Range
 
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels write
 
@@ -62,6 +62,13 @@ class OneDNNLayer(IntegerLayer):
         codes = codes.contiguous(memory_format=torch.channels_last)
         result = torch.ops.onednn.qconv_pointwise(codes, *weight, *self.options, 1.0, 0, out, "none", [], "").to(dtype)
         return result.squeeze(2).contiguous() if self.one_dimensional else result
+
+    def requantized(self, codes: Tensor, to: Range) -> Tensor:
+        if self.options is not None or to.high != 255 or not 0 <= to.zero_point <= 255:  # the kernel saturates there
+            return super().requantized(codes, to)
+        weight = (self.delta, self.zero_point, self.packed, self.step, self.zeros, self.bias)
+        to_codes = (to.delta, to.zero_point, torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(codes, *weight, *to_codes, "none", [], "")
 
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:

@@ -394,8 +394,8 @@ class UNetModel(nn.Module):
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resblock_updown and any(n % factor for n in x.shape[2:]):
             raise ValueError(f"latents of {tuple(x.shape[2:])} are not multiples of {factor}, as this UNet needs")
-        dtype = self.out[0].weight.dtype  # of a norm: other layers may be packed
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        dtype = self.working_dtype()
+        emb = self.embed_time(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
         skips = []
@@ -409,3 +409,11 @@ class UNetModel(nn.Module):
             # Upsampling goes to the size of the next skip: at odd sizes that is not twice its own.
             h = module(h, emb, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
+
+    def working_dtype(self) -> torch.dtype:
+        """Of the features between its layers."""
+        return self.out[0].weight.dtype  # of a norm: other layers may be packed
+
+    def embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """[B] -> [B, emb_channels]."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.working_dtype()))

@@ -6,8 +6,9 @@ import torch
 import tomesd
 from qdiff import QuantConfig, save_cali_ckpt
 from qdiff.checkpoint import unet_bytes
-from qdiff.engine import IntegerLayer, OneDNNLayer, ReferenceLayer, attention, kernels_for, onednn, pack
+from qdiff.engine import IntegerLayer, OneDNNLayer, ReferenceLayer, attention, kernels_for, native, onednn, pack
 from qdiff.engine.attention import OncePerContext, PackedCrossAttention
+from qdiff.engine.blocks import STEPS_KEPT, OncePerStep
 from qdiff.quant_layer import QuantModule
 
 has_kernels = pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")
@@ -37,9 +38,9 @@ def packed(make_calibrated):
     """(engine, **settings) -> a packed model, and inputs."""
     make, inputs = make_calibrated
 
-    def build(engine, *, attention=True, **settings):
+    def build(engine, *, fast=True, **settings):
         qnn = make(**settings)
-        pack(qnn, engine, attention=attention)
+        pack(qnn, engine, fast=fast)
         return qnn, inputs
 
     return build
@@ -73,7 +74,7 @@ def test_float_weights_are_let_go(make_calibrated):
 @torch.no_grad()
 def test_kernels_and_simulation_agree_bit_for_bit(packed, settings):
     (simulated, inputs), (fast, _) = (
-        packed(ReferenceLayer, attention=False, **settings),
+        packed(ReferenceLayer, fast=False, **settings),
         packed(OneDNNLayer, **settings),
     )
     expected = simulated(*inputs)
@@ -84,7 +85,7 @@ def test_kernels_and_simulation_agree_bit_for_bit(packed, settings):
 @has_kernels
 @torch.no_grad()
 def test_they_agree_with_merged_tokens_and_odd_sizes(packed):
-    (simulated, (x, t, context)), (fast, _) = packed(ReferenceLayer, attention=False), packed(OneDNNLayer)
+    (simulated, (x, t, context)), (fast, _) = packed(ReferenceLayer, fast=False), packed(OneDNNLayer)
     x = torch.randn(3, x.shape[1], 10, 14, generator=torch.Generator().manual_seed(0))
     outputs = []
     for qnn in (simulated, fast):
@@ -95,10 +96,73 @@ def test_they_agree_with_merged_tokens_and_odd_sizes(packed):
     assert not torch.equal(outputs[1], plain(x, t[:1].expand(3), context[:1].expand(3, -1, -1)))
 
 
+def bfloat16(qnn, *inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        return qnn(*inputs)
+
+
+@has_kernels
+@pytest.mark.parametrize("settings", [{}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_bit": 6}])
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@torch.no_grad()
+def test_in_bfloat16_they_agree_bit_for_bit_too(packed, settings, ratio):
+    outputs = []
+    for engine in (ReferenceLayer, OneDNNLayer):
+        qnn, (x, t, context) = packed(engine, **settings)
+        if ratio:
+            tomesd.apply_patch(qnn, ratio=ratio)
+        odd = torch.randn(3, x.shape[1], 10, 14, generator=torch.Generator().manual_seed(0))
+        outputs.append(
+            [bfloat16(qnn, x, t, context), bfloat16(qnn, odd, t[:1].expand(3), context[:1].expand(3, -1, -1))]
+        )
+    for reference, kernels in zip(*outputs, strict=True):
+        assert kernels.dtype == torch.float32 and kernels.std() > 0
+        assert torch.equal(reference, kernels)
+
+
+@torch.no_grad()
+def test_bfloat16_is_float32_up_to_its_rounding(make_calibrated, packed):
+    """Few bits make much of small differences: as far off as the float model's bfloat16, times a few."""
+    make, inputs = make_calibrated
+    expected = make(act_bit=8, weight_bit=8)(*inputs)
+    qnn, _ = packed(ReferenceLayer, act_bit=8, weight_bit=8)
+    assert (bfloat16(qnn, *inputs) - expected).norm() < 0.25 * expected.norm()
+
+
+@pytest.mark.skipif(not native.library(), reason="no C compiler here")
+@torch.no_grad()
+def test_without_a_compiler_it_works_too(packed, monkeypatch):
+    qnn, inputs = packed(ReferenceLayer)
+    exact, fused = qnn(*inputs), bfloat16(qnn, *inputs)
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "has_attention", lambda: False)
+    assert torch.equal(qnn(*inputs), exact)
+    assert (bfloat16(qnn, *inputs) - fused).norm() < 0.25 * fused.norm()
+
+
+@torch.no_grad()
+def test_time_embeddings_are_computed_once_a_step(packed):
+    qnn, (x, t, context) = packed(ReferenceLayer)
+    calls = []
+    qnn.model.time_embed.register_forward_hook(lambda *_: calls.append(1))
+    block = next(module for module in qnn.modules() if isinstance(module, OncePerStep))
+    block.layer.register_forward_hook(lambda *_: calls.append(1))
+    first = qnn(x, t * 0 + 7, context)
+    assert torch.equal(qnn(x, t * 0 + 7, context), first) and len(calls) == 2
+    assert not torch.equal(qnn(x, t * 0 + 8, context), first) and len(calls) == 4
+    assert torch.equal(qnn(x, t * 0 + 7, context), first) and len(calls) == 4
+    both = [qnn(x, torch.full_like(t, n), context) for n in (7, 8)]
+    mixed = qnn(torch.cat([x, x]), torch.cat([t * 0 + 7, t * 0 + 8]), torch.cat([context, context]))
+    assert torch.allclose(mixed, torch.cat(both), atol=1e-5)
+    for n in range(STEPS_KEPT + 5):
+        qnn(x, torch.full_like(t, n), context)
+    assert len(block._outputs) == STEPS_KEPT
+
+
 @torch.no_grad()
 def test_packed_model_is_the_simulation_up_to_rounding(make_calibrated, packed):
     make, inputs = make_calibrated
-    qnn, _ = packed(ReferenceLayer, attention=False)
+    qnn, _ = packed(ReferenceLayer, fast=False)
     expected = make()(*inputs)
     assert (qnn(*inputs) - expected).norm() < 2e-2 * expected.norm()  # a few codes tip over, and tip others
 
