@@ -106,7 +106,7 @@ def load_model_from_config(
     source = str(ckpt)
     tensors = read_weights(ckpt)
     with torch.device("meta"):  # no memory for weights that the file brings; the schedule is computed all the same
-        model = instantiate_from_config(_for_inference(config.get("model", config)))
+        model = instantiate_from_config(for_inference(config.get("model", config)))
     _place_tokenizer(model, Path(ckpt), tokenizer)
     if use_ema:
         tensors |= averaged_weights(tensors, source)
@@ -121,7 +121,7 @@ def load_model_from_config(
     return model.to(device).eval()
 
 
-def _for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
+def for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model node `config`, without a second set of weights to average."""
     params = config.get("params") or {}
     target = {"target": config["target"]} if "target" in config else {}

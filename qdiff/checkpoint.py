@@ -74,17 +74,28 @@ def save_cali_ckpt(
     if format == "qdiff":
         write_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.state_dict_of(qnn), temporary))
     else:
-        content = {
-            "version": VERSION,
-            "config": qnn.config.to_dict(),
-            "splits": splits_of(qnn),
-            "merge": dict(merge) if merge else None,
-            "calibration": dict(calibration or {}),
-            "source": {"fingerprint": fingerprint(qnn), **(source or {})},
-        }
-        header = {HEADER: json.dumps(content)}  # one entry: of several, the order in the file would be by chance
+        header = CaliHeader(
+            config=qnn.config,
+            splits=splits_of(qnn),
+            merge=dict(merge) if merge else None,
+            calibration=dict(calibration or {}),
+            source={"fingerprint": fingerprint(qnn), **(source or {})},
+        )
         tensors = weights_of(qnn) | ranges_of(qnn)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata_of(header)))
+
+
+def metadata_of(header: CaliHeader, **more: Any) -> dict[str, str]:
+    """The metadata of a file with this header, and with plain values `more` beside what it says."""
+    content = {
+        "version": VERSION,
+        "config": header.config.to_dict(),
+        "splits": header.splits,
+        "merge": header.merge,
+        "calibration": header.calibration,
+        "source": header.source,
+    }
+    return {HEADER: json.dumps(content | more)}  # one entry: of several, the order in the file would be by chance
 
 
 def splits_of(qnn: QuantModel) -> dict[str, int]:

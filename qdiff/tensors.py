@@ -83,7 +83,7 @@ def _frozen(tensors: Mapping[str, Tensor], layer: QuantModule, part_name: str, n
     codes, delta, zero_point = (tensors[f"{name}.{what}"] for what in ("codes", "delta", "zero_point"))
     quantizer = FrozenQuantizer.from_packed(codes, shape, old.n_bits, delta, zero_point)
     quantizer.enabled = old.enabled
-    return quantizer.to(layer.weight.device)
+    return quantizer if layer.weight.is_meta else quantizer.to(layer.weight.device)
 
 
 def _range(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

@@ -1,76 +1,57 @@
 #!/usr/bin/env python
-"""How fast is the UNet, how much memory does it take? python scripts/benchmark.py --repeats 5
+"""How fast is the UNet, and what does it need? python scripts/benchmark.py --repeats 5
 
-Times single UNet calls as a guided step makes them (a batch of 2) at the model's latent size, in float32 and under
-autocast, each with every --ratio of merged tokens. All settings are gone through in turn, --repeats times, forwards
-and backwards; each measurement begins with an untimed call. What is compared is compared within a repeat: speed-up is
+Times single UNet calls as a guided step makes them (a batch of 2) at the model's latent size, by each --engine with
+each --ratio of merged tokens:
+
+  float32, bf16       the float UNet, all of it in that dtype
+  simulate            quantized (W4A8), whole numbers held as floats
+  int8                quantized, in integer kernels; the rest in bfloat16 where the hardware has it
+  int8-float32        the same, the rest in float32
+
+All settings are gone through in turn, --repeats times, forwards and backwards; each measurement begins with an untimed
+call (if calls take more than 10 s, in the first repeat only). What is compared is compared within a repeat: speed-up is
 the time of float32 without merging over the setting's, both of the same repeat. Tables show medians (min..max).
+--peers adds what is installed of diffusers and OpenVINO, on the same UNet. --memory adds the peak of each engine, of a
+process of its own.
 
 Speed does not depend on what the weights are: --random_weights measures the real shapes of Stable Diffusion v1, or of
-any --config, without a checkpoint. Prints a table and writes OUTDIR/benchmark.json.
+any --config, without a checkpoint. Prints tables and writes benchmark.json, benchmark.md and benchmark.png to OUTDIR.
 """
 
 # ruff: noqa: E402
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
-import tomesd
-from ldm.checkpoint import averaged_weights, fill, read_weights
-from ldm.util import instantiate_from_config
+from qdiff.config import QuantConfig
 from qdiff.files import write_atomically
-from scripts.common import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, choose_device, precision_context, read_config
-from scripts.console import ArgumentParser, command, number
+from scripts import benchmark_engines, benchmark_peers
+from scripts.benchmark_engines import DEFAULT, ENGINES, Engine, shipped_ranges
+from scripts.benchmark_floor import floor_seconds, peaks
+from scripts.benchmark_measure import BASELINE, machine, measure, rows_of, seconds_per_call, settings_of
+from scripts.benchmark_memory import peak_alone, tell_peak
+from scripts.benchmark_model import MODELS, Source, inputs_of
+from scripts.benchmark_operations import operations
+from scripts.benchmark_peers import PEERS
+from scripts.benchmark_report import markdown, plot, text
+from scripts.common import choose_device
+from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.files import check_writable
 
-MODELS = {"embedded": EMBEDDED, "sd-v1": STABLE_DIFFUSION}  # name -> config
-UNET_PREFIX = "model.diffusion_model."
-CLIP_TOKENS = 77  # of a prompt, unless the config says otherwise
-MIN_SECONDS = 0.5  # a measurement is the mean of as many calls as fit, and of one at least
+__all__ = ["inputs_of", "machine", "main", "seconds_per_call"]  # with which other commands time UNets
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is measured. precision: as precision_context has it; ratio: part of the tokens to merge, 0 is none."""
-
-    precision: str
-    ratio: float
-
-
-BASELINE = Setting(precision="full", ratio=0.0)
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """A setting's figures. seconds: per call, one a repeat.
-
-    tokens: share that the transformer blocks process of those they get. peak_bytes: the most memory that was held while
-    this setting ran, by torch on a GPU, else by the whole process with its libraries; None where the system does not
-    tell.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    tokens: float = 1.0
-    peak_bytes: int | None = None
-
-
-# ---------------------------------------------------------------------------------------- the command line
+# --- the command line --------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -80,282 +61,136 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--config", type=Path, metavar="FILE", help="any model's yaml; needs --random_weights")
     add = parser.add_argument
     add("--random_weights", action="store_true", help="build the config's UNet without a checkpoint")
+    add("--engine", nargs="+", choices=ENGINES, metavar="E", help=f"(default: those that run of {' '.join(DEFAULT)})")
+    add("--peers", nargs="*", choices=PEERS, metavar="P", help=f"all that is installed, or some of {' '.join(PEERS)}")
     add("--ratio", type=number(float, 0, 1), nargs="+", default=[0.0, 0.3, 0.5], metavar="X", help="(default: 0 .3 .5)")
+    add("--weight_bit", type=int, choices=(4, 8), default=4, help="of quantized engines (default: %(default)s)")
+    add("--memory", action="store_true", help="measure peak memory, too: each engine is built twice")
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=number(int, 1), metavar="N", help="of the CPU (default: torch's choice)")
-    add("--channels_last", action="store_true", help="keep convolutions in the memory format NHWC")
     add("--outdir", type=Path, default=Path("outputs/benchmark"), metavar="DIR", help="(default: %(default)s)")
     add("--verbose", action="store_true", help="show where an error comes from")
+    add("--child", choices=(*ENGINES, *PEERS), help=argparse.SUPPRESS)  # tell the peak memory of one, nothing else
     args = parser.parse_args(argv)
     if args.config is not None and not args.random_weights:
         parser.error("--config FILE comes without a checkpoint: add --random_weights")
     if args.config is None and args.random_weights and args.model != "sd-v1":
         parser.error("--random_weights contradicts the embedded model, which has weights: leave it out")
+    args.peers = PEERS if args.peers == [] else args.peers or ()
     return args
 
 
-def settings_of(ratios: Sequence[float]) -> list[Setting]:
-    """The baseline, then all others. ValueError for a ratio that cannot be merged."""
-    for ratio in ratios:
-        tomesd.MergeOptions(ratio=ratio)
-    wanted = [Setting(precision=precision, ratio=ratio) for precision in ("full", "autocast") for ratio in ratios]
-    return list(dict.fromkeys([BASELINE, *wanted]))
-
-
-# ------------------------------------------------------------------------------------------------ the UNet
-
-
-def read_params(path: Path) -> dict[str, Any]:
-    """The `model.params` of a config. Raises OSError or ValueError if they cannot be read or describe no UNet."""
-    config = read_config(path)
-    try:
-        params = config["model"]["params"]
-        if all(params[key] for key in ("image_size", "channels")) and params["unet_config"]["params"]["context_dim"]:
-            return params
-    except (KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"config {str(path)!r} describes no latent diffusion model with text: it needs model.params with image_size, "
-        "channels and unet_config, and in that params.context_dim"
-    )
-
-
-def random_unet(config: dict[str, Any]) -> nn.Module:
-    """A UNet with the weights that training begins with, noise in place of the zeros, which would end all signals."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        unet = instantiate_from_config(config)
-        for parameter in unet.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return unet
-
-
-def trained_unet(config: dict[str, Any], *places: Path) -> nn.Module:
-    """The UNet alone, in float32, of the first checkpoint that is there. Errors are those of ldm.checkpoint."""
-    ckpt = next((path for path in places if path.is_file()), None)
-    if ckpt is None:
-        missing = " or ".join(repr(str(path)) for path in places)
-        raise FileNotFoundError(f"no checkpoint at {missing}: put one there, or use --model sd-v1 --random_weights")
-    tensors = read_weights(ckpt)
-    tensors |= averaged_weights(tensors, str(ckpt))
-    with torch.device("meta"):
-        unet = instantiate_from_config(config)
-    own = {name.removeprefix(UNET_PREFIX): tensors[name] for name in tensors if name.startswith(UNET_PREFIX)}
-    fill(unet, own, str(ckpt))
-    return unet.float()
-
-
-def inputs_of(params: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Noise as arguments of a UNet call: latents [2, C, h, w], timesteps [2], context [2, tokens, context_dim]."""
-    generator = torch.Generator().manual_seed(0)
-    side = params["image_size"]
-    encoder = (params.get("cond_stage_config") or {}).get("params") or {}
-    width = params["unet_config"]["params"]["context_dim"]
-    inputs = {
-        "x": torch.randn(2, params["channels"], side, side, generator=generator),
-        "timesteps": torch.full((2,), 500),
-        "context": torch.randn(2, encoder.get("max_length", CLIP_TOKENS), width, generator=generator),
-    }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-# --------------------------------------------------------------------------------------------- measurement
-
-
-@contextmanager
-def applied(setting: Setting, unet: nn.Module, device: torch.device) -> Iterator[None]:
-    """While open, `unet` works as the setting says; afterwards it is as before.
-
-    It is one context for all calls of a measurement, as for all steps of a picture: autocast keeps its converted
-    weights while it lasts.
-    """
-    if setting.ratio:
-        tomesd.apply_patch(unet, ratio=setting.ratio)
-    try:
-        with torch.no_grad(), precision_context(device, setting.precision):
-            yield
-    finally:
-        tomesd.remove_patch(unet)
-
-
-def seconds_per_call(call: Callable[[], Any], device: torch.device) -> float:
-    """Mean over at least MIN_SECONDS, after one untimed call."""
-
-    def finished_call() -> None:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    finished_call()
-    start, calls, seconds = time.perf_counter(), 0, 0.0
-    while not calls or seconds < MIN_SECONDS:
-        finished_call()
-        calls, seconds = calls + 1, time.perf_counter() - start
-    return seconds / calls
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Let peak_bytes count from here on; False where the system cannot."""
+def set_threads(args: argparse.Namespace, device: torch.device) -> None:
+    if args.threads is None:
+        return
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5 is the high-water mark of resident memory (Linux)
-    except OSError:
-        return False
-    return True
+        raise ValueError(f"--threads {args.threads} has no effect on a GPU: leave it out or use --device cpu")
+    torch.set_num_threads(args.threads)
 
 
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+# --- the run -----------------------------------------------------------------------------------------------
 
 
-def measure(
-    unet: nn.Module, inputs: dict[str, Tensor], settings: Sequence[Setting], repeats: int, device: torch.device
-) -> dict[Setting, Measured]:
-    """All settings in turn, every second time backwards, so that a slow drift of the machine favours none."""
-    found = {setting: Measured() for setting in settings}
-    rounds = [setting for i in range(repeats) for setting in (settings if i % 2 == 0 else settings[::-1])]
-    for setting in tqdm(rounds, unit="measurement"):
-        of = found[setting]
-        has_peak = reset_peak(device)
-        with applied(setting, unet, device):
-            of.seconds.append(seconds_per_call(lambda: unet(**inputs), device))
-            if setting.ratio:
-                counts = tomesd.token_report(unet)
-                of.tokens = sum(count.tokens_processed for count in counts) / sum(count.tokens_in for count in counts)
-        if has_peak:
-            of.peak_bytes = max(of.peak_bytes or 0, peak_bytes(device))
-    return found
-
-
-# -------------------------------------------------------------------------------------------------- report
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def rows_of(found: dict[Setting, Measured]) -> list[dict[str, Any]]:
-    """A row a setting, with the spread of its times and of its speed-up over the baseline, repeat by repeat."""
-    base = found[BASELINE].seconds
-    return [
-        {
-            **asdict(setting),
-            "tokens": of.tokens,
-            "seconds": spread(of.seconds),
-            "speedup": spread([b / s for b, s in zip(base, of.seconds, strict=True)]),
-            "peak_bytes": of.peak_bytes,
-            "seconds_by_repeat": of.seconds,
-        }
-        for setting, of in found.items()
-    ]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What kind of machine this is; nothing that tells one from another of its kind."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = {
-        "cpu": cpu_model(),
-        "cores": usable,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": device.type,
-    }
-    return kind | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def model_facts(unet: nn.Module, inputs: dict[str, Tensor], path: Path, random_weights: bool) -> dict[str, Any]:
+def benchmark(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """The report, as it is written. argv: from which the args are."""
+    device, config = choose_device(args.device), quant_config(args)
+    set_threads(args, device)
+    names, left_out = benchmark_engines.choose_engines(args.engine, config, device)
+    source = source_of(args, device)
+    peers, peers_left_out = benchmark_peers.choose_peers(args.peers, source)
+    left_out |= peers_left_out
+    for name, reason in left_out.items():
+        logger.info("%s is left out: %s", name, reason)
+    settings = settings_of(names, args.ratio, peers)
+    names = list(dict.fromkeys(setting.engine for setting in settings))
+    benchmark_peers.convert(names, source, args.outdir)
+    peak = {name: peak_alone(name, argv) for name in names} if args.memory else {}
+    engines = {name: build(name, source, config, args.outdir) for name in tqdm(names, "building", unit="engine")}
+    rows = rows_of(measure(engines, settings, args.repeats, device))
+    counted = [{"ratio": ratio, "operations": operations_of(engines, ratio)} for ratio in dict.fromkeys(args.ratio)]
     return {
-        "config": path.name,
-        "random_weights": random_weights,
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in unet.parameters()),
+        "model": model_facts(source, config),
+        "machine": machine(device),
+        "repeats": args.repeats,
+        "steps": source.steps,
+        "engines": {name: engine_facts(engine, peak.get(name)) for name, engine in engines.items()},
+        "settings": rows,
+        "operations": counted,
+        "floor": floor(rows, counted, config, device),
+        "left_out": left_out,
+    }
+
+
+def quant_config(args: argparse.Namespace) -> QuantConfig:
+    return QuantConfig(weight_bit=args.weight_bit, act_bit=8, quant_act=True, split=True, sm_abit=16)
+
+
+def source_of(args: argparse.Namespace, device: torch.device) -> Source:
+    return Source.read(args.config or MODELS[args.model or "embedded"], args.random_weights, device)
+
+
+def build(name: str, source: Source, config: QuantConfig, outdir: Path) -> Engine:
+    if name in PEERS:
+        return benchmark_peers.build(name, source, outdir)
+    return benchmark_engines.build(name, source, config)
+
+
+def operations_of(engines: Mapping[str, Engine], ratio: float) -> dict[str, int]:
+    with engines[BASELINE.engine].running(ratio) as call:
+        return operations(call)
+
+
+def floor(
+    rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]], config: QuantConfig, device: torch.device
+) -> dict[str, Any] | None:
+    """How far int8 is from the peak of its kernels; None where it was not measured, and on a GPU."""
+    seconds = {row["ratio"]: row["seconds"]["median"] for row in rows if row["engine"] == "int8"}
+    if not seconds or device.type != "cpu":
+        return None
+    peak = peaks(config, device)
+    least = {of["ratio"]: floor_seconds(of["operations"], peak) for of in counted}
+    ratios = [{"ratio": r, "seconds": least[r], "times": own / least[r]} for r, own in seconds.items()]
+    return {"peaks": peak, "ratios": ratios}
+
+
+def model_facts(source: Source, config: QuantConfig) -> dict[str, Any]:
+    inputs, ranges = source.inputs(), shipped_ranges(source, config)
+    return {
+        "config": source.config.name,
+        "random_weights": source.ckpt is None,
+        "parameters": source.parameters(),
         "latents": list(inputs["x"].shape),
         "context": list(inputs["context"].shape),
+        "bits": f"W{config.weight_bit}A{config.act_bit}",
+        "ranges": "ranges fitted to noise" if ranges is None else f"ranges of {ranges.name}",
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """Two lines on model and machine, then a line a setting."""
-    model, on = report["model"], report["machine"]
-    weights = "random weights" if model["random_weights"] else "weights"
-    lines = [
-        f"{model['config']}: UNet of {model['parameters'] / 1e6:.1f} M parameters, {weights} of "
-        f"{model['weight_bytes'] / 1e6:.1f} MB, latents {model['latents']}",
-        f"{on.get('gpu', on['cpu'])}, {on['cores']} cores, {on['threads']} threads, torch {on['torch']}; "
-        f"autocast to {report['autocast']}; median (min..max) of {report['repeats']} repeats",
-        f"{'precision':<10}{'ratio':>6}{'tokens':>8}{'seconds per call':>28}{'speed-up':>24}{'peak MB':>10}",
-    ]
-    for row in report["settings"]:
-        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
-        cells = f"{row['precision']:<10}{row['ratio']:>6g}{row['tokens']:>8.0%}"
-        lines.append(f"{cells}{_shown(row['seconds'], 4):>28}{_shown(row['speedup'], 3):>24}{peak:>10}")
-    return "\n".join(lines)
+def engine_facts(engine: Engine, peak: int | None) -> dict[str, Any]:
+    return {"weight_bytes": engine.weight_bytes, "peak_bytes": peak, "precision": engine.precision}
 
 
-def _shown(of: dict[str, float], digits: int) -> str:
-    median, low, high = (f"{of[name]:.{digits}g}" for name in ("median", "min", "max"))
-    return f"{median} ({low}..{high})"
-
-
-# ------------------------------------------------------------------------------------------------- the run
-
-
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """The report, as it is written."""
-    device = choose_device(args.device)
-    if args.threads is not None:
-        if device.type == "cuda":
-            raise ValueError(f"--threads {args.threads} has no effect on a GPU: leave it out or use --device cpu")
-        torch.set_num_threads(args.threads)
-    settings = settings_of(args.ratio)
-    path = args.config or MODELS[args.model or "embedded"]
-    params = read_params(path)
-    config = params["unet_config"]
-    unet = random_unet(config) if args.random_weights else trained_unet(config, *CHECKPOINTS[path])
-    unet = unet.to(device).eval()
-    inputs = inputs_of(params, device)
-    if args.channels_last:
-        unet.to(memory_format=torch.channels_last)
-        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
-    found = measure(unet, inputs, settings, args.repeats, device)
-    with precision_context(device, "autocast"):
-        autocast = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
-    return {
-        "model": model_facts(unet, inputs, path, args.random_weights),
-        "machine": machine(device),
-        "autocast": autocast,
-        "channels_last": args.channels_last,
-        "repeats": args.repeats,
-        "settings": rows_of(found),
-    }
+def write(report: Mapping[str, Any], outdir: Path) -> None:
+    outdir.mkdir(parents=True, exist_ok=True)
+    for name, content in (("benchmark.json", json.dumps(report, indent=2) + "\n"), ("benchmark.md", markdown(report))):
+        write_atomically(outdir / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+    write_atomically(outdir / "benchmark.png", lambda path: plot(report, path))
 
 
 @command
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    check_writable(args.outdir)
-    report = benchmark(args)
-    tqdm.write(table(report))
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(report, indent=2)
-    write_atomically(args.outdir / "benchmark.json", lambda path: path.write_text(content + "\n"))
+    if args.child:
+        device = choose_device(args.device)
+        set_threads(args, device)
+        tell_peak(build(args.child, source_of(args, device), quant_config(args), args.outdir))
+        return
+    with logs(args.verbose):
+        check_writable(args.outdir)
+        report = benchmark(args, argv)
+        tqdm.write(text(report))
+        write(report, args.outdir)
 
 
 if __name__ == "__main__":

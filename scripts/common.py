@@ -23,11 +23,13 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
+from ldm.storage import give_back_freed
 from ldm.util import load_model_from_config
 from scripts.console import logger
 from scripts.files import file_sha256
 from scripts.flags import given_flags, merge_options
-from scripts.quantization import Quantization, choose_quantization, quantize
+from scripts.packed_file import load_packed, packed_config
+from scripts.quantization import Quantization, choose_quantization, install, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
@@ -57,6 +59,7 @@ class ModelChoice:
 
     description: what it is, in words. height, width: pixels. steps, scale: of sampling. channels: of the latents.
     factor: pixels per latent. timesteps: of the noise process.
+    packed: whether it is a file of scripts/export.py, quantized and with its config in it.
     """
 
     config_path: Path
@@ -70,6 +73,7 @@ class ModelChoice:
     channels: int
     factor: int
     timesteps: int
+    packed: bool = False
 
     def __str__(self) -> str:
         return f"{self.description} ({self.ckpt})"
@@ -91,6 +95,10 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 
     Raises FileNotFoundError or ValueError for files that are missing or no model's.
     """
+    packed = _packed_config(args)
+    if packed is not None:
+        ckpt = Path(args.ckpt)
+        return ModelChoice(config_path=ckpt, config=packed, ckpt=ckpt, packed=True, **_model_facts(packed, ckpt))
     config_path, ckpt = _choose_files(args.config, args.ckpt)
     if not ckpt.exists():
         raise FileNotFoundError(f"no checkpoint at {str(ckpt)!r}: give its path with --ckpt")
@@ -98,6 +106,18 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
         raise ValueError(f"{str(ckpt)!r} is not a file: give the path of a checkpoint with --ckpt")
     config = read_config(config_path)
     return ModelChoice(config_path=config_path, config=config, ckpt=ckpt, **_model_facts(config, config_path))
+
+
+def _packed_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The config in --ckpt, if it is a file of scripts/export.py. ValueError for flags that contradict that."""
+    if args.ckpt is None or not Path(args.ckpt).is_file() or (config := packed_config(Path(args.ckpt))) is None:
+        return None
+    if not hasattr(args, "ptq"):
+        raise ValueError(f"{args.ckpt!r} holds a quantized model: this command needs the float one's checkpoint")
+    for flag in ("config", "tokenizer"):
+        if getattr(args, flag, None) is not None:
+            raise ValueError(f"--{flag} has no effect: {args.ckpt!r} brings its own; leave it out")
+    return config
 
 
 def _choose_files(config: str | None, ckpt: str | None) -> tuple[Path, Path]:
@@ -186,12 +206,21 @@ def choose_device(name: str) -> torch.device:
 def build_model(args: argparse.Namespace, choice: ModelChoice, options: "SamplingOptions") -> nn.Module:
     """The chosen LatentDiffusion on its device, ready to draw: quantized, then with its tokens merged, as asked."""
     device, quantization = choose_device(args.device), options.quantization
+    if choice.packed:
+        model, qnn = load_packed(choice.ckpt, device)
+        install(model, qnn, quantization, options.precision)
+        give_back_freed()
+        return _merged(model, options)
     model = load_model_from_config(
         choice.config, choice.ckpt, device, tokenizer=args.tokenizer, verbose=getattr(args, "verbose", False)
     )
     getattr(model.cond_stage_model, "tokenizer", None)  # read now, since what it lacks should be told before all else
     if quantization is not None:
         quantize(model, quantization, options.precision)
+    return _merged(model, options)
+
+
+def _merged(model: nn.Module, options: "SamplingOptions") -> nn.Module:
     if options.merge is not None:
         tomesd.apply_patch(model, **asdict(options.merge))
     return model
@@ -242,7 +271,8 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
     if taken != steps:
         logger.info("%d steps do not divide the model's %d: %d are taken", steps, choice.timesteps, taken)
     device = choose_device(args.device)
-    quantization = choose_quantization(args, choice.cali_ckpts, device)
+    packed = choice.ckpt if choice.packed else None
+    quantization = choose_quantization(args, choice.cali_ckpts, device, packed)
     return SamplingOptions(
         height=_side("H", size.get("H", choice.height), choice.factor),
         width=_side("W", size.get("W", choice.width), choice.factor),

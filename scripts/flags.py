@@ -21,24 +21,34 @@ QUANTIZATION_FLAGS = (
     "split",
     "sm_abit",
     "engine",
+    "low_memory",
 )
 
 
 def add_model_arguments(
     parser: argparse.ArgumentParser,
     config: str = "Stable Diffusion v1's if its checkpoint is there or --ckpt is given, else the embedded model's",
+    *,
+    precision: bool = True,
 ) -> None:
-    """config: which is the default, in words."""
+    """config: which is the default, in words. precision: whether the command computes, on
+    a device and in a precision."""
     group = parser.add_argument_group("model")
     group.add_argument("--config", metavar="FILE", help=f"the model's yaml (default: {config})")
-    group.add_argument("--ckpt", metavar="FILE", help=".ckpt or .safetensors (default: the config's, under models/ldm)")
+    group.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help="a model's weights, or a file of scripts/export.py (default: the config's, under models/ldm)",
+    )
     group.add_argument("--tokenizer", metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
+    if not precision:
+        return
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--precision",
         choices=["autocast", "full"],
         help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
-        "(default: autocast on a GPU, full on the CPU)",
+        "(default: autocast on a GPU, and for --engine int8 on a CPU that has bfloat16; else full)",
     )
 
 
@@ -128,6 +138,12 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         help="int8 computes in whole numbers, simulate with floats that hold them (default: int8 where it can)",
+    )
+    group.add_argument(
+        "--low_memory",
+        action="store_true",
+        default=None,
+        help="keep weights at their bits while drawing, and expand a layer's when it runs: less memory, slower",
     )
     group.add_argument("--cond", action="store_true", default=None, help="the model must be a conditional one")
     group.add_argument(

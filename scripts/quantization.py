@@ -11,7 +11,7 @@ from torch import nn
 
 from qdiff.checkpoint import CaliHeader, check_flags, load_cali_ckpt, read_cali_header
 from qdiff.config import QuantConfig
-from qdiff.engine import ReferenceLayer, fits_bytes, kernels_for, pack
+from qdiff.engine import ReferenceLayer, fits_bytes, kernels_for, low_memory, pack
 from qdiff.quant_model import QuantModel
 from scripts.console import logger
 from scripts.files import file_sha256
@@ -24,37 +24,43 @@ BIT_FLAGS = ("weight_bit", "act_bit", "sm_abit")
 class Quantization:
     """A quantized model. cali_ckpt: the file. bits: in short, such as "W4A8 sm16 split". engine: one of ENGINES, or
     None for the layers that calibration knows. quant_act: whether activations are quantized, which may be off where
-    config, the file's, has it on. cond, no_grad_ckpt: as the flags."""
+    config, the file's, has it on. low_memory, cond, no_grad_ckpt: as the flags."""
 
     cali_ckpt: str
     cali_sha256: str
     bits: str
     engine: str | None
     quant_act: bool
+    low_memory: bool
     cond: bool
     no_grad_ckpt: bool
     config: QuantConfig
 
 
 def choose_quantization(
-    args: argparse.Namespace, shipped: Mapping[int, Path], device: torch.device
+    args: argparse.Namespace, shipped: Mapping[int, Path], device: torch.device, packed: Path | None = None
 ) -> Quantization | None:
     """What --ptq and its group ask for; None without. Reads the header of the cali_ckpt.
 
     device: on which the model will be. shipped: the cali_ckpts that come with the model, by the bits of its weights.
+    packed: the checkpoint, if it is one of scripts/export.py, which is quantized whatever the flags are.
     Raises ValueError for a flag without effect, one that contradicts the file, or an engine that cannot run it;
     FileNotFoundError without a file.
     """
-    request = _request(args, shipped)
+    request = _request(args, shipped, packed)
     if request is None:
         return None
     path, header = request
+    engine = _engine(args.engine, replace(header.config, quant_act=_acts(header, args)), device)
+    if args.low_memory and (engine != "int8" or header.config.weight_bit > 4):
+        raise ValueError("--low_memory has no effect: it is for weights of 4 bits or less and --engine int8")
     return Quantization(
         cali_ckpt=str(path),
         cali_sha256=file_sha256(path),
         bits=_in_short(header, args),
-        engine=_engine(args.engine, replace(header.config, quant_act=_acts(header, args)), device),
+        engine=engine,
         quant_act=_acts(header, args),
+        low_memory=bool(args.low_memory),
         cond=bool(args.cond),
         no_grad_ckpt=bool(args.no_grad_ckpt),
         config=header.config,
@@ -63,17 +69,23 @@ def choose_quantization(
 
 def quantize(model: nn.Module, quantization: Quantization, precision: str = "full") -> None:
     """Quantize a LatentDiffusion's UNet, in place. precision: autocast or full, in which it will draw."""
-    if quantization.cond and model.model.conditioning_key is None:
-        raise ValueError("--cond is given, but the model takes no condition: leave it out")
     qnn = QuantModel(model.model.diffusion_model, quantization.config)
     load_cali_ckpt(qnn, quantization.cali_ckpt)
+    install(model, qnn, quantization, precision)
+
+
+def install(model: nn.Module, qnn: QuantModel, quantization: Quantization, precision: str) -> None:
+    """Make a calibrated UNet the model's, run by the engine that was chosen. precision: autocast or full."""
+    if quantization.cond and model.model.conditioning_key is None:
+        raise ValueError("--cond is given, but the model takes no condition: leave it out")
     if quantization.no_grad_ckpt:
         switch_grad_checkpoint_off(qnn)
     qnn.set_quant_state(True, quantization.quant_act)
     model.model.diffusion_model = qnn
     config = replace(quantization.config, quant_act=quantization.quant_act)
     if quantization.engine == "int8":
-        pack(qnn, kernels_for(config, model.device))
+        kernels = kernels_for(config, model.device)
+        pack(qnn, low_memory(kernels) if quantization.low_memory else kernels)
     elif quantization.engine == "simulate" and fits_bytes(config):
         # Under autocast what is not a product is that of the integer engine, whose rounding would differ otherwise.
         pack(qnn, ReferenceLayer, fast=model.device.type == "cpu" and precision == "autocast")
@@ -100,16 +112,20 @@ def switch_grad_checkpoint_off(unet: nn.Module) -> None:
                 setattr(module, name, False)
 
 
-def _request(args: argparse.Namespace, shipped: Mapping[int, Path]) -> tuple[Path, CaliHeader] | None:
+def _request(
+    args: argparse.Namespace, shipped: Mapping[int, Path], packed: Path | None
+) -> tuple[Path, CaliHeader] | None:
     if not hasattr(args, "ptq"):  # a command that does not draw with quantized models
         return None
     given = given_flags(args, QUANTIZATION_FLAGS)
-    if "ptq" not in given:
+    if packed is not None and "cali_ckpt" in given:
+        raise ValueError(f"--cali_ckpt has no effect: {str(packed)!r} is calibrated already; leave it out")
+    if packed is None and "ptq" not in given:
         if given:
             flags = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"without --ptq nothing is quantized, so {flags} has no effect: add --ptq")
         return None
-    path = Path(given["cali_ckpt"]) if "cali_ckpt" in given else _shipped(given.get("weight_bit"), shipped)
+    path = packed or cali_ckpt_of(args, shipped)
     header = read_cali_header(path, **{name: given[name] for name in BIT_FLAGS if name in given})
     if header.inferred:
         logger.info("%s does not say %s: told by its numbers", path.name, ", ".join(header.inferred))
@@ -123,6 +139,11 @@ def _request(args: argparse.Namespace, shipped: Mapping[int, Path]) -> tuple[Pat
         flags = ", ".join(f"--{name}" for name in idle)
         raise ValueError(f"activations stay float, so {flags} has no effect: leave it out, or add --quant_act")
     return path, header
+
+
+def cali_ckpt_of(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Path:
+    """What --cali_ckpt gives, else the one that comes with the model. ValueError or FileNotFoundError without any."""
+    return Path(args.cali_ckpt) if args.cali_ckpt is not None else _shipped(args.weight_bit, shipped)
 
 
 def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:

@@ -17,13 +17,23 @@ from qdiff.engine import attention, blocks, onednn
 from qdiff.engine.attention import OncePerContext
 from qdiff.engine.blocks import OncePerStep
 from qdiff.engine.layers import IntegerLayer, LayerSpec, integer_layer
+from qdiff.engine.low_memory import low_memory
 from qdiff.engine.onednn import OneDNNLayer
 from qdiff.engine.reference import ReferenceLayer
 from qdiff.quant_model import QuantModel, put_module
 
 PACKED = blocks.PACKED | attention.PACKED  # class of a block -> its class when packed
 
-__all__ = ["IntegerLayer", "LayerSpec", "OneDNNLayer", "ReferenceLayer", "fits_bytes", "kernels_for", "pack"]
+__all__ = [
+    "IntegerLayer",
+    "LayerSpec",
+    "OneDNNLayer",
+    "ReferenceLayer",
+    "fits_bytes",
+    "kernels_for",
+    "low_memory",
+    "pack",
+]
 
 
 def fits_bytes(config: QuantConfig) -> bool:

@@ -1,0 +1,76 @@
+"""The least time in which the integer kernels could do the products of a UNet call: its operations over their peak.
+
+The peak is that of a large convolution, linear layer and attention of Stable Diffusion v1's, measured in the same run.
+The floor is below what can be reached: small layers are slower, and all that stands between the products is left out.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.config import QuantConfig
+from qdiff.engine import IntegerLayer, LayerSpec, kernels_for, rest
+from scripts.benchmark_engines import rest_precision
+
+PEAK_SECONDS = 1.0  # of trying; the best call counts
+LATENTS, TOKENS, HEADS, WIDTH, CONTEXT = 64, 4096, 8, 40, 1280
+
+
+def peaks(config: QuantConfig, device: torch.device) -> dict[str, float]:
+    """Operations per second of the largest products, by kind."""
+    dtype = torch.bfloat16 if rest_precision("int8", device) == "autocast" else torch.float32
+    channels = HEADS * WIDTH
+    convolution = layer(config, device, channels, channels, {"stride": (1, 1), "padding": (1, 1)})
+    linear = layer(config, device, CONTEXT, channels)
+    feature_map = codes(2, channels, LATENTS, LATENTS).contiguous(memory_format=torch.channels_last)
+    rows, tokens = codes(2 * TOKENS, CONTEXT), codes(2, TOKENS, channels)
+    work = {
+        "convolutions": (2 * feature_map.numel() * 9 * channels, lambda: convolution.product(feature_map, dtype)),
+        "linear layers": (2 * rows.numel() * channels, lambda: linear.product(rows, dtype)),
+        "attention": (2 * 2 * tokens.numel() * TOKENS, lambda: attention(tokens, linear, dtype)),
+    }
+    with torch.no_grad():
+        return {kind: count / best_seconds(call) for kind, (count, call) in work.items()}
+
+
+def layer(
+    config: QuantConfig, device: torch.device, inputs: int, outputs: int, options: Mapping[str, Any] | None = None
+) -> IntegerLayer:
+    """A linear layer, or with options a 3x3 convolution."""
+    high = 2 ** (config.weight_bit - 1) - 1
+    kernel = () if options is None else (3, 3)
+    spec = LayerSpec(
+        weight=torch.randint(-high, high + 1, (outputs, inputs, *kernel), dtype=torch.int8),
+        step=torch.full((outputs,), 0.01),
+        bias=torch.zeros(outputs),
+        delta=0.01,
+        zero_point=128,
+        high=255,
+        options=None if options is None else {"dilation": (1, 1), "groups": 1, **options},
+    )
+    return kernels_for(config, device)(spec)
+
+
+def attention(tokens: Tensor, of: IntegerLayer, dtype: torch.dtype) -> Tensor:
+    return rest.attention((tokens, tokens, tokens), (of, of, of), HEADS, of, dtype)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def best_seconds(call: Callable[[], Any]) -> float:
+    begin, best = time.perf_counter(), float("inf")
+    while best == float("inf") or time.perf_counter() - begin < PEAK_SECONDS:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def floor_seconds(operations: Mapping[str, int], peak: Mapping[str, float]) -> float:
+    """Of the operations of a call, by kind. Kinds without a peak are left out."""
+    return sum(operations.get(kind, 0) / rate for kind, rate in peak.items())

@@ -1,0 +1,178 @@
+"""One .safetensors file that holds all that draws: the calibrated UNet at its bits, and what it needs beside it.
+
+unet.NAME                    the quantizers of the UNet, as in a cali_ckpt (`qdiff.tensors`)
+model.diffusion_model.NAME   its biases and norms, float32
+first_stage_model.NAME       the autoencoder, cond_stage_model.NAME the text encoder, both float16
+tokenizer.NAME               the tokenizer's files, as bytes
+
+Its header is that of a cali_ckpt, with the model's config in it.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.checkpoint import fill, read_metadata, read_weights
+from ldm.storage import keep_in_half
+from ldm.util import for_inference, get_obj_from_str, instantiate_from_config
+from qdiff.checkpoint import HEADER, CaliHeader, metadata_of, read_cali_header, splits_of
+from qdiff.files import write_atomically
+from qdiff.quant_model import QuantModel
+from qdiff.tensors import check_keys, expected_keys, put_tensors, ranges_of, weights_of
+
+ENTRY = "model"  # of the header, with the config
+QUANTIZERS, UNET, TOKENIZER = "unet.", "model.diffusion_model.", "tokenizer."
+PARTS = ("first_stage_model", "cond_stage_model")
+
+
+def packed_config(path: Path) -> dict[str, Any] | None:
+    """The config of the model in such a file; None for files of other kinds. ValueError for a damaged one."""
+    text = read_metadata(path).get(HEADER)
+    try:
+        config = json.loads(text).get(ENTRY) if text else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} has a damaged header: {error}") from error
+    if config is not None:
+        _check_targets(config, str(path))
+    return config
+
+
+def _check_targets(config: Any, source: str) -> None:
+    """Raises ValueError if a file's config asks for anything but our networks: it is not to run what it likes."""
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        _check_targets(value, source)
+    target = config.get("target") if isinstance(config, dict) else None
+    if target is None:
+        return
+    if target == "torch.nn.Identity":  # in place of a loss
+        return
+    ours = isinstance(target, str) and target.startswith(("ldm.models.", "ldm.modules."))
+    kind = get_obj_from_str(target) if ours else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{source!r} asks for {target!r}, which is no network of this project: refused")
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save_packed(model: nn.Module, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
+    """Write a LatentDiffusion whose UNet is a calibrated QuantModel. config: the whole config of the model, plain."""
+    qnn: QuantModel = model.model.diffusion_model
+    tensors = {QUANTIZERS + name: tensor for name, tensor in (weights_of(qnn) | ranges_of(qnn)).items()}
+    tensors |= {UNET + name: tensor.detach().float() for name, tensor in float_parameters(qnn).items()}
+    for part in PARTS:
+        for name, tensor in getattr(model, part).state_dict().items():
+            tensors[f"{part}.{name}"] = tensor.half() if tensor.is_floating_point() else tensor
+    tensors |= {TOKENIZER + name: data for name, data in tokenizer_files(model).items()}
+    metadata = metadata_of(header, **{ENTRY: for_drawing(config)})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def float_parameters(qnn: QuantModel) -> dict[str, nn.Parameter]:
+    """What is not quantized, by its name in the UNet."""
+    quantized = {id(layer.weight) for layer in qnn.layers().values()}
+    return {
+        name: parameter
+        for name, parameter in qnn.model.named_parameters()
+        if id(parameter) not in quantized and ".alpha" not in name
+    }
+
+
+def for_drawing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What drawing needs of a config: nothing of training, and no directory."""
+    config = json.loads(json.dumps({name: config[name] for name in ("model", "sampling") if name in config}))
+    params = config["model"]["params"]
+    params.pop("scheduler_config", None)
+    params.get("cond_stage_config", {}).get("params", {}).pop("tokenizer", None)
+    return config
+
+
+def tokenizer_files(model: nn.Module) -> dict[str, Tensor]:
+    """The files of the model's tokenizer, as bytes by their names; none for an encoder without."""
+    tokenizer = getattr(model.cond_stage_model, "tokenizer", None)
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.name: torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in files}
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def load_packed(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel]:
+    """The LatentDiffusion of such a file, and its UNet, which is calibrated, switched on, and not in its place yet.
+
+    The file is mapped, and the float UNet is never built: its weights have shapes, no numbers. Raises ValueError for a
+    file that is damaged.
+    """
+    source, config, header = str(path), packed_config(path), read_cali_header(path)
+    with torch.device("meta"):
+        model = instantiate_from_config(for_inference(config["model"]))
+    tensors = read_weights(path)
+    for part in PARTS:
+        network = getattr(model, part)
+        fill(network, within(tensors, f"{part}."), source)
+        keep_in_half(network)
+    place_tokenizer(model, within(tensors, TOKENIZER), source)
+    qnn = QuantModel(model.model.diffusion_model, header.config)
+    model.model.diffusion_model = nn.Identity()  # so that what is left can be moved
+    for network in model.children():
+        network.to(device)
+    fill_unet(qnn, path, header, device)
+    return model.to(device).eval(), qnn
+
+
+def within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.device) -> None:
+    """Put the file's numbers into a UNet without any."""
+    if header.splits != splits_of(qnn):
+        raise ValueError(f"{str(path)!r} is damaged: its header and its config do not belong together")
+    tensors = read_weights(path)  # by a mapping of their own, which ends when the codes are unpacked
+    floats, own = within(tensors, UNET), float_parameters(qnn)
+    if {name: tensor.shape for name, tensor in floats.items()} != {name: p.shape for name, p in own.items()}:
+        raise ValueError(f"{str(path)!r} is damaged: biases and norms are not those of its config")
+    for name in own:
+        parent, _, child = name.rpartition(".")
+        parameter = nn.Parameter(floats[name].to(device, torch.float32, copy=True), requires_grad=False)
+        setattr(qnn.model.get_submodule(parent), child, parameter)
+    quantizers = within(tensors, QUANTIZERS)
+    check_keys(set(quantizers), expected_keys(qnn), str(path))
+    for quantizer in qnn.act_quantizers().values():
+        quantizer.delta = quantizer.zero_point = torch.tensor(float("nan"), device=device)
+    try:
+        # Ranges are copied, for which the mapping would stay, and with it the pages of the codes.
+        put_tensors(
+            qnn, {name: tensor.to(device, copy=not name.endswith(".codes")) for name, tensor in quantizers.items()}
+        )
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    qnn.set_quant_state(True, qnn.config.quant_act)
+
+
+def place_tokenizer(model: nn.Module, files: Mapping[str, Tensor], source: str) -> None:
+    """Let the text encoder read its tokenizer from these bytes."""
+    if not hasattr(model.cond_stage_model, "set_tokenizer"):
+        return
+    if any(Path(name).name != name for name in files):
+        raise ValueError(f"{source!r} is damaged: a file of its tokenizer lies outside of it")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data.numpy().tobytes())
+        try:
+            model.cond_stage_model.set_tokenizer(folder)
+            model.cond_stage_model.tokenizer  # noqa: B018 (read now, before the folder goes)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source!r} is damaged: it holds no tokenizer ({error})") from error

@@ -1,0 +1,148 @@
+"""scripts/export.py, and drawing from the one file that it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qdiff.checkpoint import HEADER
+from scripts import calibrate, export, txt2img
+from scripts.common import CHECKPOINTS, EMBEDDED
+from scripts.drawing import model_of
+
+FLAGS = ["--prompt", "a large red circle", "--dpm_solver", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "shapes-w4a8.safetensors"
+    export.main([str(path)])
+    return path
+
+
+def draw(folder, *flags):
+    txt2img.main([*FLAGS, "--outdir", str(folder), *map(str, flags)])
+    return np.asarray(Image.open(folder / "samples" / "00000.png"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--precision", "full"], ["--ratio", "0.5"], ["--engine", "simulate"], ["--no-quant_act"]]
+)
+def test_it_draws_what_the_parts_draw(packed, tmp_path, flags):
+    alone = draw(tmp_path / "alone", "--ckpt", packed, *flags)
+    parts = draw(tmp_path / "parts", "--ptq", *flags)
+    # The shipped checkpoint is float16, as the file's other parts are; layouts differ, and so does rounding.
+    assert np.abs(alone.astype(int) - parts.astype(int)).max() <= 2
+
+
+def test_it_needs_no_other_file(packed, tmp_path, monkeypatch):
+    for name in ("CHECKPOINTS", "CALI_CKPTS"):
+        monkeypatch.setattr(f"scripts.common.{name}", {})
+    monkeypatch.chdir(tmp_path)
+    assert draw(tmp_path / "out", "--ckpt", packed).std() > 0
+
+
+def test_it_is_smaller_than_the_checkpoint_and_holds_no_float_weight(packed):
+    assert packed.stat().st_size < 0.5 * CHECKPOINTS[EMBEDDED][0].stat().st_size
+    with safe_open(packed, framework="pt") as file:
+        sizes = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        unet = [name for name in sizes if name.startswith("model.diffusion_model.")]
+        assert unet and all(len(sizes[name].get_shape()) == 1 for name in unet)
+        others = [name for name in sizes if name.startswith(("first_stage_model.", "cond_stage_model."))]
+        assert others and {sizes[name].get_dtype() for name in others} <= {"F16", "I64"}
+
+
+def test_the_float_unet_is_never_built(packed, monkeypatch):
+    built = []
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, *a, **k: built.append(tensor.is_meta))
+    model_of(["--ckpt", str(packed)])
+    assert built and all(built)
+
+
+def test_pictures_say_what_drew_them(packed, tmp_path):
+    draw(tmp_path, "--ckpt", packed)
+    with Image.open(tmp_path / "samples" / "00000.png") as picture:
+        facts = json.loads(picture.text["dsdiff"])
+    assert facts["quantization"]["bits"] == "W4A8 sm16 split" and facts["ckpt"] == packed.name
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--config", str(EMBEDDED)], "brings its own"),
+        (["--tokenizer", "."], "brings its own"),
+        (["--ptq", "--cali_ckpt", "x.safetensors"], "calibrated already"),
+        (["--weight_bit", "8"], "made with weight_bit 4"),
+        (["--no-quant_act", "--low_memory"], "--low_memory has no effect"),
+        (["--engine", "simulate", "--low_memory"], "--low_memory has no effect"),
+    ],
+)
+def test_what_contradicts_the_file_is_refused(packed, tmp_path, capsys, flags, said):
+    refuse(txt2img, [*FLAGS, "--ckpt", str(packed), "--outdir", str(tmp_path / "out"), *flags], capsys, said)
+    assert not list(tmp_path.iterdir())
+
+
+def refuse(script, flags, capsys, said):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        script.main(flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and said in lines[0], lines
+
+
+def test_commands_that_need_the_float_model_say_so(packed, tmp_path, capsys):
+    refuse(calibrate, ["--ckpt", str(packed), "--outdir", str(tmp_path / "x")], capsys, "holds a quantized model")
+    refuse(export, [str(tmp_path / "y.safetensors"), "--ckpt", str(packed)], capsys, "holds a quantized model")
+    refuse(export, [str(tmp_path / "y.pth")], capsys, "must end in .safetensors")
+    refuse(export, [str(tmp_path / "y.safetensors"), "--random_weights", "--weight_bit", "4"], capsys, "has no effect")
+    refuse(export, [str(tmp_path / "y.safetensors"), "--cali_ckpt", "missing"], capsys, "missing")
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(packed, target, change):
+    """A copy of the file, its tensors and its header changed."""
+    with safe_open(packed, framework="pt") as file:
+        content = json.loads(file.metadata()[HEADER])
+    tensors = load_file(packed)
+    change(tensors, content)
+    save_file(tensors, target, metadata={HEADER: json.dumps(content)})
+    return target
+
+
+def aim(content, target):
+    content["model"]["model"]["params"]["first_stage_config"]["target"] = target
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+CODES = "unet.model.input_blocks.0.0.weight_quantizer.codes"
+DAMAGES = {
+    "code to run": (lambda tensors, content: aim(content, "os.system"), "refused"),
+    "a function": (lambda tensors, content: aim(content, "ldm.modules.attention.rearrange"), "refused"),
+    "no codes": (lambda tensors, content: tensors.pop(CODES), "lacks"),
+    "codes cut": (lambda tensors, content: tensors.update({CODES: tensors[CODES][:, :-1].contiguous()}), "damaged"),
+    "no norm": (lambda tensors, content: tensors.pop("model.diffusion_model.out.0.weight"), "biases and norms"),
+    "no autoencoder": (lambda tensors, content: tensors.pop("first_stage_model.decoder.conv_in.weight"), "missing"),
+    "no tokenizer": (
+        lambda tensors, content: [tensors.pop(name) for name in list(tensors) if name.startswith("tokenizer.")],
+        "no tokenizer",
+    ),
+    "a tokenizer elsewhere": (
+        lambda tensors, content: rename(tensors, "tokenizer.tokenizer_config.json", "tokenizer.../x.json"),
+        "outside",
+    ),
+    "no config": (lambda tensors, content: content.update(model=[]), "describes no latent diffusion model"),
+}
+
+
+@pytest.mark.parametrize("change, said", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files_are_refused(packed, tmp_path, capsys, change, said):
+    path = damaged(packed, tmp_path / "damaged.safetensors", change)
+    refuse(txt2img, [*FLAGS, "--ckpt", str(path), "--outdir", str(tmp_path / "out")], capsys, said)
+    assert list(tmp_path.iterdir()) == [path]
