@@ -92,9 +92,9 @@ def install(model: nn.Module, qnn: QuantModel, quantization: Quantization, preci
 
 
 def _engine(wanted: str | None, config: QuantConfig, device: torch.device) -> str:
-    """The engine asked for, or int8 where it can run. ValueError if it cannot be had."""
-    if wanted == "simulate":
-        return wanted
+    """The engine asked for, or int8 where it can run and is the faster one. ValueError if it cannot be had."""
+    if wanted == "simulate" or (wanted is None and device.type != "cpu"):
+        return "simulate"
     try:
         kernels_for(config, device)
     except ValueError as error:

@@ -6,8 +6,6 @@ bit for bit, but for large attention (see `attention`): sums are exact, and all 
 numbers in the same order.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from ldm.modules.attention import BasicTransformerBlock
@@ -16,7 +14,8 @@ from qdiff.config import QuantConfig
 from qdiff.engine import attention, blocks, onednn
 from qdiff.engine.attention import OncePerContext
 from qdiff.engine.blocks import OncePerStep
-from qdiff.engine.layers import IntegerLayer, LayerSpec, integer_layer
+from qdiff.engine.int_matmul import int_matmul_layer
+from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, integer_layer
 from qdiff.engine.low_memory import low_memory
 from qdiff.engine.onednn import OneDNNLayer
 from qdiff.engine.reference import ReferenceLayer
@@ -41,20 +40,22 @@ def fits_bytes(config: QuantConfig) -> bool:
     return config.quant_act and max(config.weight_bit, config.act_bit) <= 8
 
 
-def kernels_for(config: QuantConfig, device: torch.device) -> type[IntegerLayer]:
+def kernels_for(config: QuantConfig, device: torch.device) -> MakeLayer:
     """The layers that run a model of this config on this device. ValueError, with the reason, if there are none."""
     if not config.quant_act:
         raise ValueError("it computes in whole numbers, and these activations are float")
     if not fits_bytes(config):
         raise ValueError(f"W{config.weight_bit}A{config.act_bit} does not fit into bytes: 8 bits are the most that do")
+    if device.type == "cuda":
+        return int_matmul_layer
     if device.type != "cpu":
-        raise ValueError(f"there are no kernels for {device.type} yet: they run on the CPU")
+        raise ValueError(f"there are no kernels for {device.type}: they run on the CPU and on CUDA")
     if not onednn.works():
         raise ValueError("this CPU, or this build of PyTorch, has no exact integer kernels")
     return OneDNNLayer
 
 
-def pack(qnn: QuantModel, make: Callable[[LayerSpec], IntegerLayer], *, fast: bool = True) -> None:
+def pack(qnn: QuantModel, make: MakeLayer, *, fast: bool = True) -> None:
     """Replace all layers of a calibrated model by integer ones, in place. No float weight is left but biases and norms.
 
     fast: make its blocks packed ones, too: what is the same in all steps is computed once, large attention by the fused

@@ -53,8 +53,10 @@ def quantize(x: Tensor, *to: Codes) -> list[Tensor]:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x), of x [..., C]."""
-    if x.dtype == torch.float32 or not _native(x):
+    if x.dtype == torch.float32:
         return norm(x)
+    if not _native(x):
+        return norm(x.float()).to(x.dtype)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
     native.call("layer_norm", x, True, x.numel() // width, width, norm.weight, norm.bias, norm.eps, out)

@@ -408,7 +408,7 @@ class UNetModel(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             # Upsampling goes to the size of the next skip: at odd sizes that is not twice its own.
             h = module(h, emb, context, size=skips[-1].shape[2:] if skips else None)
-        return self.out(h).to(x.dtype)
+        return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
 
     def working_dtype(self) -> torch.dtype:
         """Of the features between its layers."""

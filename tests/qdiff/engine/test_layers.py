@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from qdiff.engine import OneDNNLayer, ReferenceLayer, onednn
+from qdiff.engine.int_matmul import int_matmul_layer
 from qdiff.engine.layers import OffsetIntegerLayer, SplitIntegerLayer, integer_layer
 
 ENGINES = [
     ReferenceLayer,
+    int_matmul_layer,
     pytest.param(OneDNNLayer, marks=pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")),
 ]
 LAYERS = {
