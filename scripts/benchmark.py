@@ -38,18 +38,15 @@ from qdiff.files import write_atomically
 from scripts import benchmark_engines, benchmark_peers
 from scripts.benchmark_engines import DEFAULT, ENGINES, Engine, shipped_ranges
 from scripts.benchmark_floor import floor_seconds, peaks
-from scripts.benchmark_measure import BASELINE, machine, measure, rows_of, seconds_per_call, settings_of
+from scripts.benchmark_measure import BASELINE, machine, measure, rows_of, settings_of
 from scripts.benchmark_memory import peak_alone, tell_peak
-from scripts.benchmark_model import MODELS, Source, inputs_of
+from scripts.benchmark_model import MODELS, Source
 from scripts.benchmark_operations import operations
 from scripts.benchmark_peers import PEERS
 from scripts.benchmark_report import markdown, plot, text
 from scripts.common import choose_device
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.files import check_writable
-
-__all__ = ["inputs_of", "machine", "main", "seconds_per_call"]  # with which other commands time UNets
-
 
 # --- the command line --------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qdiff.checkpoint import unet_bytes
 from qdiff.files import write_atomically
 from qdiff.quant_model import QuantModel
-from scripts.benchmark import inputs_of, machine, seconds_per_call
+from scripts.benchmark_measure import machine, seconds_per_call
+from scripts.benchmark_model import inputs_of
 from scripts.common import SamplingOptions, choose_device, precision_context, versions
 from scripts.drawing import model_of, options_of
 

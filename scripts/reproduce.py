@@ -35,7 +35,7 @@ from qdiff.checkpoint import read_cali_header
 from qdiff.files import write_atomically
 from qdiff.ranks import barrier, rank
 from scripts import calibrate, eval_fid, report
-from scripts.benchmark import machine
+from scripts.benchmark_measure import machine
 from scripts.common import SamplingOptions, choose_device, versions
 from scripts.console import ArgumentParser, command, logger, logs, number
 from scripts.drawing import draw_missing, model_of, options_of
@@ -148,7 +148,8 @@ def tasks_of(
             "versions": versions(),
         }
         if options.quantization is not None:
-            del facts["options"]["quantization"]["cali_ckpt"]  # its hash is there as well
+            for name in ("cali_ckpt", "low_memory"):  # its hash is there as well; and it changes no picture
+                del facts["options"]["quantization"][name]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         folder = args.outdir / "pictures" / f"{row.key}-{key}"
         tasks.append(Task(row=row, flags=tuple(flags), options=options, folder=folder))

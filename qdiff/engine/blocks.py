@@ -18,7 +18,7 @@ from qdiff.engine.layers import CodesLayer
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
 
 STEPS_KEPT = 64  # of time embeddings
-ROWS_OF_A_PART = 512  # tokens that go through a feed-forward layer together: what is between stays in the cache
+PART = 512  # tokens that go through a feed-forward layer together
 
 
 class PackedUNet(UNetModel):
@@ -101,21 +101,26 @@ class PackedTransformerBlock(QuantBasicTransformerBlock):
             return super()._forward(x, context)
         x = self.attn1(rest.layer_norm(self.norm1, x)).add_(x)
         x = self.attn2(rest.layer_norm(self.norm2, x), context=context).add_(x)
-        return self.ff(rest.layer_norm(self.norm3, x)).add_(x)
+        h = rest.layer_norm(self.norm3, x)
+        if self.ff._forward_hooks:  # which want its output alone
+            return self.ff(h).add_(x)
+        return self.ff(h, residual=x)
 
 
 class PackedFeedForward(FeedForward):
-    """A part of the tokens at a time, from codes to codes."""
+    """A part of the tokens at a time, from codes to codes; what is between stays in the cache."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: of x's shape, to which the output is added in place."""
         proj, out = getattr(self.net[0], "proj", None), self.net[2]
         if x.dtype == torch.float32 or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
-            return super().forward(x)
-        rows = proj.quantize(x).flatten(0, -2)
-        parts = [
-            out.product(rest.geglu(proj.product(part, x.dtype), out), x.dtype) for part in rows.split(ROWS_OF_A_PART)
-        ]
-        return torch.cat(parts).view(*x.shape[:-1], -1)
+            output = super().forward(x)
+            return output if residual is None else residual.add_(output)
+        sums = torch.zeros_like(x) if residual is None else residual.contiguous()
+        parts = zip(proj.quantize(x).flatten(0, -2).split(PART), sums.flatten(0, -2).split(PART), strict=True)
+        for codes, total in parts:
+            total.add_(out.product(rest.geglu(proj.product(codes, x.dtype), out), x.dtype))
+        return sums
 
 
 PACKED = {
