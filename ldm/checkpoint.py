@@ -138,11 +138,17 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The facts in the header of a readable checkpoint, as `save_checkpoint` writes them; a torch zip has none."""
+    """The facts in the header of a readable checkpoint, as `save_checkpoint` writes them; a torch zip has none.
+
+    Raises ValueError for a file that cannot be read.
+    """
     if not _is_safetensors(Path(path)):
         return {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except Exception as error:  # the library has its own exception type beside OSError
+        raise _unreadable(Path(path), error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

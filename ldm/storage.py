@@ -15,8 +15,8 @@ def keep_in_half(network: nn.Module) -> nn.Module:
     """Store the network's weights in float16 and compute in float32, in place; returns it.
 
     Each layer's weights are float32 while it runs, and no longer: the network needs half the memory, and some time for
-    the conversion. Weights that are float16 already are used where they lie; of those in a mapped file, pages are given
-    back to the system after each use.
+    the conversion. Weights that are float16 already are used where they lie; after each use the system is told that
+    their pages are not needed soon, so that those of a mapped file take no memory.
     """
     network.requires_grad_(False)
     for layer in network.modules():

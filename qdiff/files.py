@@ -12,7 +12,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(2, "No such directory", str(path.parent))
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
         write(temporary)
         mask = os.umask(0)

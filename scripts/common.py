@@ -25,6 +25,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
 from ldm.storage import give_back_freed
 from ldm.util import load_model_from_config
+from qdiff.engine import has_bfloat16
 from scripts.console import logger
 from scripts.files import file_sha256
 from scripts.flags import given_flags, merge_options
@@ -291,8 +292,7 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
 def default_precision(device: torch.device, quantization: Quantization | None) -> str:
     """autocast on a GPU, and for the integer engine on a CPU that computes in bfloat16; else full."""
     integers = quantization is not None and quantization.engine == "int8"
-    has_bfloat16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "autocast" if device.type == "cuda" or (integers and has_bfloat16) else "full"
+    return "autocast" if device.type == "cuda" or (integers and has_bfloat16()) else "full"
 
 
 def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:

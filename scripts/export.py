@@ -56,6 +56,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     check_writable(args.file.parent)
+    if args.file.is_dir():
+        raise ValueError(f"{str(args.file)!r} is a directory: give the name of a file")
     model, config, header = random_model() if args.random_weights else calibrated_model(args)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     save_packed(model, config, header, args.file)
@@ -66,6 +68,9 @@ def calibrated_model(args: argparse.Namespace) -> tuple[nn.Module, Mapping[str, 
     """The model that the flags mean, its config, and what its calibration says of itself."""
     choice = choose_model(args)
     path = cali_ckpt_of(args, choice.cali_ckpts)
+    for source in (choice.ckpt, path):
+        if args.file.resolve() == source.resolve():
+            raise ValueError(f"{str(args.file)!r} is what is read: give another name to write to")
     header = read_cali_header(path, **({} if args.weight_bit is None else {"weight_bit": args.weight_bit}))
     logger.info("%s, %s", choice, path)
     model = load_model_from_config(choice.config, choice.ckpt, "cpu", tokenizer=args.tokenizer, verbose=args.verbose)
@@ -82,7 +87,10 @@ def random_model() -> tuple[nn.Module, Mapping[str, Any], CaliHeader]:
     whole = read_config(STABLE_DIFFUSION)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = instantiate_from_config(for_inference(whole["model"])).eval()
+        params = whole["model"]["params"]
+        small = {**params["unet_config"]["params"], "model_channels": 32, "num_heads": 1}  # its place is taken below
+        node = {**whole["model"], "params": {**params, "unet_config": {**params["unet_config"], "params": small}}}
+        model = instantiate_from_config(for_inference(node)).eval()
     model.cond_stage_model.set_tokenizer(TOKENIZER)
     source = Source.read(STABLE_DIFFUSION, random_weights=True, device=torch.device("cpu"))
     qnn = QuantModel(source.unet(), config)

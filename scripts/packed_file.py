@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoint import fill, read_metadata, read_weights
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.storage import keep_in_half
 from ldm.util import for_inference, get_obj_from_str, instantiate_from_config
 from qdiff.checkpoint import HEADER, CaliHeader, metadata_of, read_cali_header, splits_of
@@ -37,7 +40,7 @@ def packed_config(path: Path) -> dict[str, Any] | None:
     text = read_metadata(path).get(HEADER)
     try:
         config = json.loads(text).get(ENTRY) if text else None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} has a damaged header: {error}") from error
     if config is not None:
         _check_targets(config, str(path))
@@ -49,9 +52,7 @@ def _check_targets(config: Any, source: str) -> None:
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         _check_targets(value, source)
     target = config.get("target") if isinstance(config, dict) else None
-    if target is None:
-        return
-    if target == "torch.nn.Identity":  # in place of a loss
+    if target in (None, "torch.nn.Identity"):  # the latter in place of a loss
         return
     ours = isinstance(target, str) and target.startswith(("ldm.models.", "ldm.modules."))
     kind = get_obj_from_str(target) if ours else None
@@ -71,7 +72,9 @@ def save_packed(model: nn.Module, config: Mapping[str, Any], header: CaliHeader,
         for name, tensor in getattr(model, part).state_dict().items():
             tensors[f"{part}.{name}"] = tensor.half() if tensor.is_floating_point() else tensor
     tensors |= {TOKENIZER + name: data for name, data in tokenizer_files(model).items()}
-    metadata = metadata_of(header, **{ENTRY: for_drawing(config)})
+    config = for_drawing(config)
+    _check_targets(config, "the model's config")
+    metadata = metadata_of(header, **{ENTRY: config})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -91,7 +94,8 @@ def for_drawing(config: Mapping[str, Any]) -> dict[str, Any]:
     config = json.loads(json.dumps({name: config[name] for name in ("model", "sampling") if name in config}))
     params = config["model"]["params"]
     params.pop("scheduler_config", None)
-    params.get("cond_stage_config", {}).get("params", {}).pop("tokenizer", None)
+    encoder = params.get("cond_stage_config") or {}
+    (encoder.get("params") or {}).pop("tokenizer", None)
     return config
 
 
@@ -116,8 +120,14 @@ def load_packed(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel
     file that is damaged.
     """
     source, config, header = str(path), packed_config(path), read_cali_header(path)
-    with torch.device("meta"):
-        model = instantiate_from_config(for_inference(config["model"]))
+    try:
+        with torch.device("meta"):
+            model = instantiate_from_config(for_inference(for_drawing(config)["model"]))
+        kinds = {LatentDiffusion: model, UNetModel: model.model.diffusion_model, AutoencoderKL: model.first_stage_model}
+    except Exception as error:  # the sizes are the file's: whatever they lead to
+        raise ValueError(f"{source!r} is damaged: its config describes no model ({error})") from error
+    if not all(isinstance(part, kind) for kind, part in kinds.items()):
+        raise ValueError(f"{source!r} is damaged: its config describes no latent diffusion model")
     tensors = read_weights(path)
     for part in PARTS:
         network = getattr(model, part)
@@ -166,11 +176,11 @@ def place_tokenizer(model: nn.Module, files: Mapping[str, Tensor], source: str) 
     """Let the text encoder read its tokenizer from these bytes."""
     if not hasattr(model.cond_stage_model, "set_tokenizer"):
         return
-    if any(Path(name).name != name for name in files):
+    if any(Path(name).name != name or not name for name in files):
         raise ValueError(f"{source!r} is damaged: a file of its tokenizer lies outside of it")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
-            (Path(folder) / name).write_bytes(data.numpy().tobytes())
+            (Path(folder) / name).write_bytes(data.to(torch.uint8).numpy().tobytes())
         try:
             model.cond_stage_model.set_tokenizer(folder)
             model.cond_stage_model.tokenizer  # noqa: B018 (read now, before the folder goes)

@@ -148,7 +148,7 @@ def cali_ckpt_of(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Path:
 
 def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:
     if not shipped:
-        raise ValueError("--ptq needs a --cali_ckpt for this model: scripts/calibrate.py makes one")
+        raise ValueError("this model comes with no calibration: give a --cali_ckpt, which scripts/calibrate.py makes")
     if bits is not None and bits not in shipped:
         known = " and ".join(map(str, shipped))
         raise ValueError(f"--weight_bit is {bits}, but the model's cali_ckpts have {known} bits: give --cali_ckpt")

@@ -17,7 +17,7 @@ from qdiff.engine.blocks import OncePerStep
 from qdiff.engine.int_matmul import int_matmul_layer
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, integer_layer
 from qdiff.engine.low_memory import low_memory
-from qdiff.engine.onednn import OneDNNLayer
+from qdiff.engine.onednn import OneDNNLayer, has_bfloat16
 from qdiff.engine.reference import ReferenceLayer
 from qdiff.quant_model import QuantModel, put_module
 
@@ -29,6 +29,7 @@ __all__ = [
     "OneDNNLayer",
     "ReferenceLayer",
     "fits_bytes",
+    "has_bfloat16",
     "kernels_for",
     "low_memory",
     "pack",
@@ -63,6 +64,7 @@ def pack(qnn: QuantModel, make: MakeLayer, *, fast: bool = True) -> None:
     afterwards (`tomesd.apply_patch`). There is no way back: load the model anew. Raises ValueError, and leaves the
     model as it is, if a layer cannot be packed.
     """
+    qnn.check_float()
     layers = {}
     for name, layer in qnn.layers().items():
         try:

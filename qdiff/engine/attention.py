@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.engine import rest
-from qdiff.engine.layers import Range, range_of
+from qdiff.engine.layers import CodesLayer, Range, range_of
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
 from qdiff.quant_layer import Quantizer
 
@@ -41,18 +41,20 @@ class PackedAttention(nn.Module):
 class PackedCrossAttention(PackedAttention, QuantCrossAttention):
     """CrossAttention of a packed model.
 
-    Below float32 the layers before it end in the codes of q, k and v, and it ends in those of the layer after it.
+    Below float32 the layers before it end in the codes of q, k and v, and it ends in those of the layer after it. A
+    softmax of 16 bits is left out there, whatever its range: bfloat16 is coarser.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if x.dtype == torch.float32 or mask is not None or self.act_quantizer_w.n_bits < FINE:
             return super().forward(x, context, mask)
         to_q, to_k, to_v = (range_of(getattr(self, f"act_quantizer_{name}")) for name in "qkv")
-        if context is None:
+        if context is None and isinstance(self.to_k, CodesLayer):
             codes = rest.quantize(x, self.to_q, self.to_k, self.to_v)
             layers = ((self.to_q, to_q), (self.to_k, to_k), (self.to_v, to_v))
             q, k, v = (layer.requantized(own, to) for own, (layer, to) in zip(codes, layers, strict=True))
         else:
+            context = x if context is None else context
             q = self.to_q.requantized(self.to_q.quantize(x), to_q)
             k, v = self.to_k.codes(context, to_k), self.to_v.codes(context, to_v)
         out = rest.attention((q, k, v), (to_q, to_k, to_v), self.heads, self.to_out[0], x.dtype)

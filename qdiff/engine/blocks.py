@@ -116,11 +116,14 @@ class PackedFeedForward(FeedForward):
         if x.dtype == torch.float32 or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
-        sums = torch.zeros_like(x) if residual is None else residual.contiguous()
-        parts = zip(proj.quantize(x).flatten(0, -2).split(PART), sums.flatten(0, -2).split(PART), strict=True)
-        for codes, total in parts:
-            total.add_(out.product(rest.geglu(proj.product(codes, x.dtype), out), x.dtype))
-        return sums
+        codes = proj.quantize(x).flatten(0, -2).split(PART)
+        outputs = (out.product(rest.geglu(proj.product(part, x.dtype), out), x.dtype) for part in codes)
+        if residual is None:
+            return torch.cat(list(outputs)).view(*x.shape[:-1], -1)
+        residual = residual.contiguous()
+        for part, output in zip(residual.flatten(0, -2).split(PART), outputs, strict=True):
+            part.add_(output)
+        return residual
 
 
 PACKED = {

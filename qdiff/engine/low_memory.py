@@ -39,7 +39,9 @@ class ExpandingLayer(IntegerLayer):
         lowest = weight.flatten(1).amin(1).view(-1, *[1] * (weight.ndim - 1))
         self.register_buffer("packed", pack(weight - lowest, self.bits))
         self.register_buffer("lowest", lowest.to(torch.int8))
-        self.spec = replace(spec, weight=spec.weight[:0].clone())
+        self.spec = replace(spec, weight=spec.weight[:0].clone(), step=None, bias=None)
+        self.register_buffer("step", spec.step)
+        self.register_buffer("bias", spec.bias)
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return self.expanded().product(codes, dtype)
@@ -50,4 +52,5 @@ class ExpandingLayer(IntegerLayer):
     def expanded(self) -> IntegerLayer:
         """The layer that computes."""
         codes = unpack(self.packed, self.shape, self.bits)  # of less than 8 bits: their sum with the lowest is a byte
-        return self.make(replace(self.spec, weight=codes.view(torch.int8) + self.lowest))
+        weight = codes.view(torch.int8) + self.lowest
+        return self.make(replace(self.spec, weight=weight, step=self.step, bias=self.bias))

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,18 +42,24 @@ def ranges(of: Sequence) -> ctypes.Array:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, and a line in the log, where they cannot be had."""
-    if not torch.backends.openmp.is_available():
+    """The compiled kernels; None where they cannot be had, with a line in the log if they should be there."""
+    if sys.platform == "darwin" or not torch.backends.openmp.is_available():  # whose OpenMP would be a second one
         return None
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
     if compiler is None:
         logger.warning("no C compiler found: the integer engine works, but slower (install gcc)")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _compiled(compiler)
+    except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning("kernels do not compile, the integer engine works slower: %s", output[0] if output else error)
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        path.unlink(missing_ok=True)  # damaged, maybe: the next run makes it anew
+        logger.warning("kernels cannot be loaded, the integer engine works slower: %s", error)
         return None
 
 
@@ -72,10 +79,13 @@ def _compiled(compiler: str) -> Path:
     """The library's file, made if it is not there."""
     files = sorted(SOURCES.glob("*.[ch]"))
     digest = hashlib.sha256()
-    for part in (compiler, *FLAGS, _cpu(), *(file.read_text(encoding="utf-8") for file in files)):
+    for part in (compiler, *FLAGS, WIDE, _cpu(), *(file.read_text(encoding="utf-8") for file in files)):
         digest.update(part.encode() + b"\0")
     path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if path.exists() and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022):
+        raise PermissionError(f"{path} may have been written by somebody else: remove it")
     if not path.exists():
+        logger.info("compiling kernels for this CPU, once")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         sources = [str(file) for file in files if file.suffix == ".c"]
         write_atomically(path, lambda temporary: _compile(compiler, sources, temporary))

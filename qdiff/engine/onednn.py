@@ -1,6 +1,7 @@
 """Integer layers by oneDNN, on CPUs: unsigned activations, signed weights, sums of 32 bits, steps and bias fused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ class OneDNNLayer(IntegerLayer):
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:
     return [0 if name == "padding" else 1, *value] if one_dimensional else list(value)
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 by itself."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
 def works() -> bool:

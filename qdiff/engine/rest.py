@@ -55,8 +55,8 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x), of x [..., C]."""
     if x.dtype == torch.float32:
         return norm(x)
-    if not _native(x):
-        return norm(x.float()).to(x.dtype)
+    if not _native(x, norm):
+        return _in_float32(norm, x).to(x.dtype)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
     native.call("layer_norm", x, True, x.numel() // width, width, norm.weight, norm.bias, norm.eps, out)
@@ -65,7 +65,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, to: Codes, *, added: Tensor | None = None, silu: bool = False) -> Tensor:
     """Codes of norm(x + added), through SiLU if asked for. x [B, C, *spatial]; added [B, C] float32, or None."""
-    if x.dtype == torch.float32 or not _native(x) or x.ndim != 4:
+    if x.dtype == torch.float32 or not _native(x, norm) or x.ndim != 4 or x.numel() == 0:
         return quantize(_group_norm(norm, x, added, silu), to)[0]
     x = x.contiguous(memory_format=torch.channels_last)
     samples, channels, size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -83,7 +83,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, to: Codes, *, added: Tensor | None
 def _group_norm(norm: nn.GroupNorm, x: Tensor, added: Tensor | None, silu: bool) -> Tensor:
     if added is not None:
         x = x + added.to(x.dtype).reshape(*added.shape, *[1] * (x.ndim - 2))
-    y = norm(x) if x.dtype == torch.float32 else norm(x.float())
+    y = norm(x) if x.dtype == torch.float32 else _in_float32(norm, x)
     return F.silu(y) if silu else y
 
 
@@ -106,12 +106,15 @@ def attention(
 
     codes: of q [B, N, heads d], k and v [B, M, heads d], by the ranges `of`. No matrix of N x M is held.
     """
-    if dtype == torch.bfloat16 and _in_tiles(codes, heads):
+    if codes[1].shape != codes[2].shape or len(codes[0]) != len(codes[1]):
+        shapes = ", ".join(str(list(own.shape)) for own in codes)
+        raise ValueError(f"q, k and v of {shapes} do not fit each other: a context needs the batch of its latents")
+    if dtype == torch.bfloat16 and _in_tiles(codes, of, heads):
         return _tiled_attention(codes, of, heads, to)
-    # Whole numbers in bfloat16, which holds them; in float16, where their sums might not fit, times their steps.
+    # Whole numbers in bfloat16, which holds those of bytes; in float16, where sums might not fit, times their steps.
     steps = [one.delta if dtype == torch.float16 else 1.0 for one in of]
     q, k, v = (
-        ((own.to(dtype) - one.zero_point) * step).unflatten(-1, (heads, -1)).transpose(1, 2)
+        ((own.float() - one.zero_point) * step).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
         for own, one, step in zip(codes, of, steps, strict=True)
     )
     scale = of[0].delta / steps[0] * of[1].delta / steps[1] * q.shape[-1] ** -0.5
@@ -124,8 +127,10 @@ def _without_step(to: Codes, step: float) -> Codes:
     return Scaled(delta=to.delta / step, zero_point=to.zero_point, high=to.high)
 
 
-def _in_tiles(codes: Sequence[Tensor], heads: int) -> bool:
-    return codes[0].shape[-1] // heads <= MAX_HEAD_WIDTH and _native(codes[0]) and native.has_attention()
+def _in_tiles(codes: Sequence[Tensor], of: Sequence[Codes], heads: int) -> bool:
+    """Whether the kernel can: differences from a zero point that is a code fit into bfloat16."""
+    in_bytes = all(own.device.type == "cpu" for own in codes) and 0 <= of[2].zero_point <= 255
+    return in_bytes and codes[0].shape[-1] // heads <= MAX_HEAD_WIDTH and native.has_attention()
 
 
 def _tiled_attention(
@@ -145,11 +150,21 @@ def _tiled_attention(
     return out
 
 
+def _in_float32(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if own is None else own.float() for own in (norm.weight, norm.bias))
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
 # --- tensors as rows ---------------------------------------------------------------------------------------
 
 
-def _native(x: Tensor) -> bool:
-    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+def _native(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm | None = None) -> bool:
+    """Whether our kernels can read x, and the weights of the norm."""
+    if norm is not None and (norm.weight is None or norm.bias is None or norm.weight.dtype != torch.float32):
+        return False
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return known and not (torch.is_grad_enabled() and x.requires_grad) and native.library() is not None
 
 

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm import storage
 from ldm.storage import keep_in_half
 
 
@@ -40,7 +41,9 @@ def test_after_an_error_it_is_in_half_still(network):
     assert all(parameter.dtype == torch.float16 for parameter in network.parameters())
 
 
-def test_weights_of_a_mapped_file_survive_being_given_back(tmp_path):
+def test_weights_of_a_mapped_file_survive_being_given_back(tmp_path, monkeypatch):
+    given, advise = [], storage._madvise()
+    monkeypatch.setattr(storage, "_madvise", lambda: lambda *args: given.append(advise(*args)) if advise else None)
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).half()
     save_file({"weight": weight}, tmp_path / "w.safetensors")
     layer = nn.Linear(512, 512, bias=False)
@@ -48,4 +51,5 @@ def test_weights_of_a_mapped_file_survive_being_given_back(tmp_path):
         layer.load_state_dict({"weight": file.get_tensor("weight")}, assign=True)
     keep_in_half(layer)
     first = layer(torch.eye(512))
+    assert len(given) == (1 if advise else 0)
     assert torch.equal(first, weight.float().T) and torch.equal(layer(torch.eye(512)), first)

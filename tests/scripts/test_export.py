@@ -1,6 +1,7 @@
 """scripts/export.py, and drawing from the one file that it writes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qdiff.checkpoint import HEADER
 from scripts import calibrate, export, txt2img
-from scripts.common import CHECKPOINTS, EMBEDDED
+from scripts.common import CALI_CKPTS, CHECKPOINTS, EMBEDDED
 from scripts.drawing import model_of
 
 FLAGS = ["--prompt", "a large red circle", "--dpm_solver", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1"]
@@ -30,7 +31,8 @@ def draw(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--precision", "full"], ["--ratio", "0.5"], ["--engine", "simulate"], ["--no-quant_act"]]
+    "flags",
+    [["--precision", "full"], ["--ratio", "0.5"], ["--engine", "simulate"], ["--no-quant_act"], ["--low_memory"]],
 )
 def test_it_draws_what_the_parts_draw(packed, tmp_path, flags):
     alone = draw(tmp_path / "alone", "--ckpt", packed, *flags)
@@ -101,6 +103,17 @@ def test_commands_that_need_the_float_model_say_so(packed, tmp_path, capsys):
     refuse(export, [str(tmp_path / "y.safetensors"), "--random_weights", "--weight_bit", "4"], capsys, "has no effect")
     refuse(export, [str(tmp_path / "y.safetensors"), "--cali_ckpt", "missing"], capsys, "missing")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_not_written_to(tmp_path, capsys):
+    ckpt, cali = (tmp_path / name for name in ("model.safetensors", "cali.safetensors"))
+    shutil.copy(CHECKPOINTS[EMBEDDED][0], ckpt)
+    shutil.copy(CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]][4], cali)
+    before = ckpt.read_bytes(), cali.read_bytes()
+    flags = ["--config", str(EMBEDDED), "--ckpt", str(ckpt), "--cali_ckpt", str(cali)]
+    for target in (ckpt, cali):
+        refuse(export, [str(target), *flags], capsys, "is what is read")
+    assert (ckpt.read_bytes(), cali.read_bytes()) == before
 
 
 def damaged(packed, target, change):

@@ -189,12 +189,14 @@ static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, 
     }
     for (int64_t key = 0; key < all; key += PART) {
         int64_t count = all - key < PART ? all - key : PART;
+        __asm__ volatile("" ::: "memory");
         multiply_scores(queries, head.keys + key * deep, count, deep, scores);
         for (int64_t row = 0; row < ROWS; row++) {
             float factor = exponentials(scores + row * PART, head.added + key, count, scale, highest + row, total + row,
                                         probabilities + row * PART);
             for (int64_t i = 0; i < wide; i++) output[row * wide + i] *= factor;
         }
+        __asm__ volatile("" ::: "memory");
         add_values(probabilities, head.values + key / 2 * wide, count, wide, output);
     }
     for (int64_t row = 0; row < rows; row++) {
@@ -213,6 +215,7 @@ void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, int64_t bat
     {
         TileConfig before, own = {.palette = 1};
         for (int i = 0; i < 8; i++) own.rows[i] = TILE, own.bytes[i] = 64;
+        __asm__ volatile("" ::: "memory"); /* the intrinsics do not tell compilers what they read */
         _tile_storeconfig(&before); /* other libraries rely on theirs */
         _tile_loadconfig(&own);
 #pragma omp for schedule(static)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.engine import ReferenceLayer, low_memory
+from qdiff.engine import OneDNNLayer, ReferenceLayer, low_memory, onednn
 from qdiff.engine.layers import IntegerLayer, Range, integer_layer
 from qdiff.engine.low_memory import ExpandingLayer
 
@@ -13,14 +13,18 @@ def bytes_of(layer):
     return sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
 
 
+KERNELS = pytest.param(OneDNNLayer, marks=pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels"))
+
+
+@pytest.mark.parametrize("engine", [ReferenceLayer, KERNELS])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     "layer, shape", [(nn.Linear(257, 64), (3, 257)), (nn.Conv2d(16, 24, 3, padding=1), (2, 16, 6, 5))], ids=str
 )
 @torch.no_grad()
-def test_it_computes_the_same_from_fewer_bytes(quantized, layer, shape, bits):
+def test_it_computes_the_same_from_fewer_bytes(quantized, engine, layer, shape, bits):
     module = quantized(layer, torch.randn(shape), weight_bit=bits)
-    plain, small = integer_layer(module, ReferenceLayer), integer_layer(module, low_memory(ReferenceLayer))
+    plain, small = integer_layer(module, engine), integer_layer(module, low_memory(engine))
     assert isinstance(small, ExpandingLayer) and isinstance(small, IntegerLayer)
     x, to = torch.randn(shape), Range(delta=0.05, zero_point=120, high=255)
     assert torch.equal(small(x), plain(x))

@@ -145,9 +145,56 @@ def test_without_a_compiler_a_line_says_so(monkeypatch, caplog):
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, caplog, tmp_path):
     compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'kernels.c: no luck' >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\nfor last; do :; done\necho half > $last\necho 'kernels.c: no luck' >&2\nexit 1\n")
     compiler.chmod(0o700)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert native.library.__wrapped__() is None
-    assert "no luck" in caplog.text and not list((tmp_path / "cache").rglob("*.so"))
+    assert "no luck" in caplog.text and not list((tmp_path / "cache" / "dsdiff").iterdir())
+
+
+@pytest.mark.skipif(not native.library(), reason="no C compiler here")
+@pytest.mark.parametrize("damage", [b"", b"no library"])
+def test_a_damaged_library_is_removed_and_made_anew(monkeypatch, caplog, tmp_path, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = native._compiled(native.shutil.which("cc") or native.shutil.which("gcc"))
+    monkeypatch.setattr(native, "_compiled", lambda compiler: made)
+    made.write_bytes(damage)
+    assert native.library.__wrapped__() is None and not made.exists()
+    assert "cannot be loaded" in caplog.text
+
+
+@pytest.mark.skipif(not native.library(), reason="no C compiler here")
+def test_a_library_that_others_may_write_is_not_loaded(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._compiled(native.shutil.which("cc") or native.shutil.which("gcc")).chmod(0o666)
+    assert native.library.__wrapped__() is None
+    assert "somebody else" in caplog.text
+
+
+def test_keys_of_another_batch_are_refused(way):
+    codes = tuple(torch.zeros(batch, 4, 8, dtype=torch.uint8) for batch in (2, 1, 1))
+    with pytest.raises(ValueError, match="needs the batch of its latents"):
+        rest.attention(codes, (TO,) * 3, 2, TO, torch.bfloat16)
+
+
+def test_zero_points_beyond_the_codes(way):
+    ranges = [Range(delta=0.01, zero_point=z, high=255) for z in (120, 300, -2000)]
+    codes = tuple(torch.randint(0, 256, (1, 9, 16), dtype=torch.uint8) for _ in range(3))
+    to = Range(delta=0.05, zero_point=-300, high=255)
+    q, k, v = (
+        ((c.double() - r.zero_point) * r.delta).unflatten(-1, (2, 8)).transpose(1, 2)
+        for c, r in zip(codes, ranges, strict=True)
+    )
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    difference = rest.attention(codes, tuple(ranges), 2, to, torch.bfloat16).double() - exact_codes(expected, to)
+    assert difference.abs().mean() < 1.5 and difference.mean().abs() < 0.5
+
+
+@torch.no_grad()
+def test_norms_in_half_precision(way):
+    layer, group = nn.LayerNorm(64).bfloat16(), nn.GroupNorm(4, 64, affine=False)
+    x = torch.randn(2, 5, 64).bfloat16()
+    assert torch.allclose(rest.layer_norm(layer, x).float(), F.layer_norm(x.float(), [64]), atol=0.02)
+    image = channels_last(2, 64, 4, 4)
+    assert_close(rest.group_norm(group, image, TO), F.group_norm(image.double(), 4), TO)
