@@ -18,7 +18,7 @@ import tomesd
 from qdiff.calibration import CalibrationSet, fit_activations
 from qdiff.checkpoint import load_cali_ckpt, unet_bytes
 from qdiff.config import QuantConfig
-from qdiff.engine import ReferenceLayer, kernels_for, pack
+from qdiff.engine import ReferenceLayer, has_bfloat16, kernels_for, pack
 from qdiff.quant_model import QuantModel
 from scripts.benchmark_model import Source
 from scripts.common import CALI_CKPTS, precision_context
@@ -92,7 +92,7 @@ def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:
 
 def rest_precision(name: str, device: torch.device) -> str:
     """In what a quantized engine computes all that is not in whole numbers."""
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = device.type != "cpu" or has_bfloat16()
     return "autocast" if name == "int8" and fast else "full"
 
 

@@ -37,7 +37,10 @@ PARTS = ("first_stage_model", "cond_stage_model")
 
 def packed_config(path: Path) -> dict[str, Any] | None:
     """The config of the model in such a file; None for files of other kinds. ValueError for a damaged one."""
-    text = read_metadata(path).get(HEADER)
+    try:
+        text = read_metadata(path).get(HEADER)
+    except ValueError:  # whoever loads it tells why
+        return None
     try:
         config = json.loads(text).get(ENTRY) if text else None
     except (ValueError, AttributeError, RecursionError) as error:

@@ -371,6 +371,15 @@ def begin(args: argparse.Namespace, settings: Mapping[str, Any], log: Log) -> No
     write_atomically(args.outdir / "settings.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process held; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def generate(args: argparse.Namespace, choice: ModelChoice, log: Log) -> None:
     prompts = read_prompts(args)
     options = sampling_options(args, choice)
@@ -386,6 +395,8 @@ def generate(args: argparse.Namespace, choice: ModelChoice, log: Log) -> None:
     begin(args, settings, log)
     execute(run, model, batches, pending)
     logger.info("%s", run.summary())
+    if (peak := peak_memory()) is not None and run.pictures:
+        logger.info("at most %.2f GB of memory", peak / 1e9)
     logger.info("written to %s", args.outdir)
 
 
