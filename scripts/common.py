@@ -25,7 +25,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
 from ldm.storage import give_back_freed
 from ldm.util import load_model_from_config
-from qdiff.engine import has_bfloat16
+from qdiff.engine import fits_bytes, has_bfloat16
 from scripts.console import logger
 from scripts.files import file_sha256
 from scripts.flags import given_flags, merge_options
@@ -290,8 +290,8 @@ def sampling_options(args: argparse.Namespace, choice: ModelChoice) -> SamplingO
 
 
 def default_precision(device: torch.device, quantization: Quantization | None) -> str:
-    """autocast on a GPU, and for the integer engine on a CPU that computes in bfloat16; else full."""
-    integers = quantization is not None and quantization.engine == "int8"
+    """autocast on a GPU, and for integers, simulated ones too, on a CPU that computes in bfloat16; else full."""
+    integers = quantization is not None and fits_bytes(quantization.effective)
     return "autocast" if device.type == "cuda" or (integers and has_bfloat16()) else "full"
 
 

@@ -48,7 +48,7 @@ def add_model_arguments(
         "--precision",
         choices=["autocast", "full"],
         help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
-        "(default: autocast on a GPU, and for --engine int8 on a CPU that has bfloat16; else full)",
+        "(default: autocast on a GPU, and of few-bit activations on a CPU that has bfloat16; else full)",
     )
 
 

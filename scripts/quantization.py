@@ -36,6 +36,11 @@ class Quantization:
     no_grad_ckpt: bool
     config: QuantConfig
 
+    @property
+    def effective(self) -> QuantConfig:
+        """How the model is quantized, whatever else the file has."""
+        return replace(self.config, quant_act=self.quant_act)
+
 
 def choose_quantization(
     args: argparse.Namespace, shipped: Mapping[int, Path], device: torch.device, packed: Path | None = None
@@ -82,7 +87,7 @@ def install(model: nn.Module, qnn: QuantModel, quantization: Quantization, preci
         switch_grad_checkpoint_off(qnn)
     qnn.set_quant_state(True, quantization.quant_act)
     model.model.diffusion_model = qnn
-    config = replace(quantization.config, quant_act=quantization.quant_act)
+    config = quantization.effective
     if quantization.engine == "int8":
         kernels = kernels_for(config, model.device)
         pack(qnn, low_memory(kernels) if quantization.low_memory else kernels)
@@ -148,7 +153,7 @@ def cali_ckpt_of(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Path:
 
 def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:
     if not shipped:
-        raise ValueError("this model comes with no calibration: give a --cali_ckpt, which scripts/calibrate.py makes")
+        raise ValueError("this model comes with no calibration, --ptq needs a --cali_ckpt: scripts/calibrate.py makes one")
     if bits is not None and bits not in shipped:
         known = " and ".join(map(str, shipped))
         raise ValueError(f"--weight_bit is {bits}, but the model's cali_ckpts have {known} bits: give --cali_ckpt")
