@@ -29,7 +29,7 @@ from qdiff.engine import fits_bytes, has_bfloat16
 from scripts.console import logger
 from scripts.files import file_sha256
 from scripts.flags import given_flags, merge_options
-from scripts.packed_file import load_packed, packed_config
+from scripts.packed_file import for_drawing, load_packed, packed_config
 from scripts.quantization import Quantization, choose_quantization, install, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +86,8 @@ class ModelChoice:
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights' file and of the config's model part."""
-        architecture = yaml.safe_dump(self.config["model"]).encode()
+        """SHA-256 of the weights' file, and of what drawing needs of the config, wherever its tokenizer lies."""
+        architecture = yaml.safe_dump(for_drawing(self.config)).encode()
         return {"ckpt_sha256": file_sha256(self.ckpt), "config_sha256": hashlib.sha256(architecture).hexdigest()}
 
 

@@ -153,7 +153,9 @@ def cali_ckpt_of(args: argparse.Namespace, shipped: Mapping[int, Path]) -> Path:
 
 def _shipped(bits: int | None, shipped: Mapping[int, Path]) -> Path:
     if not shipped:
-        raise ValueError("this model comes with no calibration, --ptq needs a --cali_ckpt: scripts/calibrate.py makes one")
+        raise ValueError(
+            "this model comes with no calibration, --ptq needs a --cali_ckpt: scripts/calibrate.py makes one"
+        )
     if bits is not None and bits not in shipped:
         known = " and ".join(map(str, shipped))
         raise ValueError(f"--weight_bit is {bits}, but the model's cali_ckpts have {known} bits: give --cali_ckpt")
