@@ -38,7 +38,8 @@ def add_model_arguments(
     group.add_argument(
         "--ckpt",
         metavar="FILE",
-        help="a model's weights, or a file of scripts/export.py (default: the config's, under models/ldm)",
+        help="a model's weights; where pictures are drawn, a file of scripts/export.py as well "
+        "(default: the config's, under models/ldm)",
     )
     group.add_argument("--tokenizer", metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
     if not precision:

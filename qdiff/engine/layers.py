@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from qdiff.engine import rest
+from qdiff.engine.rest import Codes, Range
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
 
@@ -38,15 +39,6 @@ class LayerSpec:
     options: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """How numbers become codes: clamp(round(x / delta) + zero_point, 0, high)."""
-
-    delta: float
-    zero_point: int
-    high: int
-
-
 def range_of(quantizer: Quantizer) -> Range:
     """Of a quantizer with one range. Codes start at 0, signed ones are moved up."""
     low = quantizer.low
@@ -65,9 +57,9 @@ class _FixedDtypes(nn.Module):
 
 
 class CodesLayer(_FixedDtypes):
-    """A layer whose float input is quantized first: `range` is a Range, or has what a Range has."""
+    """A layer whose float input is quantized first: `range`: of that input."""
 
-    def __init__(self, range: "Range | LayerSpec | CodesLayer"):
+    def __init__(self, range: Codes):
         super().__init__()
         self.delta, self.zero_point, self.high = range.delta, range.zero_point, range.high
 

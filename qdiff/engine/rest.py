@@ -24,7 +24,7 @@ ROWS_OF_A_SLICE = 256  # of pixels that one thread sums up for a group norm
 
 
 class Codes(Protocol):
-    """How numbers become codes: clamp(round(x / delta) + zero_point, 0, high)."""
+    """What has a Range's numbers: a Range, or a layer, whose input they are of."""
 
     delta: float
     zero_point: int
@@ -32,8 +32,8 @@ class Codes(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled:
-    """Codes of numbers that lack a factor."""
+class Range:
+    """How numbers become codes: clamp(round(x / delta) + zero_point, 0, high)."""
 
     delta: float
     zero_point: int
@@ -124,7 +124,7 @@ def attention(
 
 def _without_step(to: Codes, step: float) -> Codes:
     """The same codes, of numbers that are still to be multiplied by `step`."""
-    return Scaled(delta=to.delta / step, zero_point=to.zero_point, high=to.high)
+    return Range(delta=to.delta / step, zero_point=to.zero_point, high=to.high)
 
 
 def _in_tiles(codes: Sequence[Tensor], of: Sequence[Codes], heads: int) -> bool:
