@@ -8,10 +8,9 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from qdiff.ranks import rank, world_size
-from scripts import txt2img
-from scripts.common import ModelChoice, SamplingOptions, build_model, choose_model, decode, sample, sampling_options
-from scripts.files import to_pictures, write_png
+from dsdiff.images.png import to_pictures, write_png
+from dsdiff.pipeline import ModelChoice, SamplingOptions, build_model, choose_model, decode, sample, sampling_options
+from qdiff.distributed import rank, world_size
 
 
 def model_of(flags: Sequence[str], *, packed: bool = True) -> tuple[nn.Module, ModelChoice, SamplingOptions]:
@@ -27,6 +26,8 @@ def model_of(flags: Sequence[str], *, packed: bool = True) -> tuple[nn.Module, M
 
 def options_of(flags: Sequence[str]) -> tuple[argparse.Namespace, ModelChoice, SamplingOptions]:
     """What these flags mean, before any weights are read. ValueError or OSError for flags that cannot be."""
+    from scripts import txt2img
+
     args = txt2img.parse_args(["--prompt", "-", *flags])
     choice = choose_model(args)
     return args, choice, sampling_options(args, choice)
@@ -62,3 +63,15 @@ def draw_missing(
                 if not path.exists():
                     write_png(path, picture, {"prompt": prompt, "seed": str(seed)})
             bar.update(len(images))
+
+
+def read_prompt_file(path: Path, flag: str) -> list[str]:
+    """The prompts in a text file, one a line, that `flag` names. Raises ValueError if it holds none or is no text."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {str(path)!r} is no UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{flag} {str(path)!r} holds no prompts: write one per line")
+    return prompts

@@ -19,18 +19,19 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 import tomesd
+from dsdiff.cli.console import logger
+from dsdiff.cli.flags import given_flags, merge_options
+from dsdiff.models.bundle import for_drawing, load_packed, packed_config
+from dsdiff.models.quantized import Quantization, choose_quantization, install, quantize
+from ldm.fileio import file_sha256
+from ldm.half_storage import give_back_freed
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
-from ldm.storage import give_back_freed
 from ldm.util import load_model_from_config
-from qdiff.engine import fits_bytes, has_bfloat16
-from scripts.console import logger
-from scripts.files import file_sha256
-from scripts.flags import given_flags, merge_options
-from scripts.packed_file import for_drawing, load_packed, packed_config
-from scripts.quantization import Quantization, choose_quantization, install, quantize
+from qdiff.engine.backends.onednn import has_bfloat16
+from qdiff.engine.lower import fits_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qdiff.calibration import Cache, CalibrationSet, fit_activations
+from qdiff.calibration_set import Cache, CalibrationSet, fit_activations
 from qdiff.config import ReconConfig
-from qdiff.progress import ProgressFolder
+from qdiff.distributed import barrier, rank
 from qdiff.quant_model import QuantModel
-from qdiff.ranks import barrier, rank
+from qdiff.quant_state import put_tensors, ranges_of, weights_of
 from qdiff.reconstruction import unit_reconstruction
-from qdiff.tensors import put_tensors, ranges_of, weights_of
+from qdiff.resume import ProgressFolder
 
 
 @dataclass(frozen=True, kw_only=True)

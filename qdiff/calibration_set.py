@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.fileio import write_atomically
 from qdiff.checkpoint_qdiff import read_tensors
-from qdiff.files import write_atomically
+from qdiff.distributed import from_first_rank, rank, sum_over_ranks, world_size
 from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
 from qdiff.quant_model import QuantModel, put_module
-from qdiff.ranks import from_first_rank, rank, sum_over_ranks, world_size
 
 MOMENTUM = 0.95  # of running ranges
 SAMPLED_VALUES = 2**16  # of an activation, for its range by mse

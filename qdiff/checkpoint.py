@@ -1,6 +1,6 @@
 """Files that hold a calibrated model: a cali_ckpt of ours, and Q-Diffusion's published format.
 
-Ours is a .safetensors with, for every quantizer of `QuantModel`, the tensors that `qdiff.tensors` describes, and a
+Ours is a .safetensors with, for every quantizer of `QuantModel`, the tensors that `qdiff.quant_state` describes, and a
 header that says all that is needed to read it (`CaliHeader`). It holds no float weights: biases and norms are those of
 the source model, which the header names by a fingerprint. Q-Diffusion's is described in `qdiff.checkpoint_qdiff`.
 """
@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.fileio import write_atomically
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
-from qdiff.files import write_atomically
 from qdiff.quant_layer import SplitQuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.tensors import check_keys, expected_keys, put_tensors, ranges_of, weights_of
+from qdiff.quant_state import check_keys, expected_keys, put_tensors, ranges_of, weights_of
 
 HEADER = "dsdiff_cali"  # the entry of the file's metadata that holds the header, as JSON
 VERSION = 1

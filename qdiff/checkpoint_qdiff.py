@@ -23,7 +23,7 @@ from qdiff.adaptive_rounding import AdaRoundQuantizer
 from qdiff.config import BITS, QuantConfig
 from qdiff.quant_layer import Quantizer, QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
-from qdiff.tensors import check_keys, range_of
+from qdiff.quant_state import check_keys, range_of
 
 # Where h(alpha) reaches 1 (and, with the other sign, 0): what a decided rounding is written as.
 DECIDED = 2.3978953

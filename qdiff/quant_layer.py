@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdiff.bitpack import pack, packed_bytes, unpack
 from qdiff.config import BITS, SCALE_METHODS, QuantConfig
-from qdiff.packing import pack, packed_bytes, unpack
 
 MIN_DELTA = 1e-8
 TINY = 1e-30  # of the mse search, which the reference leaves unlimited: only against division by 0
@@ -189,7 +189,7 @@ class UniformAffineQuantizer(Quantizer):
 class FrozenQuantizer(Quantizer):
     """A weight whose codes are decided: it holds them, packed at their width, and gives them whatever it is asked for.
 
-    shape: of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.packing`.
+    shape: of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.bitpack`.
     """
 
     packed: Tensor

@@ -1,6 +1,6 @@
 """What a model's quantizers hold, as tensors by name, and back: the content of our files.
 
-NAME.codes       uint8, a weight's codes, packed at their width (qdiff.packing)
+NAME.codes       uint8, a weight's codes, packed at their width (qdiff.bitpack)
 NAME.delta       float32, [] for an activation, one a channel for a weight
 NAME.zero_point  float32, whole numbers
 """

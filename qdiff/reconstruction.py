@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
-from qdiff.calibration import Cache, CalibrationSet, Progress, capture
+from qdiff.calibration_set import Cache, CalibrationSet, Progress, capture
 from qdiff.config import ReconConfig
+from qdiff.distributed import rank, sum_over_ranks, world_size
 from qdiff.quant_block import BaseQuantBlock
 from qdiff.quant_layer import QuantModule, UniformAffineQuantizer, lp_loss
 from qdiff.quant_model import QuantModel, freeze_layer
-from qdiff.ranks import rank, sum_over_ranks, world_size
 
 Losses = list[float]
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdiff.files import write_atomically
+from ldm.fileio import write_atomically
 
 
 class ProgressFolder:

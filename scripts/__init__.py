@@ -1,7 +1,1 @@
-"""The commands, and what they share."""
-
-import os
-
-# Large tensors in large pages (Linux), for which the system makes room several times faster. PyTorch reads it when it
-# makes the first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+"""The commands."""

@@ -33,20 +33,20 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from dsdiff.benchmark import peers as benchmark_peers
+from dsdiff.benchmark import variants as benchmark_engines
+from dsdiff.benchmark.memory import peak_alone, tell_peak
+from dsdiff.benchmark.operations import operations
+from dsdiff.benchmark.peers import PEERS
+from dsdiff.benchmark.report import markdown, plot, text
+from dsdiff.benchmark.roofline import floor_seconds, peaks
+from dsdiff.benchmark.source import MODELS, Source
+from dsdiff.benchmark.timing import BASELINE, machine, measure, rows_of, settings_of
+from dsdiff.benchmark.variants import DEFAULT, ENGINES, Engine, shipped_ranges
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.pipeline import choose_device
+from ldm.fileio import check_writable, write_atomically
 from qdiff.config import QuantConfig
-from qdiff.files import write_atomically
-from scripts import benchmark_engines, benchmark_peers
-from scripts.benchmark_engines import DEFAULT, ENGINES, Engine, shipped_ranges
-from scripts.benchmark_floor import floor_seconds, peaks
-from scripts.benchmark_measure import BASELINE, machine, measure, rows_of, settings_of
-from scripts.benchmark_memory import peak_alone, tell_peak
-from scripts.benchmark_model import MODELS, Source
-from scripts.benchmark_operations import operations
-from scripts.benchmark_peers import PEERS
-from scripts.benchmark_report import markdown, plot, text
-from scripts.common import choose_device
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.files import check_writable
 
 # --- the command line --------------------------------------------------------------------------------------
 

@@ -30,21 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
 import tomesd
-from ldm.util import load_model_from_config
-from qdiff.calibration import Cache, CalibrationSet
-from qdiff.checkpoint import fingerprint, save_cali_ckpt
-from qdiff.config import QuantConfig, ReconConfig
-from qdiff.files import write_atomically
-from qdiff.procedure import Step, calibrate, steps_of, work_of
-from qdiff.progress import ProgressFolder
-from qdiff.quant_model import QuantModel
-from qdiff.ranks import barrier, rank, world_size
-from scripts.calibration_data import calibration_data
-from scripts.calibration_estimate import GIB, check_estimate, estimate
-from scripts.common import choose_model, precision_context, sampling_options, versions
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.files import check_writable
-from scripts.flags import (
+from dsdiff.calibration.data import calibration_data
+from dsdiff.calibration.estimate import GIB, check_estimate, estimate
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.cli.flags import (
     add_bit_arguments,
     add_model_arguments,
     add_sampler_arguments,
@@ -52,7 +41,17 @@ from scripts.flags import (
     given_flags,
     merge_options,
 )
-from scripts.processes import own_device, processes
+from dsdiff.cli.launch import own_device, processes
+from dsdiff.pipeline import choose_model, precision_context, sampling_options, versions
+from ldm.fileio import check_writable, write_atomically
+from ldm.util import load_model_from_config
+from qdiff.calibrate import Step, calibrate, steps_of, work_of
+from qdiff.calibration_set import Cache, CalibrationSet
+from qdiff.checkpoint import fingerprint, save_cali_ckpt
+from qdiff.config import QuantConfig, ReconConfig
+from qdiff.distributed import barrier, rank, world_size
+from qdiff.quant_model import QuantModel
+from qdiff.resume import ProgressFolder
 
 PRESETS = {
     "fast": dict(cali_st=10, cali_n=12, iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),

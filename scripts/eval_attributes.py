@@ -32,10 +32,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
-from ldm.data.reader import ShapesReader, judge
-from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
-from qdiff.files import write_atomically
-from scripts.common import (
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.cli.flags import (
+    add_model_arguments,
+    add_noise_arguments,
+    add_quantization_arguments,
+    add_sampler_arguments,
+    add_tome_arguments,
+)
+from dsdiff.images.png import to_pictures, write_png
+from dsdiff.pipeline import (
     EMBEDDED,
     SamplingOptions,
     build_model,
@@ -46,15 +52,9 @@ from scripts.common import (
     sampling_options,
     versions,
 )
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.files import check_writable, file_sha256, to_pictures, write_png
-from scripts.flags import (
-    add_model_arguments,
-    add_noise_arguments,
-    add_quantization_arguments,
-    add_sampler_arguments,
-    add_tome_arguments,
-)
+from ldm.data.reader import ShapesReader, judge
+from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
+from ldm.fileio import check_writable, file_sha256, write_atomically
 
 READER = ROOT / "models/ldm/shapes/reader.safetensors"
 WITH_IMAGES = ("images", "outdir", "reader", "device", "n_samples", "verbose")  # flags that --images leaves a meaning

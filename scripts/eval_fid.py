@@ -34,11 +34,19 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
-from ldm.data.reader import STRIDE
-from qdiff.files import write_atomically
-from scripts.common import choose_device, versions
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.features import (
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.images.folders import (
+    RESIZES,
+    SHAPES,
+    SHAPES_SIDE,
+    FilePictures,
+    PictureSet,
+    choose_framing,
+    open_folder,
+    open_source,
+    size_text,
+)
+from dsdiff.metrics.extractors import (
     EXTRACTORS,
     READER,
     STATISTICS,
@@ -51,21 +59,12 @@ from scripts.features import (
     read_statistics,
     write_statistics,
 )
-from scripts.files import check_writable
-from scripts.paired import TITLES as PAIRED
-from scripts.paired import Pairing, add_paired_scores, pair_up
-from scripts.pictures import (
-    RESIZES,
-    SHAPES,
-    SHAPES_SIDE,
-    FilePictures,
-    PictureSet,
-    choose_framing,
-    open_folder,
-    open_source,
-    size_text,
-)
-from scripts.scores import RNG_SEED, Scores, add_fid_difference, add_set_scores, cell, gaussian_of
+from dsdiff.metrics.pair_scores import TITLES as PAIRED
+from dsdiff.metrics.pair_scores import Pairing, add_paired_scores, pair_up
+from dsdiff.metrics.set_scores import RNG_SEED, Scores, add_fid_difference, add_set_scores, cell, gaussian_of
+from dsdiff.pipeline import choose_device, versions
+from ldm.data.reader import STRIDE
+from ldm.fileio import check_writable, write_atomically
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "torchvision", "numpy", "pillow")
 

@@ -31,18 +31,18 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from dsdiff.benchmark.comparison import weight_bytes
+from dsdiff.cli.console import ArgumentParser, command, logs, number
+from dsdiff.cli.launch import own_device, processes
+from dsdiff.images.png import write_png
+from dsdiff.jobs import draw_missing, model_of
+from dsdiff.pipeline import CALI_CKPTS, CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import ShapesDataset, caption, parse_caption
-from qdiff.files import write_atomically
-from qdiff.ranks import barrier, rank
+from ldm.fileio import check_writable, file_sha256, write_atomically
+from qdiff.distributed import barrier, rank
 from scripts import calibrate
-from scripts.common import CALI_CKPTS, CHECKPOINTS, EMBEDDED, SamplingOptions, choose_device, versions
-from scripts.console import ArgumentParser, command, logs, number
-from scripts.drawing import draw_missing, model_of
 from scripts.eval_attributes import READER, tensor_of, wilson
-from scripts.files import check_writable, file_sha256, write_png
-from scripts.pace import weight_bytes
-from scripts.processes import own_device, processes
 
 SAMPLER = ["--dpm_solver", "--ddim_steps", "20", "--precision", "full"]
 SHEET_COLUMNS = 8

@@ -20,18 +20,18 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from dsdiff.benchmark.source import Source
+from dsdiff.benchmark.variants import fit
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.cli.flags import add_model_arguments
+from dsdiff.models.bundle import save_packed
+from dsdiff.models.quantized import cali_ckpt_of
+from dsdiff.pipeline import STABLE_DIFFUSION, choose_model, read_config
+from ldm.fileio import check_writable
 from ldm.util import for_inference, instantiate_from_config, load_model_from_config
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, splits_of
 from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
-from scripts.benchmark_engines import fit
-from scripts.benchmark_model import Source
-from scripts.common import STABLE_DIFFUSION, choose_model, read_config
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.files import check_writable
-from scripts.flags import add_model_arguments
-from scripts.packed_file import save_packed
-from scripts.quantization import cali_ckpt_of
 
 TOKENIZER = ROOT / "models/ldm/shapes/tokenizer"
 

@@ -20,10 +20,9 @@ from tokenizers import pre_tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from dsdiff.cli.console import ArgumentParser, command
 from ldm.data.shapes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES
-from qdiff.files import write_atomically
-from scripts.console import ArgumentParser, command
-from scripts.files import check_writable
+from ldm.fileio import check_writable, write_atomically
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -30,22 +30,22 @@ from torchvision.models import ResNet50_Weights
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
+from dsdiff.benchmark.comparison import unet_figures
+from dsdiff.benchmark.timing import machine
+from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
+from dsdiff.cli.launch import own_device, processes
+from dsdiff.images.folders import SHAPES, choose_framing, open_source, size_text
+from dsdiff.jobs import draw_missing, model_of, options_of
+from dsdiff.metrics.extractors import choose_extractor, is_statistics, read_statistics
+from dsdiff.metrics.set_scores import T_QUANTILE, Scores, jackknife_error
+from dsdiff.pipeline import SamplingOptions, choose_device, versions
+from dsdiff.results import page as report
+from dsdiff.results.table import TABLE, Protocol, Row, read_table
 from ldm.data.shapes import ShapesDataset, caption
+from ldm.fileio import check_writable, write_atomically
 from qdiff.checkpoint import read_cali_header
-from qdiff.files import write_atomically
-from qdiff.ranks import barrier, rank
-from scripts import calibrate, eval_fid, report
-from scripts.benchmark_measure import machine
-from scripts.common import SamplingOptions, choose_device, versions
-from scripts.console import ArgumentParser, command, logger, logs, number
-from scripts.drawing import draw_missing, model_of, options_of
-from scripts.features import choose_extractor, is_statistics, read_statistics
-from scripts.files import check_writable
-from scripts.pace import unet_figures
-from scripts.pictures import SHAPES, choose_framing, open_source, size_text
-from scripts.processes import own_device, processes
-from scripts.scores import T_QUANTILE, Scores, jackknife_error
-from scripts.table import TABLE, Protocol, Row, read_table
+from qdiff.distributed import barrier, rank
+from scripts import calibrate, eval_fid
 
 SHAPES_SEED = 30_000  # of the captions: those of the reference are others
 CALIBRATION = ["--weight_bit", "4", "--quant_act", "--act_bit", "8", "--sm_abit", "16", "--split", "--cond"]

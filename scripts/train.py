@@ -25,12 +25,12 @@ from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dsdiff.cli.console import ArgumentParser, command, number
+from dsdiff.pipeline import choose_device, read_config
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
+from ldm.fileio import check_writable
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
-from scripts.common import choose_device, read_config
-from scripts.console import ArgumentParser, command, number
-from scripts.files import check_writable
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

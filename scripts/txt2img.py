@@ -28,8 +28,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
 
-from qdiff.files import write_atomically
-from scripts.common import (
+from dsdiff.cli.console import ArgumentParser, Log, command, logger, logs, number
+from dsdiff.cli.flags import (
+    add_model_arguments,
+    add_noise_arguments,
+    add_quantization_arguments,
+    add_sampler_arguments,
+    add_size_arguments,
+    add_tome_arguments,
+)
+from dsdiff.images.png import to_pictures, write_png
+from dsdiff.jobs import read_prompt_file
+from dsdiff.pipeline import (
     ModelChoice,
     SamplingOptions,
     build_model,
@@ -40,16 +50,7 @@ from scripts.common import (
     sampling_options,
     versions,
 )
-from scripts.console import ArgumentParser, Log, command, logger, logs, number
-from scripts.files import check_writable, read_prompt_file, to_pictures, write_png
-from scripts.flags import (
-    add_model_arguments,
-    add_noise_arguments,
-    add_quantization_arguments,
-    add_sampler_arguments,
-    add_size_arguments,
-    add_tome_arguments,
-)
+from ldm.fileio import check_writable, write_atomically
 
 # Settings that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")

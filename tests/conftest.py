@@ -4,9 +4,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dsdiff.pipeline import EMBEDDED
 from ldm.checkpoint import save_checkpoint
 from ldm.util import instantiate_from_config
-from scripts.common import EMBEDDED
 
 
 @pytest.fixture(scope="session")

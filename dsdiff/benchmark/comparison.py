@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsdiff.benchmark.source import inputs_of
+from dsdiff.benchmark.timing import machine, seconds_per_call
+from dsdiff.jobs import model_of, options_of
+from dsdiff.pipeline import SamplingOptions, choose_device, precision_context, versions
+from ldm.fileio import write_atomically
 from qdiff.checkpoint import unet_bytes
-from qdiff.files import write_atomically
 from qdiff.quant_model import QuantModel
-from scripts.benchmark_measure import machine, seconds_per_call
-from scripts.benchmark_model import inputs_of
-from scripts.common import SamplingOptions, choose_device, precision_context, versions
-from scripts.drawing import model_of, options_of
 
 
 def unet_figures(flags: Sequence[str], baseline: Sequence[str], kept: Path, repeats: int) -> dict[str, Any]:

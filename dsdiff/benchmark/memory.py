@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmark_engines import Engine
-from scripts.common import ROOT
+from dsdiff.benchmark.variants import Engine
+from dsdiff.pipeline import ROOT
 
 
 def peak_alone(name: str, argv: Sequence[str]) -> int | None:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.benchmark_engines import FLOAT, Engine, float_engine
-from scripts.benchmark_model import Source
-from scripts.files import file_sha256
+from dsdiff.benchmark.source import Source
+from dsdiff.benchmark.variants import FLOAT, Engine, float_engine
+from ldm.fileio import file_sha256
 
 DIFFUSERS = {f"diffusers-{name}": dtype for name, dtype in FLOAT.items()}
 OPENVINO = {  # name -> (file, precision of what is float)

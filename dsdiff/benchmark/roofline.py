@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdiff.benchmark.variants import rest_precision
 from qdiff.config import QuantConfig
-from qdiff.engine import IntegerLayer, LayerSpec, kernels_for, rest
-from scripts.benchmark_engines import rest_precision
+from qdiff.engine import fused_ops
+from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.lower import kernels_for
 
 PEAK_SECONDS = 1.0  # of trying; the best call counts
 LATENTS, TOKENS, HEADS, WIDTH, CONTEXT = 64, 4096, 8, 40, 1280
@@ -55,7 +57,7 @@ def layer(
 
 
 def attention(tokens: Tensor, of: IntegerLayer, dtype: torch.dtype) -> Tensor:
-    return rest.attention((tokens, tokens, tokens), (of, of, of), HEADS, of, dtype)
+    return fused_ops.attention((tokens, tokens, tokens), (of, of, of), HEADS, of, dtype)
 
 
 def codes(*shape: int) -> Tensor:

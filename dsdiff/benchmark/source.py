@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsdiff.pipeline import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, read_config
 from ldm.checkpoint import averaged_weights, fill, read_weights
 from ldm.util import instantiate_from_config
-from scripts.common import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, read_config
 
 MODELS = {"embedded": EMBEDDED, "sd-v1": STABLE_DIFFUSION}  # name -> config
 UNET_PREFIX = "model.diffusion_model."

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 import tomesd
-from scripts.benchmark_engines import Engine
-from scripts.benchmark_operations import shares
+from dsdiff.benchmark.operations import shares
+from dsdiff.benchmark.variants import Engine
 
 MIN_SECONDS = 0.5  # a measurement is the mean of as many calls as fit, and of one at least
 SLOW_SECONDS = 10.0  # a call that takes longer needs no warm-up but the first

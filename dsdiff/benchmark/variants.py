@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import tomesd
-from qdiff.calibration import CalibrationSet, fit_activations
+from dsdiff.benchmark.source import Source
+from dsdiff.pipeline import CALI_CKPTS, precision_context
+from qdiff.calibration_set import CalibrationSet, fit_activations
 from qdiff.checkpoint import load_cali_ckpt, unet_bytes
 from qdiff.config import QuantConfig
-from qdiff.engine import ReferenceLayer, has_bfloat16, kernels_for, pack
+from qdiff.engine.backends.onednn import has_bfloat16
+from qdiff.engine.backends.simulated import ReferenceLayer
+from qdiff.engine.lower import kernels_for, pack
 from qdiff.quant_model import QuantModel
-from scripts.benchmark_model import Source
-from scripts.common import CALI_CKPTS, precision_context
 
 FLOAT = {"float32": torch.float32, "bf16": torch.bfloat16}
 QUANTIZED = ("simulate", "int8", "int8-float32")

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdiff.calibration import CalibrationSet, chosen_calls, recorded_inputs
-from qdiff.ranks import barrier, rank
-from scripts.common import EMBEDDED, STABLE_DIFFUSION, ModelChoice, SamplingOptions, choose_device, sample
-from scripts.console import logger
-from scripts.files import file_sha256, read_prompt_file
+from dsdiff.cli.console import logger
+from dsdiff.jobs import read_prompt_file
+from dsdiff.pipeline import EMBEDDED, STABLE_DIFFUSION, ModelChoice, SamplingOptions, choose_device, sample
+from ldm.fileio import file_sha256
+from qdiff.calibration_set import CalibrationSet, chosen_calls, recorded_inputs
+from qdiff.distributed import barrier, rank
 
 PROMPTS = {config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)}
 

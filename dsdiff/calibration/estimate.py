@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qdiff.calibration import CalibrationSet
+from dsdiff.cli.console import logger
+from qdiff.calibrate import steps_of
+from qdiff.calibration_set import CalibrationSet
 from qdiff.config import ReconConfig
-from qdiff.procedure import steps_of
+from qdiff.distributed import world_size
 from qdiff.quant_block import MAX_SCORES
 from qdiff.quant_model import QuantModel
-from qdiff.ranks import world_size
-from scripts.console import logger
 
 GIB = 2**30
 

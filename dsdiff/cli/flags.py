@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tomesd
-from scripts.console import number
+from dsdiff.cli.console import number
 
 TOME_FLAGS = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
 ENGINES = ("int8", "simulate")

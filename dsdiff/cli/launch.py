@@ -9,9 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from qdiff.ranks import rank
-from scripts.common import choose_device
-from scripts.console import logger
+from dsdiff.cli.console import logger
+from dsdiff.pipeline import choose_device
+from qdiff.distributed import rank
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset
 from torch_fidelity.registry import DATASETS_REGISTRY, register_dataset
 from tqdm import tqdm
 
+from dsdiff.cli.console import logger
 from ldm.data import shapes
 from ldm.data.shapes import ShapesDataset
-from scripts.console import logger
-from scripts.files import file_sha256
+from ldm.fileio import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or less, which RGB can hold

@@ -25,12 +25,11 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
+from dsdiff.cli.console import logger
+from dsdiff.images.folders import PictureSet
+from dsdiff.pipeline import ROOT, precision_context
 from ldm.data.reader import ShapesReader
-from qdiff.files import write_atomically
-from scripts.common import ROOT, precision_context
-from scripts.console import logger
-from scripts.files import file_sha256
-from scripts.pictures import PictureSet
+from ldm.fileio import file_sha256, write_atomically
 
 READER = ROOT / "models/ldm/shapes/reader.safetensors"
 EXTRACTORS = ("inception", "shapes")

@@ -17,8 +17,8 @@ from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-from scripts.pictures import FilePictures, size_text
-from scripts.scores import Score, Scores, bootstrap_interval
+from dsdiff.images.folders import FilePictures, size_text
+from dsdiff.metrics.set_scores import Score, Scores, bootstrap_interval
 
 CLIP = "openai/clip-vit-large-patch14"  # on the Hugging Face hub
 SSIM_WINDOW = 11

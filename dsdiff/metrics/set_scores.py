@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
-from scripts.features import Features, Gaussian
+from dsdiff.metrics.extractors import Features, Gaussian
 
 RNG_SEED = 2020  # torch-fidelity's, of the subsets of KID and of the splits of the Inception Score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -1,6 +1,6 @@
 """One .safetensors file that holds all that draws: the calibrated UNet at its bits, and what it needs beside it.
 
-unet.NAME                    the quantizers of the UNet, as in a cali_ckpt (`qdiff.tensors`)
+unet.NAME                    the quantizers of the UNet, as in a cali_ckpt (`qdiff.quant_state`)
 model.diffusion_model.NAME   its biases and norms, float32
 first_stage_model.NAME       the autoencoder, cond_stage_model.NAME the text encoder, both float16
 tokenizer.NAME               the tokenizer's files, as bytes
@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoint import fill, read_metadata, read_weights
+from ldm.fileio import write_atomically
+from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.storage import keep_in_half
 from ldm.util import for_inference, get_obj_from_str, instantiate_from_config
 from qdiff.checkpoint import HEADER, CaliHeader, metadata_of, read_cali_header, splits_of
-from qdiff.files import write_atomically
 from qdiff.quant_model import QuantModel
-from qdiff.tensors import check_keys, expected_keys, put_tensors, ranges_of, weights_of
+from qdiff.quant_state import check_keys, expected_keys, put_tensors, ranges_of, weights_of
 
 ENTRY = "model"  # of the header, with the config
 QUANTIZERS, UNET, TOKENIZER = "unet.", "model.diffusion_model.", "tokenizer."

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsdiff.cli.console import logger
+from dsdiff.cli.flags import QUANTIZATION_FLAGS, given_flags
+from ldm.fileio import file_sha256
 from qdiff.checkpoint import CaliHeader, check_flags, load_cali_ckpt, read_cali_header
 from qdiff.config import QuantConfig
-from qdiff.engine import ReferenceLayer, fits_bytes, kernels_for, low_memory, pack
+from qdiff.engine.backends.expanding import low_memory
+from qdiff.engine.backends.simulated import ReferenceLayer
+from qdiff.engine.lower import fits_bytes, kernels_for, pack
 from qdiff.quant_model import QuantModel
-from scripts.console import logger
-from scripts.files import file_sha256
-from scripts.flags import QUANTIZATION_FLAGS, given_flags
 
 BIT_FLAGS = ("weight_bit", "act_bit", "sm_abit")
 

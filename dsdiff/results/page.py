@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scripts.scores import Score, cell
+from dsdiff.metrics.set_scores import Score, cell
 
 Row = Mapping[str, Any]
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # told apart with defects of colour vision, too

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 import tomesd
-from scripts.common import ROOT
+from dsdiff.pipeline import ROOT
 
 MODEL_FLAGS = ("--config", "--ckpt", "--tokenizer", "--device")
 ROW_FLAGS = ("--ratio", "--ptq", "--cali_ckpt", "--weight_bit", "--quant_act", "--no-quant_act", "--act_bit")

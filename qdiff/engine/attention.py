@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.engine import rest
+from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, Range, range_of
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
 from qdiff.quant_layer import Quantizer
@@ -50,14 +50,14 @@ class PackedCrossAttention(PackedAttention, QuantCrossAttention):
             return super().forward(x, context, mask)
         to_q, to_k, to_v = (range_of(getattr(self, f"act_quantizer_{name}")) for name in "qkv")
         if context is None and isinstance(self.to_k, CodesLayer):
-            codes = rest.quantize(x, self.to_q, self.to_k, self.to_v)
+            codes = fused_ops.quantize(x, self.to_q, self.to_k, self.to_v)
             layers = ((self.to_q, to_q), (self.to_k, to_k), (self.to_v, to_v))
             q, k, v = (layer.requantized(own, to) for own, (layer, to) in zip(codes, layers, strict=True))
         else:
             context = x if context is None else context
             q = self.to_q.requantized(self.to_q.quantize(x), to_q)
             k, v = self.to_k.codes(context, to_k), self.to_v.codes(context, to_v)
-        out = rest.attention((q, k, v), (to_q, to_k, to_v), self.heads, self.to_out[0], x.dtype)
+        out = fused_ops.attention((q, k, v), (to_q, to_k, to_v), self.heads, self.to_out[0], x.dtype)
         return self.to_out[1:](self.to_out[0].product(out, x.dtype))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import FeedForward, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, timestep_embedding
-from qdiff.engine import rest
+from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
 
@@ -73,9 +73,9 @@ class PackedResBlock(QuantResBlock):
         if x.dtype == torch.float32 or self.updown or self.use_scale_shift_norm or x.ndim != 4:
             return super()._forward(x, emb)
         first, second = self.in_layers[2], self.out_layers[3]
-        h = first.product(rest.group_norm(self.in_layers[0], x, first, silu=True), x.dtype)
+        h = first.product(fused_ops.group_norm(self.in_layers[0], x, first, silu=True), x.dtype)
         added = self.emb_layers(emb).expand(len(x), -1)
-        h = second.product(rest.group_norm(self.out_layers[0], h, second, added=added, silu=True), x.dtype)
+        h = second.product(fused_ops.group_norm(self.out_layers[0], h, second, added=added, silu=True), x.dtype)
         return h.add_(self.skip_connection(x))
 
 
@@ -86,7 +86,7 @@ class PackedTransformer(SpatialTransformer):
         if x.dtype == torch.float32 or not isinstance(self.proj_in, CodesLayer):
             return super().forward(x, context)
         height, width = x.shape[2:]
-        tokens = self.proj_in.product(rest.group_norm(self.norm, x, self.proj_in), x.dtype)
+        tokens = self.proj_in.product(fused_ops.group_norm(self.norm, x, self.proj_in), x.dtype)
         tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context=context)
@@ -99,9 +99,9 @@ class PackedTransformerBlock(QuantBasicTransformerBlock):
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if x.dtype == torch.float32:
             return super()._forward(x, context)
-        x = self.attn1(rest.layer_norm(self.norm1, x)).add_(x)
-        x = self.attn2(rest.layer_norm(self.norm2, x), context=context).add_(x)
-        h = rest.layer_norm(self.norm3, x)
+        x = self.attn1(fused_ops.layer_norm(self.norm1, x)).add_(x)
+        x = self.attn2(fused_ops.layer_norm(self.norm2, x), context=context).add_(x)
+        h = fused_ops.layer_norm(self.norm3, x)
         if self.ff._forward_hooks:  # which want its output alone
             return self.ff(h).add_(x)
         return self.ff(h, residual=x)
@@ -117,7 +117,7 @@ class PackedFeedForward(FeedForward):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
         codes = proj.quantize(x).flatten(0, -2).split(PART)
-        outputs = (out.product(rest.geglu(proj.product(part, x.dtype), out), x.dtype) for part in codes)
+        outputs = (out.product(fused_ops.geglu(proj.product(part, x.dtype), out), x.dtype) for part in codes)
         if residual is None:
             return torch.cat(list(outputs)).view(*x.shape[:-1], -1)
         residual = residual.contiguous()

@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from qdiff.engine import rest
-from qdiff.engine.rest import Codes, Range
+from qdiff.engine import fused_ops
+from qdiff.engine.fused_ops import Codes, Range
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
 
@@ -69,7 +69,7 @@ class CodesLayer(_FixedDtypes):
 
     def quantize(self, x: Tensor) -> Tensor:
         """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit, of finite x. NaN has no code."""
-        return rest.quantize(x, self)[0]
+        return fused_ops.quantize(x, self)[0]
 
     def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer's output in `dtype`, of the codes of its input."""

@@ -11,14 +11,15 @@ import torch
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from qdiff.config import QuantConfig
-from qdiff.engine import attention, blocks, onednn
+from qdiff.engine import attention, blocks
 from qdiff.engine.attention import OncePerContext
+from qdiff.engine.backends import onednn
+from qdiff.engine.backends.expanding import low_memory
+from qdiff.engine.backends.int_mm import int_matmul_layer
+from qdiff.engine.backends.onednn import OneDNNLayer, has_bfloat16
+from qdiff.engine.backends.simulated import ReferenceLayer
 from qdiff.engine.blocks import OncePerStep
-from qdiff.engine.int_matmul import int_matmul_layer
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, integer_layer
-from qdiff.engine.low_memory import low_memory
-from qdiff.engine.onednn import OneDNNLayer, has_bfloat16
-from qdiff.engine.reference import ReferenceLayer
 from qdiff.quant_model import QuantModel, put_module
 
 PACKED = blocks.PACKED | attention.PACKED  # class of a block -> its class when packed

@@ -1,6 +1,6 @@
 """Our kernels in C: compiled on first use by the system's compiler, kept in the user's cache, called by ctypes.
 
-It takes a few seconds, once a version and kind of CPU. Without a compiler all works, slower: see `qdiff.engine.rest`.
+It takes a few seconds, once a version and kind of CPU. Without a compiler all works, slower: see `fused_ops`.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.files import write_atomically
+from ldm.fileio import write_atomically
 
 SOURCES = Path(__file__).parent / "kernels"
 # Vectors of 512 bits where there are any; no errno and no floating point traps, for which loops would stay scalar.

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from PIL import Image
 
-from scripts import drawing
+from dsdiff import jobs as drawing
 
 PROMPTS = ["a red circle", "a blue star", "a green heart", "a pink ring", "a white cross"]
 SEEDS = [3, 4, 5, 6, 7]

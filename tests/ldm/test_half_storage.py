@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm import storage
-from ldm.storage import keep_in_half
+from ldm import half_storage
+from ldm.half_storage import keep_in_half
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_after_an_error_it_is_in_half_still(network):
 
 
 def test_weights_of_a_mapped_file_survive_being_given_back(tmp_path, monkeypatch):
-    given, advise = [], storage._madvise()
-    monkeypatch.setattr(storage, "_madvise", lambda: lambda *args: given.append(advise(*args)) if advise else None)
+    given, advise = [], half_storage._madvise()
+    monkeypatch.setattr(half_storage, "_madvise", lambda: lambda *args: given.append(advise(*args)) if advise else None)
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).half()
     save_file({"weight": weight}, tmp_path / "w.safetensors")
     layer = nn.Linear(512, 512, bias=False)

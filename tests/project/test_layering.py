@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("ldm", "tomesd", "qdiff", "scripts")
+PACKAGES = ("ldm", "tomesd", "qdiff", "dsdiff", "scripts")
 # What each package may import of the others. qdiff sees ldm's block types and nothing of the rest.
 ALLOWED = {
     "ldm": ("ldm",),
     "tomesd": ("tomesd",),
-    "qdiff": ("qdiff", "ldm.modules.attention", "ldm.modules.diffusionmodules.openaimodel"),
+    "qdiff": ("qdiff", "ldm.fileio", "ldm.modules.attention", "ldm.modules.diffusionmodules.openaimodel"),
+    "dsdiff": PACKAGES,
     "scripts": PACKAGES,
 }
 # What makes quantized models. The engine runs them, and must do without.
-CALIBRATION = ("qdiff.calibration", "qdiff.reconstruction", "qdiff.adaptive_rounding")
+CALIBRATION = ("qdiff.calibration_set", "qdiff.reconstruction", "qdiff.adaptive_rounding")
 
 
 def sources() -> list[Path]:
@@ -58,8 +59,8 @@ def test_the_engine_imports_no_calibration(imports_of):
         ("qdiff", "from ldm.modules.attention import CrossAttention\nimport qdiff.quant_layer", set()),
         ("qdiff", "from ldm.modules import attention", set()),
         ("qdiff", "from ldm.modules.ema import LitEma", {"ldm.modules.ema", "ldm.modules.ema.LitEma"}),
-        ("qdiff", "import scripts.common", {"scripts.common"}),
-        ("scripts", "import ldm.util, tomesd, qdiff\nfrom scripts.common import ROOT", set()),
+        ("qdiff", "import dsdiff.pipeline", {"dsdiff.pipeline"}),
+        ("scripts", "import ldm.util, tomesd, qdiff\nfrom dsdiff.pipeline import ROOT", set()),
     ],
 )
 def test_the_layers_are_told_apart(tmp_path, imports_of, package, source, found):
@@ -71,7 +72,7 @@ def test_the_layers_are_told_apart(tmp_path, imports_of, package, source, found)
 @pytest.mark.parametrize(
     "source, found",
     [
-        ("import qdiff.calibration", {"qdiff.calibration"}),
+        ("import qdiff.calibration_set", {"qdiff.calibration_set"}),
         ("from qdiff import reconstruction", {"qdiff.reconstruction"}),
         (
             "from qdiff.adaptive_rounding import Rounding",

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "models" / "ldm" / "shapes"
-OURS = ("ldm", "tomesd", "qdiff", "scripts", "tests")
+OURS = ("ldm", "tomesd", "qdiff", "dsdiff", "scripts", "tests")
 PACKAGE_NAMES = {  # module -> package, where the two differ
     "PIL": "pillow",
     "huggingface_hub": "huggingface-hub",
@@ -65,7 +65,7 @@ def test_what_is_loaded_by_name_is_found(tmp_path):
 
 def test_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["ldm*", "qdiff*", "tomesd*"]
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["dsdiff*", "ldm*", "qdiff*", "tomesd*"]
 
 
 def test_ci_runs_the_readme_test_command():

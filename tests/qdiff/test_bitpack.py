@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qdiff.packing import pack, packed_bytes, unpack
+from qdiff.bitpack import pack, packed_bytes, unpack
 
 BITS = range(2, 17)
 # Odd row lengths, whole octets, a single code, a single row, and no codes beside the rows.

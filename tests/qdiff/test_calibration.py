@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tomesd
-from qdiff.calibration import (
+from qdiff.calibration_set import (
     Cache,
     CalibrationSet,
     capture,
@@ -166,7 +166,7 @@ def test_running_ranges_are_averages_over_batches(make_qnn, data):
 
 @torch.no_grad()
 def test_fitting_leaves_the_model_as_it_was(make_qnn, data, monkeypatch):
-    monkeypatch.setattr("qdiff.calibration.SAMPLED_VALUES", 128)
+    monkeypatch.setattr("qdiff.calibration_set.SAMPLED_VALUES", 128)
     qnn = make_qnn(act_scale_method="mse")
     qnn.fit_weights()
     before = {name: type(module) for name, module in qnn.named_modules()}
@@ -178,7 +178,7 @@ def test_fitting_leaves_the_model_as_it_was(make_qnn, data, monkeypatch):
 
 @torch.no_grad()
 def test_ranges_of_least_error_beat_full_ranges_on_outliers():
-    from qdiff.calibration import Observer
+    from qdiff.calibration_set import Observer
     from qdiff.quant_layer import UniformAffineQuantizer
 
     generator = torch.Generator().manual_seed(0)

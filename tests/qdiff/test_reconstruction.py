@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from qdiff import ReconConfig
 from qdiff.adaptive_rounding import AdaRoundQuantizer
-from qdiff.calibration import Cache, CalibrationSet, fit_activations
+from qdiff.calibrate import Step, calibrate, steps_of
+from qdiff.calibration_set import Cache, CalibrationSet, fit_activations
 from qdiff.checkpoint import load_cali_ckpt, save_cali_ckpt
-from qdiff.procedure import Step, calibrate, steps_of
-from qdiff.progress import ProgressFolder
 from qdiff.quant_layer import FrozenQuantizer, UniformAffineQuantizer, lp_loss
 from qdiff.reconstruction import (
     block_reconstruction,
@@ -24,6 +23,7 @@ from qdiff.reconstruction import (
     round_penalty,
     unit_reconstruction,
 )
+from qdiff.resume import ProgressFolder
 
 UNITS = ("model.input_blocks.0.0", "model.input_blocks.1.0", "model.input_blocks.1.1.transformer_blocks.0")
 SETTINGS = {"iters_w": 30, "iters_a": 12, "batch_size": 4, "lr_w": 1e-2, "lr": 1e-2, "grad_checkpoint": False}
@@ -211,8 +211,8 @@ def test_finished_steps_are_not_done_again(make_qnn, only, data, tmp_path, monke
     folder = ProgressFolder(tmp_path / "progress")
     folder.begin({"seed": 1})
     whole(only(make_qnn()), data, tmp_path, folder)
-    monkeypatch.setattr("qdiff.procedure.unit_reconstruction", None)
-    monkeypatch.setattr("qdiff.procedure.fit_activations", None)
+    monkeypatch.setattr("qdiff.calibrate.unit_reconstruction", None)
+    monkeypatch.setattr("qdiff.calibrate.fit_activations", None)
     assert whole(only(make_qnn()), data, tmp_path, folder)
 
 
@@ -252,7 +252,7 @@ from omegaconf import OmegaConf
 from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel, ReconConfig
 from qdiff import reconstruction
-from qdiff.calibration import Cache, CalibrationSet
+from qdiff.calibration_set import Cache, CalibrationSet
 from pathlib import Path
 
 torch.set_num_threads(1)

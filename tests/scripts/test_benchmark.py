@@ -8,11 +8,15 @@ import pytest
 import torch
 import yaml
 
+from dsdiff.benchmark import memory as benchmark_memory
+from dsdiff.benchmark import peers as benchmark_peers
+from dsdiff.benchmark import roofline as benchmark_floor
+from dsdiff.benchmark import timing as benchmark_measure
+from dsdiff.benchmark import variants as benchmark_engines
+from dsdiff.benchmark.source import Source, random_unet
+from dsdiff.benchmark.timing import BASELINE, Measured, Setting
+from dsdiff.pipeline import CHECKPOINTS, STABLE_DIFFUSION
 from scripts import benchmark as script
-from scripts import benchmark_engines, benchmark_floor, benchmark_measure, benchmark_memory, benchmark_peers
-from scripts.benchmark_measure import BASELINE, Measured, Setting
-from scripts.benchmark_model import Source, random_unet
-from scripts.common import CHECKPOINTS, STABLE_DIFFUSION
 
 UNET = {
     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",

@@ -11,11 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
+from dsdiff.calibration import estimate as calibration_estimate
+from dsdiff.cli.flags import QUANTIZATION_FLAGS
+from dsdiff.pipeline import CHECKPOINTS, EMBEDDED
 from qdiff.checkpoint import read_cali_header
-from qdiff.engine import onednn
-from scripts import calibrate, calibration_estimate, txt2img
-from scripts.common import CHECKPOINTS, EMBEDDED
-from scripts.flags import QUANTIZATION_FLAGS
+from qdiff.engine.backends import onednn
+from scripts import calibrate, txt2img
 
 TINY = ["--ddim_steps", "2", "--cali_st", "2", "--cali_n", "2", "--batch_size", "4", "--device", "cpu"]
 LEARN = ["--iters_w", "2", "--iters_a", "2", "--quant_act", "--split", "--no_grad_ckpt"]
@@ -100,7 +101,7 @@ def test_no_unit_ends_worse_than_it_began(calibrated):
 
 
 def test_the_data_holds_both_branches(calibrated, small_model):
-    from qdiff.calibration import CalibrationSet
+    from qdiff.calibration_set import CalibrationSet
 
     data = CalibrationSet.load(next(calibrated.glob("data-*")))
     assert len(data) == 8 and sorted(set(data.t.tolist())) == [1, 501]
@@ -111,7 +112,7 @@ def test_the_data_holds_both_branches(calibrated, small_model):
 
 
 def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(make, calibrated, tmp_path, monkeypatch, capsys):
-    from qdiff.progress import ProgressFolder
+    from qdiff.resume import ProgressFolder
 
     plain, saved = ProgressFolder.save, []
 
@@ -212,7 +213,7 @@ def test_too_little_gpu_memory_is_refused():
 
 
 def test_data_of_another_model_is_refused(make, tmp_path, capsys):
-    from qdiff.calibration import CalibrationSet
+    from qdiff.calibration_set import CalibrationSet
 
     CalibrationSet(torch.zeros(2, 4, 4, 4), torch.zeros(2), torch.zeros(2, 7, 9)).save(tmp_path / "x.safetensors")
     line = error_of(capsys, make, tmp_path / "out", *LEARN, "--data_path", tmp_path / "x.safetensors")

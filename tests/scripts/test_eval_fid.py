@@ -17,12 +17,13 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import DATASETS_REGISTRY, FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from dsdiff.images import folders as pictures
+from dsdiff.metrics import extractors as features
+from dsdiff.metrics.extractors import READER
 from ldm.data.reader import ShapesReader
 from ldm.data.shapes import ShapesDataset, caption
 from scripts import eval_fid as script
-from scripts import features, pictures
 from scripts.eval_quantization import psnr as psnr_of_all
-from scripts.features import READER
 
 N, SIDE = 150, 32
 

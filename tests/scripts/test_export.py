@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dsdiff.jobs import model_of
+from dsdiff.pipeline import CALI_CKPTS, CHECKPOINTS, EMBEDDED
 from qdiff.checkpoint import HEADER
 from scripts import calibrate, export, txt2img
-from scripts.common import CALI_CKPTS, CHECKPOINTS, EMBEDDED
-from scripts.drawing import model_of
 
 FLAGS = ["--prompt", "a large red circle", "--dpm_solver", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1"]
 
@@ -43,7 +43,7 @@ def test_it_draws_what_the_parts_draw(packed, tmp_path, flags):
 
 def test_it_needs_no_other_file(packed, tmp_path, monkeypatch):
     for name in ("CHECKPOINTS", "CALI_CKPTS"):
-        monkeypatch.setattr(f"scripts.common.{name}", {})
+        monkeypatch.setattr(f"dsdiff.pipeline.{name}", {})
     monkeypatch.chdir(tmp_path)
     assert draw(tmp_path / "out", "--ckpt", packed).std() > 0
 

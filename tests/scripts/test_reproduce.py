@@ -15,12 +15,15 @@ import torch
 import yaml
 from PIL import Image
 
+from dsdiff import jobs as drawing
+from dsdiff.benchmark import comparison as pace
+from dsdiff.jobs import model_of
+from dsdiff.metrics.set_scores import Score, Scores
+from dsdiff.pipeline import ROOT
+from dsdiff.results import page as report
+from dsdiff.results.table import TABLE, Row, read_table
 from qdiff import QuantConfig, QuantModel, save_cali_ckpt
-from scripts import drawing, pace, report, reproduce
-from scripts.common import ROOT
-from scripts.drawing import model_of
-from scripts.scores import Score, Scores
-from scripts.table import TABLE, Row, read_table
+from scripts import reproduce
 
 ROWS = [
     {"name": "FP32", "ratio": 0.0, "published": 33.77},
@@ -248,8 +251,8 @@ def test_prompts_of_imagenet():
 
 
 def test_captions_are_not_those_of_the_reference():
+    from dsdiff.images.folders import SHAPES_SEED
     from ldm.data.shapes import ShapesDataset, caption
-    from scripts.pictures import SHAPES_SEED
 
     _, protocols = read_table(TABLE)
     reference = ShapesDataset(50, "heldout", 128, SHAPES_SEED)

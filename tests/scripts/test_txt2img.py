@@ -16,8 +16,9 @@ import torch
 import yaml
 from PIL import Image
 
+from dsdiff import pipeline as common
 from ldm.modules.attention import BasicTransformerBlock
-from scripts import common, txt2img
+from scripts import txt2img
 
 TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu"]
 

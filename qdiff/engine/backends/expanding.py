@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qdiff.bitpack import pack, unpack
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, Range
-from qdiff.packing import pack, unpack
 
 BYTE = 8  # bits from which nothing is saved
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdiff.engine.backends.simulated import ReferenceLayer
 from qdiff.engine.layers import IntegerLayer, LayerSpec
-from qdiff.engine.reference import ReferenceLayer
 
 MULTIPLE = 8  # of the inputs and outputs of a product
 ROWS = 32  # at least, of the input

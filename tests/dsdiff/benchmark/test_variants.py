@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsdiff.benchmark import operations as benchmark_operations
+from dsdiff.benchmark import peers as benchmark_peers
+from dsdiff.benchmark import variants as benchmark_engines
+from dsdiff.benchmark.source import MODELS, UNET_PREFIX, Source, random_unet, trained_unet
 from ldm.checkpoint import save_checkpoint
 from qdiff.config import QuantConfig
-from qdiff.engine import onednn
-from scripts import benchmark_engines, benchmark_operations, benchmark_peers
-from scripts.benchmark_model import MODELS, UNET_PREFIX, Source, random_unet, trained_unet
+from qdiff.engine.backends import onednn
 
 CPU = torch.device("cpu")
 CONFIG = QuantConfig()

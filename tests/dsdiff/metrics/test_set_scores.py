@@ -10,10 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 from torchmetrics.functional.image import structural_similarity_index_measure
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from scripts import paired, scores
-from scripts.common import ROOT
-from scripts.features import Features, Gaussian
-from scripts.pictures import FilePictures
+from dsdiff.images.folders import FilePictures
+from dsdiff.metrics import pair_scores as paired
+from dsdiff.metrics import set_scores as scores
+from dsdiff.metrics.extractors import Features, Gaussian
+from dsdiff.pipeline import ROOT
 
 
 def vectors_of(n, d=6, seed=0, shift=0.0):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from scripts.table import TABLE, Row, read_table
+from dsdiff.results.table import TABLE, Row, read_table
 
 
 def test_shipped_table_is_that_of_the_original():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.engine import OneDNNLayer, ReferenceLayer, low_memory, onednn
+from qdiff.engine.backends import onednn
+from qdiff.engine.backends.expanding import ExpandingLayer, low_memory
+from qdiff.engine.backends.onednn import OneDNNLayer
+from qdiff.engine.backends.simulated import ReferenceLayer
 from qdiff.engine.layers import IntegerLayer, Range, integer_layer
-from qdiff.engine.low_memory import ExpandingLayer
 
 
 def bytes_of(layer):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdiff.engine import native, rest
+from qdiff.engine import fused_ops, native
 from qdiff.engine.layers import Range
 
 TO = Range(delta=0.031, zero_point=113, high=255)
@@ -55,14 +55,14 @@ def channels_last(*shape, dtype=torch.bfloat16):
 def test_codes_are_those_of_the_quantizer_bit_for_bit(way, make, dtype):
     x = make(dtype)
     narrow = Range(delta=0.02, zero_point=3, high=15)
-    for codes, to in zip(rest.quantize(x, TO, narrow), (TO, narrow), strict=True):
+    for codes, to in zip(fused_ops.quantize(x, TO, narrow), (TO, narrow), strict=True):
         expected = (x.float() / to.delta).round() + to.zero_point
         assert torch.equal(codes, expected.clamp(0, to.high).to(torch.uint8)) and codes.shape == x.shape
 
 
 def test_extremes_are_clamped(way):
     x = torch.tensor([[float("inf"), float("-inf"), 1e30, -1e30, 0.0]])
-    assert rest.quantize(x, TO)[0].tolist() == [[255, 0, 255, 0, 113]]
+    assert fused_ops.quantize(x, TO)[0].tolist() == [[255, 0, 255, 0, 113]]
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -74,7 +74,7 @@ def test_group_norm(way, silu, shape, groups):
     x, added = channels_last(*shape), torch.randn(shape[:2])
     for more in (None, added):
         with torch.no_grad():
-            codes = rest.group_norm(norm, x, TO, added=more, silu=silu)
+            codes = fused_ops.group_norm(norm, x, TO, added=more, silu=silu)
             y = x.double() if more is None else x.double() + more.double()[:, :, None, None]
             y = norm.double()(y)
             norm.float()
@@ -87,7 +87,7 @@ def test_group_norm_of_numbers_far_from_0():
     norm = nn.GroupNorm(4, 16)
     x = (torch.randn(1, 16, 32, 32) + 300).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        codes, y = rest.group_norm(norm, x, TO), norm.double()(x.double())
+        codes, y = fused_ops.group_norm(norm, x, TO), norm.double()(x.double())
     assert_close(codes, y, TO)
 
 
@@ -98,7 +98,7 @@ def test_layer_norm(way, shape):
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
     x = (torch.randn(shape) * 3 + 20).bfloat16()
-    y = rest.layer_norm(norm, x)
+    y = fused_ops.layer_norm(norm, x)
     expected = norm.double()(x.double())
     assert y.dtype == x.dtype and y.shape == x.shape
     assert ((y.double() - expected).abs() <= 0.005 * expected.abs() + 1e-3).all()
@@ -109,7 +109,7 @@ def test_geglu(way):
     x = torch.randn(3, 11, 2 * 700).mul_(3).bfloat16()
     value, gate = x.double().chunk(2, dim=-1)
     # PyTorch rounds gelu and the product to bfloat16, the kernel does not.
-    assert_close(rest.geglu(x, TO), value * F.gelu(gate), TO, 0.01 if way else 0.2)
+    assert_close(fused_ops.geglu(x, TO), value * F.gelu(gate), TO, 0.01 if way else 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -128,7 +128,7 @@ def test_attention(way, dtype, batch, heads, queries, keys, width):
     ranges = [Range(delta=d, zero_point=z, high=255) for d, z in ((0.02, 120), (0.03, 0), (0.017, 255))]
     sizes = (queries, keys, keys)
     codes = tuple(torch.randint(0, 256, (batch, n, heads * width), dtype=torch.uint8) for n in sizes)
-    out = rest.attention(codes, tuple(ranges), heads, TO, dtype)
+    out = fused_ops.attention(codes, tuple(ranges), heads, TO, dtype)
     q, k, v = (
         ((c.double() - r.zero_point) * r.delta).unflatten(-1, (heads, width)).transpose(1, 2)
         for c, r in zip(codes, ranges, strict=True)
@@ -175,7 +175,7 @@ def test_a_library_that_others_may_write_is_not_loaded(monkeypatch, caplog, tmp_
 def test_keys_of_another_batch_are_refused(way):
     codes = tuple(torch.zeros(batch, 4, 8, dtype=torch.uint8) for batch in (2, 1, 1))
     with pytest.raises(ValueError, match="needs the batch of its latents"):
-        rest.attention(codes, (TO,) * 3, 2, TO, torch.bfloat16)
+        fused_ops.attention(codes, (TO,) * 3, 2, TO, torch.bfloat16)
 
 
 def test_zero_points_beyond_the_codes(way):
@@ -187,7 +187,7 @@ def test_zero_points_beyond_the_codes(way):
         for c, r in zip(codes, ranges, strict=True)
     )
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    difference = rest.attention(codes, tuple(ranges), 2, to, torch.bfloat16).double() - exact_codes(expected, to)
+    difference = fused_ops.attention(codes, tuple(ranges), 2, to, torch.bfloat16).double() - exact_codes(expected, to)
     assert difference.abs().mean() < 1.5 and difference.mean().abs() < 0.5
 
 
@@ -195,6 +195,6 @@ def test_zero_points_beyond_the_codes(way):
 def test_norms_in_half_precision(way):
     layer, group = nn.LayerNorm(64).bfloat16(), nn.GroupNorm(4, 64, affine=False)
     x = torch.randn(2, 5, 64).bfloat16()
-    assert torch.allclose(rest.layer_norm(layer, x).float(), F.layer_norm(x.float(), [64]), atol=0.02)
+    assert torch.allclose(fused_ops.layer_norm(layer, x).float(), F.layer_norm(x.float(), [64]), atol=0.02)
     image = channels_last(2, 64, 4, 4)
-    assert_close(rest.group_norm(group, image, TO), F.group_norm(image.double(), 4), TO)
+    assert_close(fused_ops.group_norm(group, image, TO), F.group_norm(image.double(), 4), TO)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.engine import OneDNNLayer, ReferenceLayer, onednn
-from qdiff.engine.int_matmul import int_matmul_layer
+from qdiff.engine.backends import onednn
+from qdiff.engine.backends.int_mm import int_matmul_layer
+from qdiff.engine.backends.onednn import OneDNNLayer
+from qdiff.engine.backends.simulated import ReferenceLayer
 from qdiff.engine.layers import OffsetIntegerLayer, SplitIntegerLayer, integer_layer
 
 ENGINES = [

@@ -6,9 +6,14 @@ import torch
 import tomesd
 from qdiff import QuantConfig, save_cali_ckpt
 from qdiff.checkpoint import unet_bytes
-from qdiff.engine import IntegerLayer, OneDNNLayer, ReferenceLayer, attention, kernels_for, native, onednn, pack
+from qdiff.engine import attention, native
 from qdiff.engine.attention import OncePerContext, PackedCrossAttention
+from qdiff.engine.backends import onednn
+from qdiff.engine.backends.onednn import OneDNNLayer
+from qdiff.engine.backends.simulated import ReferenceLayer
 from qdiff.engine.blocks import STEPS_KEPT, OncePerStep
+from qdiff.engine.layers import IntegerLayer
+from qdiff.engine.lower import kernels_for, pack
 from qdiff.quant_layer import QuantModule
 
 has_kernels = pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")
