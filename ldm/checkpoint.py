@@ -1,11 +1,9 @@
-"""Checkpoint files: the formats in which Stable Diffusion's weights come, and the one that we write.
+"""Read and write checkpoint files: every format in which Stable Diffusion's weights are published.
 
-Reading is memory-mapped: the tensors of a file cost no memory until they are used, and nothing is executed.
+Files are memory-mapped: a tensor costs no memory until it is used. No code in a file is run.
 """
 
 import logging
-import os
-import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ldm.fileio import write_atomically
+
 logger = logging.getLogger(__name__)
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 SAFETENSORS_SUFFIX = ".safetensors"
 ZIP_MAGIC = b"PK\x03\x04"
 
-# Network -> where its running averages stand, and what stands there although the averages were removed.
+# Prefix of a network's weights -> prefix of their running averages (EMA). The bookkeeping of the averages may be in
+# a file from which the averages themselves were removed.
 EMA_PREFIXES = {"model.": "model_ema.", "cond_stage_model.": "cond_stage_ema."}
 EMA_BOOKKEEPING = frozenset(f"{ema}{name}" for ema in EMA_PREFIXES.values() for name in ("decay", "num_updates"))
 
-# Computed from the config, in full precision, wherever they come from.
+# The noise schedule. It is computed from the config in full precision, and not read from the file.
 SCHEDULE_KEYS = frozenset(
     {
         "betas",
@@ -45,8 +46,8 @@ SCHEDULE_KEYS = frozenset(
     }
 )
 
-# What training leaves in a file and inference does not need: a key that is one of these, or begins with it up to
-# a dot, is dropped unless the model has it.
+# Entries of a file that only training needs. A key that is one of these, or continues one after a dot, is dropped
+# unless the model has it.
 TRAINING_ONLY = (
     "model_ema",
     "cond_stage_ema",
@@ -63,7 +64,7 @@ TRAINING_ONLY = (
     "cond_stage_model.text_projection",
 )
 
-# Keys by which other files are known, with what to say about them.
+# Parts of keys that identify other kinds of files, each with the words for the error message.
 FOREIGN_KEYS = (
     ("weight_quantizer", "a quantized checkpoint (cali_ckpt), which goes on top of a float model"),
     ("lora_", "a LoRA, which holds changes to a model and no model"),
@@ -75,14 +76,15 @@ FOREIGN_KEYS = (
 )
 CONTEXT_KEY = ".attn2.to_k.weight"  # [channels, context_dim]
 
-# Classes that training leaves beside the weights: callbacks, settings, scalars. Stand-ins take their place.
+# Packages whose classes training stores beside the weights: callbacks, settings, scalars. When a file is read,
+# stand-ins replace them.
 HARMLESS_PACKAGES = frozenset({"pytorch_lightning", "lightning", "omegaconf", "numpy", "typing"})
 HARMLESS_TYPES = frozenset(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple"))
 DEFAULT_DICT = "collections.defaultdict"
 
 
 class _StandIn:
-    """Takes whatever a pickle gives to an object that we do not need, and does nothing with it."""
+    """Replace an object of a pickle that we do not need: accept its state and ignore it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_StandIn":
         return super().__new__(cls)
@@ -95,17 +97,19 @@ class _StandIn:
 
 
 def _empty_dict(*args: Any) -> dict:
-    """In place of a defaultdict: an allowed type to put its items into."""
+    """Return a plain dict in place of a defaultdict, for the unpickler to fill."""
     return {}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .ckpt, .pt, .pth (torch zip) or .safetensors file by name, memory-mapped, on the CPU.
+    """Return the tensors of a .ckpt, .pt, .pth (torch zip) or .safetensors file by name, memory-mapped, on the CPU.
 
-    What the file holds decides which of the two it is, not its name (but a zip named .safetensors is not mapped).
-    A `state_dict` inside the file is taken in place of the whole; what is not a tensor, or has no name, is left out.
-    Raises FileNotFoundError for a missing path, and ValueError, in one line, for a directory, another kind of file, an
-    empty, truncated or corrupt file, one without tensors, and one whose pickle refers to unknown code.
+    The file's content decides which of the two formats it is, not its name (a zip named .safetensors is read, but
+    not mapped). If the file holds a `state_dict`, its tensors are returned. Entries that are no tensors, or have no
+    string as their key, are left out.
+
+    Raises FileNotFoundError for a missing path. Raises ValueError, in one line, for a directory, another kind of
+    file, an empty, truncated or corrupt file, a file without tensors, and a pickle that refers to unknown code.
     """
     path = Path(path)
     if not path.exists():
@@ -121,9 +125,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether `path` is safetensors, or else a torch zip, by its first bytes; by its suffix where they tell nothing.
+    """Tell safetensors (True) from a torch zip (False) by the first bytes, or by the suffix where these are neither.
 
-    Raises ValueError for neither content nor suffix of a checkpoint.
+    Raises ValueError if neither content nor suffix is that of a checkpoint.
     """
     with path.open("rb") as file:
         start = file.read(9)
@@ -138,7 +142,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The facts in the header of a readable checkpoint, as `save_checkpoint` writes them; a torch zip has none.
+    """Return the facts in a file's header, as `save_checkpoint` writes them; empty for a torch zip, which has none.
 
     Raises ValueError for a file that cannot be read.
     """
@@ -185,7 +189,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def _load_zip(path: Path) -> Any:
     if path.suffix != SAFETENSORS_SUFFIX:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    with path.open("rb") as file:  # torch.load goes by the name, and maps no file whose name it does not have
+    with path.open("rb") as file:  # given this name, torch.load would expect safetensors; a file object is not mapped
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -199,10 +203,11 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def averaged_weights(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The EMA weights in `tensors` under the names of the weights that they are averages of.
+    """Return the averaged (EMA) weights in `tensors`, under the names of the weights that they are averages of.
 
-    The average of `model.a.b` is stored as `model_ema.ab`: without the dots. Empty for a file without averages. Of
-    a network with only some averages none is taken, with a warning that names the file, `source`.
+    The average of `model.a.b` is stored as `model_ema.ab`, without the dots. The result is empty for a file without
+    averages. If some averages of a network are missing, none of that network is used; a warning names the file
+    (`source`).
     """
     averages = {}
     for prefix, ema_prefix in EMA_PREFIXES.items():
@@ -218,15 +223,15 @@ def averaged_weights(tensors: Mapping[str, Tensor], source: str) -> dict[str, Te
 
 
 def is_training_only(name: str) -> bool:
-    """Whether `name` is on the list of what inference does not need."""
+    """Tell whether only training needs the entry `name`."""
     return any(name == entry or name.startswith(entry + ".") for entry in TRAINING_ONLY)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """Put `tensors` into a model built on the meta device, as they are (no copy); the names left out of it.
+    """Put `tensors` into a model built on the meta device, without a copy; return the names that it does not need.
 
-    The schedule is no part of this. Raises ValueError when a weight is missing, unexpected, of another shape, integer
-    in place of floating point (or the reverse) or no plain tensor; `source` names the file in the message.
+    The noise schedule is not touched. Raises ValueError if a weight is missing, unexpected, of another shape, integer
+    in place of floating point (or the reverse), or no plain tensor; the message names the file, `source`.
     """
     known = model.state_dict()
     ignored = [name for name in tensors if name not in known and is_training_only(name)]
@@ -247,20 +252,20 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[s
     listed = [f"{what} keys: {len(names)} ({_some(names)})" for what, names in problems.items() if names]
     if listed:
         raise ValueError(f"checkpoint {source!r} does not fit the config: {', '.join(listed)}{hint}")
-    mistyped = _other_kind(model.state_dict(), known)  # again: on loading, modules may rename weights and mend integers
+    mistyped = _other_kind(model.state_dict(), known)  # again, because a module may rename weights while loading
     if mistyped:
         raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(mistyped)}")
     return ignored
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` has its numbers at strides in memory: not sparse, nested, quantized or without any (meta)."""
+    """Tell whether `tensor` is an ordinary strided one: not sparse, nested, quantized or without data (meta)."""
     plain_layout = tensor.layout == torch.strided and not tensor.is_nested
     return plain_layout and not tensor.is_quantized and not tensor.is_meta
 
 
 def _other_kind(state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[str]:
-    """What is floating point in only one of the two."""
+    """List the names whose tensors are floating point in only one of the two, each with both types."""
     return [
         f"{name} is {str(state[name].dtype).removeprefix('torch.')}, not {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in known.items()
@@ -269,7 +274,7 @@ def _other_kind(state: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> lis
 
 
 def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
-    """What the file seems to be when it is not of the config's model; empty when nothing tells."""
+    """Return what kind of file this seems to be, to end an error message with; empty if nothing identifies it."""
     for mark, what in FOREIGN_KEYS:
         if any(mark in name for name in tensors) and not any(mark in name for name in known):
             return f"; it looks like {what}"
@@ -283,6 +288,7 @@ def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tenso
 
 
 def _some(names: list[str], limit: int = 4) -> str:
+    """Join the first names with commas and count the rest."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -292,10 +298,10 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a .safetensors file whose floating-point tensors have `dtype` (the schedule stays as it is).
+    """Write a .safetensors file atomically, with floating-point tensors as `dtype` (the schedule keeps its own).
 
-    metadata: short facts for the file's header, kept as strings. The file appears complete or not at all, with the
-    permissions of any new file. Raises ValueError for another suffix.
+    metadata: short facts for the file's header, kept as strings. The folder is created if it does not exist.
+    Raises ValueError for another suffix.
     """
     path = Path(path)
     if path.suffix != SAFETENSORS_SUFFIX:
@@ -303,15 +309,8 @@ def save_checkpoint(
     tensors = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
     stored = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        usual_mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors takes 0600
-        save_file(stored, temporary, metadata={str(key): str(value) for key, value in (metadata or {}).items()})
-        temporary.chmod(usual_mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    header = {str(key): str(value) for key, value in (metadata or {}).items()}
+    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=header))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
-"""Writing files so that they are complete or not there."""
+"""Write files atomically, hash them, and check where they can be written."""
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -7,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename to `path`; with the permissions of any new file.
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)`, then rename the temporary file to `path`, so that it appears complete or not at all.
 
-    Raises FileNotFoundError if the folder is not there.
+    The file gets the permissions of any new file. The temporary file lies beside `path`, is hidden, and does not
+    survive an error. Raises FileNotFoundError if the folder does not exist.
     """
+    path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(2, "No such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
@@ -19,14 +22,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors writes for the owner alone
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files readable by the owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(directory: Path) -> None:
-    """Raise OSError or ValueError if `directory` cannot be made, or nothing can be written to it. Leaves no trace."""
+def check_writable(directory: str | Path) -> None:
+    """Raise ValueError if `directory` cannot be created, or no file can be written to it. Leaves no trace."""
+    directory = Path(directory)
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"cannot write to {str(directory)!r}: {str(existing)!r} is not a directory")
@@ -37,7 +41,19 @@ def check_writable(directory: Path) -> None:
         raise ValueError(f"cannot write to {str(directory)!r}: {error.strerror}; choose another --outdir") from error
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    The result is remembered while the process runs, for a file of the same path, size and time of change: a large
+    checkpoint is read once. Raises OSError for a file that cannot be read.
+    """
+    resolved = Path(path).resolve()
+    status = resolved.stat()
+    return _sha256(resolved, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Hash the file at `path`; `size` and `mtime_ns` make a changed file another entry of the cache."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,7 @@
-"""A data set's latents, encoded once and kept on disk: training then never runs the autoencoder."""
+"""Encode a data set's latents once and keep them on disk, so that training does not run the autoencoder."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,23 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.checkpoint import read_weights
+from ldm.fileio import file_sha256, write_atomically
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
 
 
 class CachedLatents(Dataset):
-    """Posterior moments [2C, h, w] and captions of a data set given as a config.
+    """Posterior moments [2C, h, w] and captions of the data set that the config `dataset` describes.
 
-    `autoencoder` is the config file of an AutoencoderKL and `ckpt` its weights. The cache, float16, lies in `folder`
-    under a name that hashes what it depends on: the data set's config, a few of its items, and the weights.
+    `autoencoder` is the config file of an AutoencoderKL and `ckpt` its weights. The cache, float16, lies in `folder`.
+    Its name is a hash of everything it depends on: the data set's config, some of its items, and the weights.
     """
 
     def __init__(self, dataset: dict, autoencoder: str, ckpt: str, folder: str, batch_size: int = 16):
         self.source = instantiate_from_config(dataset)
-        digest = hashlib.sha256(Path(ckpt).read_bytes())
+        digest = hashlib.sha256(file_sha256(ckpt).encode())
         digest.update(json.dumps(OmegaConf.to_container(OmegaConf.create(dict(dataset))), sort_keys=True).encode())
-        for i in range(min(8, len(self.source))):  # a changed renderer shows here
+        for i in range(min(8, len(self.source))):  # these change with the code that draws them
             digest.update(self.source[i]["image"].numpy().tobytes() + self.source[i]["caption"].encode())
         path = Path(folder) / f"{digest.hexdigest()[:16]}.npy"
         if not path.exists():
@@ -41,16 +41,15 @@ class CachedLatents(Dataset):
         model.load_state_dict({name: value.float() for name, value in read_weights(ckpt).items()})
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device, memory_format=torch.channels_last).eval()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+
+        def write(temporary: Path) -> None:
             captions = self._write_moments(temporary, model, batch_size)
             path.with_suffix(".json").write_text(json.dumps(captions))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        write_atomically(path, write)
 
     def _write_moments(self, file: Path, model: AutoencoderKL, batch_size: int) -> list[str]:
-        """Encodes all pictures into `file` and returns their captions."""
+        """Encode all pictures into `file` and return their captions."""
         moments, captions = None, []
         with tqdm(total=len(self.source), desc="encoding", unit="picture", smoothing=0.05) as bar:
             for batch in DataLoader(self.source, batch_size=batch_size, num_workers=1):

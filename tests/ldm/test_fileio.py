@@ -1,0 +1,70 @@
+"""Atomic writing, the file hash, and the check of a folder before work begins."""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ldm.fileio import check_writable, file_sha256, write_atomically
+
+
+def test_a_file_appears_complete_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    write_atomically(str(path), lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
+    def private(temporary):
+        temporary.touch(mode=0o600)
+
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
+        before = os.umask(umask)
+        try:
+            write_atomically(tmp_path / "file", private)
+            assert os.umask(umask) == umask  # left as it was
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode, oct(umask)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        write_atomically(tmp_path / "missing" / "file", Path.touch)
+
+
+def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"abc")
+    link.symlink_to(path)
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert [file_sha256(name) for name in (path, str(path), link)] == [expected] * 3
+    assert len(hashed) == 1
+    path.write_bytes(b"abcd")  # another size
+    assert file_sha256(path) == hashlib.sha256(b"abcd").hexdigest()
+    path.write_bytes(b"abce")
+    os.utime(path, ns=(1, 1))  # another time
+    assert file_sha256(path) == hashlib.sha256(b"abce").hexdigest()
+    assert len(hashed) == 3
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a directory"):
+        check_writable(tmp_path / "file" / "folder")
+    check_writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == ["file"]
