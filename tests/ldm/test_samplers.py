@@ -1,5 +1,6 @@
 """DDIM, PLMS and DPM-Solver++ against recorded reference data and against diffusers' schedulers."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,6 @@ G = load_file(GOLDENS / "ldm_samplers.safetensors")
 META = json.loads((GOLDENS / "ldm_samplers.json").read_text())
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
 SHAPE = (4, 16, 16)
-EACH = pytest.mark.parametrize("name", SAMPLERS)
 
 
 class StubModel:
@@ -92,22 +92,23 @@ def error(actual, expected):
 TABLES = sorted({key.rsplit("/", 1)[0] for key in SCHEDULE if key.startswith("ddim/")})
 
 
-@pytest.mark.parametrize("case", TABLES)
-def test_ddim_tables_are_exact(case):
-    _, S, eta = case.split("/")
-    sampler = DDIMSampler(StubModel())
-    sampler.make_schedule(int(S[1:]), ddim_eta=float(eta[3:]), verbose=False)
-    for name in ("timesteps", "alphas", "alphas_prev", "sigmas", "sqrt_one_minus_alphas"):
-        expected = SCHEDULE[f"{case}/ddim_{name}"].numpy()
-        actual = np.asarray(getattr(sampler, f"ddim_{name}"))
-        assert actual.dtype == expected.dtype
-        np.testing.assert_array_equal(actual, expected)
+def test_ddim_tables_are_exact():
+    assert len(TABLES) > 3
+    for case in TABLES:
+        _, S, eta = case.split("/")
+        sampler = DDIMSampler(StubModel())
+        sampler.make_schedule(int(S[1:]), ddim_eta=float(eta[3:]), verbose=False)
+        for name in ("timesteps", "alphas", "alphas_prev", "sigmas", "sqrt_one_minus_alphas"):
+            expected = SCHEDULE[f"{case}/ddim_{name}"].numpy()
+            actual = np.asarray(getattr(sampler, f"ddim_{name}"))
+            assert actual.dtype == expected.dtype, (case, name)
+            np.testing.assert_array_equal(actual, expected, err_msg=f"{case} {name}")
 
 
-@pytest.mark.parametrize("S", [10, 50])
-def test_quadratic_timesteps_are_exact(S):
-    expected = SCHEDULE[f"ddim_quad/S{S}/ddim_timesteps"].numpy()
-    np.testing.assert_array_equal(make_ddim_timesteps("quad", S, 1000), expected)
+def test_quadratic_timesteps_are_exact():
+    for S in (10, 50):
+        expected = SCHEDULE[f"ddim_quad/S{S}/ddim_timesteps"].numpy()
+        np.testing.assert_array_equal(make_ddim_timesteps("quad", S, 1000), expected)
 
 
 def test_every_step_count_stays_inside_the_schedule():
@@ -120,37 +121,65 @@ def test_every_step_count_stays_inside_the_schedule():
 # --- update rules, replaying the recorded model ------------------------------------------------------------
 
 
-@EACH
-def test_update_rule_with_recorded_model_outputs(name):
-    model = replay(G[f"{name}/S10/model_out"])
-    samples, inter = run(SAMPLERS[name](model))
-    times = torch.stack([call.t.float() for call in model.calls])
-    torch.testing.assert_close(times, G[f"{name}/S10/model_t"], rtol=0, atol=1e-4)
-    assert error(samples, G[f"{name}/S10/samples"]) < 2e-6
-    assert error(torch.stack(inter["x_inter"]), G[f"{name}/S10/x_inter"]) < 2e-6
-    if name != "dpm":
-        assert error(torch.stack(inter["pred_x0"]), G[f"{name}/S10/pred_x0"]) < 2e-6
+def test_update_rule_with_recorded_model_outputs():
+    for name, sampler in SAMPLERS.items():
+        model = replay(G[f"{name}/S10/model_out"])
+        samples, inter = run(sampler(model))
+        times = torch.stack([call.t.float() for call in model.calls])
+        torch.testing.assert_close(times, G[f"{name}/S10/model_t"], rtol=0, atol=1e-4)
+        assert error(samples, G[f"{name}/S10/samples"]) < 2e-6, name
+        assert error(torch.stack(inter["x_inter"]), G[f"{name}/S10/x_inter"]) < 2e-6, name
+        if name != "dpm":
+            assert error(torch.stack(inter["pred_x0"]), G[f"{name}/S10/pred_x0"]) < 2e-6, name
 
 
-@EACH
-def test_dtype_of_the_time_given_to_the_model(name):
-    model = StubModel()
-    run(SAMPLERS[name](model), S=3)
-    expected = torch.float32 if name == "dpm" else torch.int64
-    assert {call.t.dtype for call in model.calls} == {expected}
+# --- the schedule ------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_the_times_that_the_model_sees():
+    for name, kind in (("ddim", int), ("plms", int), ("dpm", float)):
+        for S in (1, 2, 10, 15, 340):  # 15 and 340 do not divide 1000: DDIM takes more steps
+            model = StubModel()
+            sampler = SAMPLERS[name](model)
+            times = sampler.schedule(S)
+            assert {type(t) for t in times} == {kind}, (name, S)
+            sampler.sample(S, 1, (4, 2, 2), verbose=False)
+            expected = torch.float32 if name == "dpm" else torch.int64
+            assert {call.t.dtype for call in model.calls} == {expected}, (name, S)
+            seen = [call.t.item() for call in model.calls]
+            assert seen == torch.tensor(times, dtype=expected).tolist(), (name, S)
+    assert DDIMSampler(StubModel()).schedule(4, eta=1.0) == [751, 501, 251, 1]
+    assert PLMSSampler(StubModel()).schedule(4) == [751, 501, 501, 251, 1]
+
+
+def test_the_schedule_leaves_the_tables_alone():
+    for name in ("ddim", "plms"):
+        sampler = SAMPLERS[name](StubModel())
+        sampler.make_schedule(10, verbose=False)
+        sampler.schedule(20)
+        assert len(sampler.ddim_timesteps) == len(sampler.ddim_alphas) == 10, name
+
+
+def test_the_schedule_refuses_what_sample_refuses():
+    for name, sampler in SAMPLERS.items():
+        for change in ({"S": 0}, {"S": 1001}, {"S": 5, "eta": 1.5}):
+            with pytest.raises(ValueError, match=r"1\.\.1000" if "eta" not in change else "eta"):
+                sampler(StubModel()).schedule(**change)
+        if name != "ddim":
+            with pytest.raises(ValueError, match="eta must be 0"):
+                sampler(StubModel()).schedule(5, eta=0.5)
 
 
 # --- whole trajectories of the tiny model ------------------------------------------------------------------
 
 
-@EACH
-@pytest.mark.parametrize("S", [10, 50])
-def test_trajectory(tiny, name, S):
-    samples, inter = run(SAMPLERS[name](tiny), S=S)
-    assert error(samples, G[f"{name}/S{S}/samples"]) < 1e-4
-    for what, trajectory in inter.items():
-        if f"{name}/S{S}/{what}" in G:
-            assert error(torch.stack(trajectory), G[f"{name}/S{S}/{what}"]) < 1e-4
+def test_trajectory(tiny):
+    for name, S in itertools.product(SAMPLERS, (10, 50)):
+        samples, inter = run(SAMPLERS[name](tiny), S=S)
+        assert error(samples, G[f"{name}/S{S}/samples"]) < 1e-4, (name, S)
+        for what, trajectory in inter.items():
+            if f"{name}/S{S}/{what}" in G:
+                assert error(torch.stack(trajectory), G[f"{name}/S{S}/{what}"]) < 1e-4, (name, S, what)
 
 
 def test_decoded_image(tiny):
@@ -165,33 +194,33 @@ def test_without_guidance(tiny):
     assert error(samples, G["ddim_noguide/S10/samples"]) < 1e-4
 
 
-@pytest.mark.parametrize("global_rng", [False, True])
-def test_stochastic_ddim(tiny, global_rng):
+def test_stochastic_ddim(tiny):
     seed = META["ddim_eta1"]["seed"]
-    generator = None if global_rng else torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed if global_rng else seed + 1)
-        samples, inter = run(DDIMSampler(tiny), eta=1.0, generator=generator)
-    assert error(samples, G["ddim_eta1/S10/samples"]) < 1e-4
-    assert error(torch.stack(inter["x_inter"]), G["ddim_eta1/S10/x_inter"]) < 1e-4
+    for global_rng in (False, True):
+        generator = None if global_rng else torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if global_rng else seed + 1)
+            samples, inter = run(DDIMSampler(tiny), eta=1.0, generator=generator)
+        assert error(samples, G["ddim_eta1/S10/samples"]) < 1e-4, global_rng
+        assert error(torch.stack(inter["x_inter"]), G["ddim_eta1/S10/x_inter"]) < 1e-4, global_rng
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_img2img(tiny, as_tensor):
-    sampler, t = DDIMSampler(tiny), META["img2img"]["t_enc"]
+def test_img2img(tiny):
+    sampler, t_enc = DDIMSampler(tiny), META["img2img"]["t_enc"]
     sampler.make_schedule(META["img2img"]["S"], verbose=False)
-    z = sampler.stochastic_encode(G["img2img/x0"], torch.tensor([t, t]) if as_tensor else t, G["img2img/noise"])
-    assert error(z, G["img2img/z_enc"]) < 1e-6
-    decoded = sampler.decode(z, G["cond"], t, 7.5, G["uncond"], verbose=False)
+    for t in (t_enc, torch.tensor([t_enc, t_enc])):
+        z = sampler.stochastic_encode(G["img2img/x0"], t, G["img2img/noise"])
+        assert error(z, G["img2img/z_enc"]) < 1e-6, t
+    decoded = sampler.decode(z, G["cond"], t_enc, 7.5, G["uncond"], verbose=False)
     assert error(decoded, G["img2img/decoded"]) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ddim", "plms"])
-def test_decode_over_the_whole_schedule_is_sample(name):
-    sampler = SAMPLERS[name](StubModel())
-    samples, _ = run(sampler)
-    decoded = sampler.decode(G["x_T"], G["cond"], 10, 7.5, G["uncond"], verbose=False)
-    assert torch.equal(decoded, samples)
+def test_decode_over_the_whole_schedule_is_sample():
+    for name in ("ddim", "plms"):
+        sampler = SAMPLERS[name](StubModel())
+        samples, _ = run(sampler)
+        decoded = sampler.decode(G["x_T"], G["cond"], 10, 7.5, G["uncond"], verbose=False)
+        assert torch.equal(decoded, samples), name
 
 
 # --- an independent implementation -------------------------------------------------------------------------
@@ -210,65 +239,64 @@ def diffusers_walk(scheduler, S, **step_options):
     return x
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("S", [4, 20])
-def test_ddim_equals_diffusers(S, eta):
+def test_ddim_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(**BETAS, **LEADING, clip_sample=False)
-    expected = diffusers_walk(scheduler, S, eta=eta, generator=torch.Generator().manual_seed(1))
-    samples, _ = DDIMSampler(StubModel()).sample(
-        S, 2, SHAPE, x_T=G["x_T"], eta=eta, generator=torch.Generator().manual_seed(1), verbose=False
-    )
-    assert error(samples, expected) < 1e-5
+    for S, eta in itertools.product((4, 20), (0.0, 0.3, 1.0)):
+        scheduler = diffusers.DDIMScheduler(**BETAS, **LEADING, clip_sample=False)
+        expected = diffusers_walk(scheduler, S, eta=eta, generator=torch.Generator().manual_seed(1))
+        samples, _ = DDIMSampler(StubModel()).sample(
+            S, 2, SHAPE, x_T=G["x_T"], eta=eta, generator=torch.Generator().manual_seed(1), verbose=False
+        )
+        assert error(samples, expected) < 1e-5, (S, eta)
 
 
-@pytest.mark.parametrize("S", [4, 20])
-def test_plms_equals_diffusers(S):
+def test_plms_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    expected = diffusers_walk(diffusers.PNDMScheduler(**BETAS, **LEADING, skip_prk_steps=True), S)
-    samples, _ = PLMSSampler(StubModel()).sample(S, 2, SHAPE, x_T=G["x_T"], verbose=False)
-    assert error(samples, expected) < 1e-5
+    for S in (4, 20):
+        expected = diffusers_walk(diffusers.PNDMScheduler(**BETAS, **LEADING, skip_prk_steps=True), S)
+        samples, _ = PLMSSampler(StubModel()).sample(S, 2, SHAPE, x_T=G["x_T"], verbose=False)
+        assert error(samples, expected) < 1e-5, S
 
 
-@pytest.mark.parametrize("S", [9, 27])  # divisors of 999, for which all times are whole; on both sides of 15
-def test_dpm_solver_equals_diffusers(S):
+def test_dpm_solver_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min")
-    expected = diffusers_walk(scheduler, S)
-    samples, _ = DPMSolverSampler(StubModel()).sample(S, 2, SHAPE, x_T=G["x_T"], verbose=False)
-    assert error(samples, expected) < 1e-5
+    for S in (9, 27):  # divisors of 999, for which all times are whole; on both sides of 15
+        scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min")
+        expected = diffusers_walk(scheduler, S)
+        samples, _ = DPMSolverSampler(StubModel()).sample(S, 2, SHAPE, x_T=G["x_T"], verbose=False)
+        assert error(samples, expected) < 1e-5, S
 
 
-@pytest.mark.parametrize(("S", "first_order"), [(14, True), (15, False)])
-def test_dpm_solver_ends_in_first_order_only_below_15_steps(S, first_order):
-    sampler = DPMSolverSampler(StubModel())
-    samples, inter = run(sampler, S=S)
-    alpha, sigma, lam = sampler.alphas, sampler.sigmas, sampler.lambdas
-    x0, x = inter["pred_x0"][-1], inter["x_inter"][-2]
-    expected = sigma[-1] / sigma[-2] * x + alpha[-1] * (1 - np.exp(lam[-2] - lam[-1])) * x0
-    assert (error(samples, expected) < 1e-6) == first_order
+def test_dpm_solver_ends_in_first_order_only_below_15_steps():
+    for S, first_order in ((14, True), (15, False)):
+        sampler = DPMSolverSampler(StubModel())
+        samples, inter = run(sampler, S=S)
+        alpha, sigma, lam = sampler.alphas, sampler.sigmas, sampler.lambdas
+        x0, x = inter["pred_x0"][-1], inter["x_inter"][-2]
+        expected = sigma[-1] / sigma[-2] * x + alpha[-1] * (1 - np.exp(lam[-2] - lam[-1])) * x0
+        assert (error(samples, expected) < 1e-6) == first_order, S
 
 
 # --- step counts, callbacks, logging -----------------------------------------------------------------------
 
 
-@EACH
-@pytest.mark.parametrize(("S", "ddim_steps"), [(1, 1), (3, 4), (15, 16), (501, 1000), (1000, 1000)])
-def test_step_and_call_counts(name, S, ddim_steps):
-    model, steps, images = StubModel(), [], []
-    samples, _ = SAMPLERS[name](model).sample(
-        S,
-        1,
-        (4, 2, 2),
-        callback=steps.append,
-        img_callback=lambda pred_x0, i: images.append((i, pred_x0.shape)),
-        verbose=False,
-    )
-    n = S if name == "dpm" else ddim_steps
-    assert len(model.calls) == n + (name == "plms")
-    assert steps == list(range(n))
-    assert images == [(i, (1, 4, 2, 2)) for i in range(n)]
-    assert samples.isfinite().all()
+def test_step_and_call_counts():
+    cases = ((1, 1), (3, 4), (15, 16), (501, 1000), (1000, 1000))
+    for name, (S, ddim_steps) in itertools.product(SAMPLERS, cases):
+        model, steps, images = StubModel(), [], []
+        samples, _ = SAMPLERS[name](model).sample(
+            S,
+            1,
+            (4, 2, 2),
+            callback=steps.append,
+            img_callback=lambda pred_x0, i, images=images: images.append((i, pred_x0.shape)),
+            verbose=False,
+        )
+        n = S if name == "dpm" else ddim_steps
+        assert len(model.calls) == n + (name == "plms"), (name, S)
+        assert steps == list(range(n)), (name, S)
+        assert images == [(i, (1, 4, 2, 2)) for i in range(n)], (name, S)
+        assert samples.isfinite().all(), (name, S)
 
 
 def test_intermediates_are_thinned_by_log_every_t():
@@ -281,10 +309,10 @@ def test_intermediates_are_thinned_by_log_every_t():
     assert torch.equal(some["x_inter"][-1], samples)
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-def test_progress_bar_shows_only_if_verbose(verbose, capsys):
-    run(DDIMSampler(StubModel()), verbose=verbose)
-    assert ("DDIM: 100%" in capsys.readouterr().err) == verbose
+def test_progress_bar_shows_only_if_verbose(capsys):
+    for verbose in (False, True):
+        run(DDIMSampler(StubModel()), verbose=verbose)
+        assert ("DDIM: 100%" in capsys.readouterr().err) == verbose
 
 
 # --- guidance ----------------------------------------------------------------------------------------------
@@ -301,12 +329,12 @@ def test_guidance_extrapolates_from_one_doubled_batch():
     torch.testing.assert_close(eps, expected)
 
 
-@pytest.mark.parametrize(("uncond", "scale"), [(G["uncond"], 1.0), (None, 7.5)])
-def test_no_guidance_is_a_single_call(uncond, scale):
-    model = StubModel()
-    eps = guided(model, 2, G["cond"], uncond, scale)(G["x_T"], 7)
-    (call,) = model.calls
-    assert call.x.shape[0] == 2 and torch.equal(eps, smooth_eps(call.x, call.t, G["cond"]))
+def test_no_guidance_is_a_single_call():
+    for uncond, scale in ((G["uncond"], 1.0), (None, 7.5)):
+        model = StubModel()
+        eps = guided(model, 2, G["cond"], uncond, scale)(G["x_T"], 7)
+        (call,) = model.calls
+        assert call.x.shape[0] == 2 and torch.equal(eps, smooth_eps(call.x, call.t, G["cond"])), scale
 
 
 def test_guidance_joins_nested_conditioning():
@@ -326,9 +354,8 @@ def test_half_precision_output_returns_to_the_dtype_of_x():
 # --- noise -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm", 0.0)])
-def test_a_picture_does_not_depend_on_its_batch(name, eta):
-    def draw(seeds, rows):
+def test_a_picture_does_not_depend_on_its_batch():
+    def draw(name, eta, seeds, rows):
         return run(
             SAMPLERS[name](StubModel()),
             batch_size=len(seeds),
@@ -339,11 +366,12 @@ def test_a_picture_does_not_depend_on_its_batch(name, eta):
             eta=eta,
         )[0]
 
-    together = draw([42, 43], [0, 1])
-    alone = torch.cat([draw([42], [0]), draw([43], [1])])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(together[0], together[1])
-    assert not torch.allclose(draw([44], [0]), alone[:1])
+    for case in (("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm", 0.0)):
+        together = draw(*case, [42, 43], [0, 1])
+        alone = torch.cat([draw(*case, [42], [0]), draw(*case, [43], [1])])
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(together[0], together[1]), case
+        assert not torch.allclose(draw(*case, [44], [0]), alone[:1]), case
 
 
 def test_initial_noise_is_what_sample_draws_first():
@@ -368,31 +396,30 @@ def test_deterministic_walk_leaves_the_generator_alone():
 # --- inpainting --------------------------------------------------------------------------------------------
 
 
-@EACH
-def test_inpainting_keeps_the_masked_half_at_the_noise_level_of_each_step(name):
-    model, x0 = StubModel(), G["img2img/x0"]
+def test_inpainting_keeps_the_masked_half_at_the_noise_level_of_each_step():
+    x0 = G["img2img/x0"]
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     unguided = {"conditioning": None, "unconditional_conditioning": None}
-    run(SAMPLERS[name](model), **unguided, x0=x0, mask=mask, generator=seeded_generators([0, 1]))
 
     def noise_put_on_x0(call):
-        alpha_bar = float(model.alphas_cumprod[round(float(call.t[0]))])
+        alpha_bar = float(SCHEDULE["buffers/alphas_cumprod"][round(float(call.t[0]))])
         return ((call.x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5)[..., :8]
 
-    first, last = model.calls[0], model.calls[-1]
-    assert torch.equal(first.x[..., 8:], G["x_T"][..., 8:])
-    assert error(noise_put_on_x0(first), initial_noise([0, 1], SHAPE)[..., :8]) < 1e-5
-    assert abs(float(noise_put_on_x0(last).std()) - 1) < 0.1
+    for name, sampler in SAMPLERS.items():
+        model = StubModel()
+        run(sampler(model), **unguided, x0=x0, mask=mask, generator=seeded_generators([0, 1]))
+        first, last = model.calls[0], model.calls[-1]
+        assert torch.equal(first.x[..., 8:], G["x_T"][..., 8:]), name
+        assert error(noise_put_on_x0(first), initial_noise([0, 1], SHAPE)[..., :8]) < 1e-5, name
+        assert abs(float(noise_put_on_x0(last).std()) - 1) < 0.1, name
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
-@EACH
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_arguments_are_refused_before_the_model_is_called():
+    cases = (
         ({"S": 0}, "1..1000, got 0"),
         ({"S": 1001}, "1..1000, got 1001"),
         ({"S": 2.5}, "whole number"),
@@ -412,19 +439,18 @@ def test_inpainting_keeps_the_masked_half_at_the_noise_level_of_each_step(name):
         ({"mask": torch.ones(8, 16), "x0": torch.zeros(2, *SHAPE)}, "mask of shape"),
         ({"mask": torch.ones(16, 16), "x0": torch.zeros(1, 2, *SHAPE)}, "x0 of shape"),
         ({"log_every_t": 0}, "log_every_t"),
-    ],
-)
-def test_bad_arguments_are_refused_before_the_model_is_called(name, change, message):
-    model = StubModel()
-    with pytest.raises(ValueError, match=message):
-        run(SAMPLERS[name](model), **change)
-    assert not model.calls
+    )
+    for name, (change, message) in itertools.product(SAMPLERS, cases):
+        model = StubModel()
+        with pytest.raises(ValueError, match=message):
+            run(SAMPLERS[name](model), **change)
+        assert not model.calls, (name, change)
 
 
-@pytest.mark.parametrize("name", ["plms", "dpm"])
-def test_deterministic_samplers_refuse_eta(name):
-    with pytest.raises(ValueError, match=r"eta must be 0, got 0\.5"):
-        run(SAMPLERS[name](StubModel()), eta=0.5)
+def test_deterministic_samplers_refuse_eta():
+    for name in ("plms", "dpm"):
+        with pytest.raises(ValueError, match=r"eta must be 0, got 0\.5"):
+            run(SAMPLERS[name](StubModel()), eta=0.5)
 
 
 def test_unknown_discretisation_is_refused():

@@ -18,6 +18,7 @@ from ldm.models.diffusion.sampler import (
     PredictEps,
     Sampler,
     Step,
+    check_eta,
     draw_noise,
     guided,
     keep_known,
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class DDIMSampler(Sampler):
-    """`eta` 0 is deterministic; 1 puts back as much noise as DDPM."""
+    """DDIM's update rule. `eta` 0 is deterministic; `eta` 1 puts back as much noise as DDPM."""
 
     name = "DDIM"
 
@@ -40,10 +41,11 @@ class DDIMSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Set the tables of a walk, ascending in t: `ddim_timesteps` int64 [n], `ddim_alphas` (alpha-bar_t)
-        and `ddim_sqrt_one_minus_alphas` float32 [n], `ddim_alphas_prev` and `ddim_sigmas` float64 [n].
+        """Compute the tables of a walk, ascending in t.
 
-        n is about `ddim_num_steps`, see `make_ddim_timesteps`. `verbose` logs what was chosen.
+        They are `ddim_timesteps` int64 [n], `ddim_alphas` (alpha-bar_t) and `ddim_sqrt_one_minus_alphas` float32
+        [n], `ddim_alphas_prev` and `ddim_sigmas` float64 [n], where n is `ddim_num_steps` or more, see
+        `make_ddim_timesteps`. `verbose` logs the choice.
         """
         N = self.model.num_timesteps
         self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, N)
@@ -54,6 +56,11 @@ class DDIMSampler(Sampler):
         if verbose:
             n = len(self.ddim_timesteps)
             logger.info("%s: %d %s steps, eta %g", self.name, n, ddim_discretize, ddim_eta)
+
+    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+        """Return the times at which the model is called: the timesteps of the tables, descending."""
+        check_eta(eta)
+        return make_ddim_timesteps("uniform", S, self.model.num_timesteps)[::-1].tolist()
 
     def _prepare(self, S: int, eta: float) -> int:
         self.make_schedule(S, ddim_eta=eta, verbose=False)
@@ -69,7 +76,7 @@ class DDIMSampler(Sampler):
             yield x, pred_x0
 
     def _update(self, x: Tensor, eps: Tensor, i: int, noise: DrawNoise) -> Step:
-        """DDIM eq. 12, from timestep i of the tables to the one before."""
+        """Go from timestep i of the tables to the one before (DDIM eq. 12)."""
         a_t, a_prev = float(self.ddim_alphas[i]), float(self.ddim_alphas_prev[i])
         sigma = float(self.ddim_sigmas[i])
         pred_x0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5  # "predicted x_0"
@@ -81,7 +88,7 @@ class DDIMSampler(Sampler):
     def stochastic_encode(self, x0: Tensor, t: Tensor | int, noise: Tensor | None = None) -> Tensor:
         """Diffuse x0 [B, C, H, W] to step `t` of the tables, an int or [B], in 0..n-1 (DDIM eq. 4).
 
-        `noise` like x0, drawn from torch's global generator if None. Needs `make_schedule` first.
+        `noise` has the shape of x0; it is drawn from torch's global generator if None. Needs `make_schedule` first.
         """
         n = self._n_made()
         t = torch.as_tensor(t, device="cpu").expand(x0.shape[0])
@@ -120,7 +127,7 @@ class DDIMSampler(Sampler):
         return x
 
     def _n_made(self) -> int:
-        """The number of steps in the tables."""
+        """Return the number of steps in the tables. Raise ValueError if there are none yet."""
         if not hasattr(self, "ddim_timesteps"):
             raise ValueError("no schedule yet: call make_schedule(steps) first")
         return len(self.ddim_timesteps)

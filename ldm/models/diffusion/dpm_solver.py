@@ -8,29 +8,50 @@ from math import expm1
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, PredictEps, Sampler, Step, check_steps
+from ldm.models.diffusion.sampler import (
+    DrawNoise,
+    KeepKnown,
+    PredictEps,
+    Sampler,
+    Step,
+    check_deterministic,
+    check_steps,
+)
 
 FEW_STEPS = 15  # below this, the last step falls back to first order, which is steadier for large steps
 
 
 class DPMSolverSampler(Sampler):
-    """Second-order multistep solver for the predicted x_0, in steps even in time from t = 1 to t = 1/N.
+    """Second-order multistep solver for the predicted x_0, in equal steps of time from t = 1 to t = 1/N.
 
-    Times are fractional: the N steps of training are t = 1/N ... 1, log alpha runs straight between them, and
-    the model is asked at (t - 1/N) * N.
+    Times are fractional. The N steps of training are t = 1/N ... 1, log alpha is interpolated linearly between
+    them, and the model is called at (t - 1/N) * N.
     """
 
     name = "DPM-Solver++"
 
-    def _prepare(self, S: int, eta: float) -> int:
+    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+        """Return the S fractional times at which the model is called, descending."""
+        return self._model_times(self._times(S, eta))[:-1].tolist()
+
+    def _times(self, S: int, eta: float) -> np.ndarray:
+        """Return t at the ends of the S steps [S + 1], descending in 1 ... 1/N."""
         N = self.model.num_timesteps
         check_steps(S, N)
-        if eta != 0:
-            raise ValueError(f"DPM-Solver++ is deterministic: eta must be 0, got {eta} (DDIM takes eta > 0)")
-        t = np.linspace(1, 1 / N, S + 1)
+        check_deterministic(self.name, eta)
+        return np.linspace(1, 1 / N, S + 1)
+
+    def _model_times(self, t: np.ndarray) -> np.ndarray:
+        """Return the times that the model knows, 0 ... N - 1, for t."""
+        N = self.model.num_timesteps
+        return (t - 1 / N) * N
+
+    def _prepare(self, S: int, eta: float) -> int:
+        N = self.model.num_timesteps
+        t = self._times(S, eta)
         log_alpha_bar = np.log(self.alphas_cumprod.double().numpy())
         log_alpha = np.interp(t, np.arange(1, N + 1) / N, log_alpha_bar / 2)
-        self.model_times = (t - 1 / N) * N
+        self.model_times = self._model_times(t)
         self.alphas = np.exp(log_alpha)
         self.sigmas = np.sqrt(-np.expm1(2 * log_alpha))  # alpha² + sigma² = 1
         self.lambdas = log_alpha - np.log(self.sigmas)  # half the log signal-to-noise ratio
@@ -39,7 +60,7 @@ class DPMSolverSampler(Sampler):
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
     ) -> Iterator[Step]:
-        """Algorithm 2, from t_{i-1} to t_i."""
+        """Go from t_{i-1} to t_i (algorithm 2)."""
         alpha, sigma, lam = self.alphas.tolist(), self.sigmas.tolist(), self.lambdas.tolist()
         x0 = x0_before = h_before = None
         for i in range(1, n_steps + 1):

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, PredictEps, Step
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, PredictEps, Step, check_deterministic
 
-# Adams-Bashforth weights of the newest noise prediction and those before it, by how many there are.
+# Number of noise predictions -> their Adams-Bashforth weights, the newest first.
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -19,9 +19,9 @@ ADAMS_BASHFORTH = {
 
 
 class PLMSSampler(DDIMSampler):
-    """DDIM's tables and transfer (eq. 9 is DDIM's step without noise), moved by an extrapolated noise e'.
+    """PLMS: DDIM's tables and step (eq. 9 is DDIM's without noise), applied to an extrapolated noise e'.
 
-    The first step has no past to extrapolate from and calls the model twice: n steps are n + 1 calls.
+    The first step has no past to extrapolate from and calls the model twice, so that n steps make n + 1 calls.
     """
 
     name = "PLMS"
@@ -33,10 +33,15 @@ class PLMSSampler(DDIMSampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """As DDIMSampler.make_schedule; PLMS is deterministic, so ValueError unless `ddim_eta` is 0."""
-        if ddim_eta != 0:
-            raise ValueError(f"PLMS is deterministic: eta must be 0, got {ddim_eta} (DDIM takes eta > 0)")
+        """Compute the tables as DDIMSampler.make_schedule does. Raise ValueError unless `ddim_eta` is 0."""
+        check_deterministic(self.name, ddim_eta)
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+
+    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+        """Return DDIM's times, where the end of the first step comes twice: n + 1 times for n steps."""
+        check_deterministic(self.name, eta)
+        first, *others = super().schedule(S)
+        return [first, others[0] if others else first, *others]
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown

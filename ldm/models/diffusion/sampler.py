@@ -1,10 +1,10 @@
-"""What the samplers share: step tables, guidance, noise, and the walk from x_T to x_0.
+"""The common parts of all samplers: step tables, guidance, noise, and the walk from x_T to x_0.
 
-A sampler subclasses `Sampler` and gives its update rule as a generator (`_steps`). It sees a function
-`predict_eps(x, t)` that already contains the guidance, and never the conditioning.
+A sampler subclasses `Sampler` and gives its update rule as a generator (`_steps`). It calls a function
+`predict_eps(x, t)` that already contains the guidance, and never sees the conditioning.
 
-The DDIM tables (`make_ddim_timesteps`, `make_ddim_sampling_parameters`), which CompVis keeps among the UNet's
-utilities, stand here beside their only users.
+CompVis keeps `make_ddim_timesteps` and `make_ddim_sampling_parameters` among the UNet's utilities; here they are
+beside their only users.
 """
 
 from __future__ import annotations
@@ -35,13 +35,24 @@ def check_steps(S: int, num_timesteps: int) -> None:
         raise ValueError(f"number of sampling steps must be a whole number in 1..{num_timesteps}, got {S!r}")
 
 
-def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
-    """The training timesteps that a DDIM walk visits, ascending, int64.
+def check_eta(eta: float) -> None:
+    """Raise ValueError unless eta, the share of DDPM's noise put back at each step, lies in [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
 
-    "uniform" strides by N // S, so that an S which does not divide N gives more steps than S, up to twice as many
-    (N = 1000: 340 gives 500, and 501..999 give 1000);
-    "quad" spaces the square roots evenly over the first 80 % of the N steps.
-    Steps count from 1, as the released checkpoints expect; a last one beyond N - 1 is clamped to it.
+
+def check_deterministic(sampler: str, eta: float) -> None:
+    """Raise ValueError unless eta is 0, for a `sampler` (its name) that puts no noise back."""
+    if eta != 0:
+        raise ValueError(f"{sampler} is deterministic: eta must be 0, got {eta} (DDIM takes eta > 0)")
+
+
+def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
+    """Return the training timesteps that a DDIM walk visits, ascending, int64.
+
+    "uniform" strides by N // S. An S that does not divide N gives more steps than S, up to twice as many (N = 1000:
+    340 gives 500, and 501..999 give 1000). "quad" spaces the square roots evenly over the first 80 % of the N steps.
+    Steps count from 1, as the released checkpoints expect; a last step beyond N - 1 is clamped to it.
     """
     S, N = num_ddim_timesteps, num_ddpm_timesteps
     check_steps(S, N)
@@ -57,18 +68,17 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
 def make_ddim_sampling_parameters(
     alphacums: Tensor, ddim_timesteps: np.ndarray, eta: float
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """(sigmas, alphas, alphas_prev) at `ddim_timesteps`; these "alphas" are the papers' alpha-bar.
+    """Return (sigmas, alphas, alphas_prev) at `ddim_timesteps`; these "alphas" are the papers' alpha-bar.
 
     `alphacums` is the float32 CPU tensor [N] of all alpha-bar. The walk ends at alphacums[0], not at 1.
     `eta` in [0, 1] scales the noise put back at each step: 0 is DDIM, 1 is DDPM (DDIM eq. 16).
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    check_eta(eta)
     alpha_bar = alphacums.numpy()
     alphas = alpha_bar[ddim_timesteps]
-    # Double precision by way of Python floats; a one-step table has none and stays float32, as published.
+    # Python floats make this float64. A table of one step contains none of them and stays float32, as published.
     alphas_prev = np.asarray([alpha_bar[0], *alphas[:-1].tolist()])
-    # The reciprocal is rounded to float32 and the roots are NumPy's: the published tables to the last bit.
+    # The reciprocal is rounded to float32 and the roots are NumPy's, which gives the published tables bit for bit.
     sigmas = eta * np.sqrt((1 - alphas_prev) * (1 / (1 - alphas)) * (1 - alphas / alphas_prev))
     return torch.from_numpy(sigmas), torch.from_numpy(alphas), alphas_prev
 
@@ -77,7 +87,7 @@ def make_ddim_sampling_parameters(
 
 
 def _leaves(conditioning: Conditioning) -> Iterator[Tensor]:
-    """The tensors of a conditioning, however nested."""
+    """Yield the tensors of a conditioning, however nested."""
     if isinstance(conditioning, Tensor):
         yield conditioning
     elif isinstance(conditioning, dict):
@@ -117,9 +127,9 @@ def guided(
     """Wrap `model.apply_model` into `predict_eps(x, t)` with classifier-free guidance (Ho & Salimans 2022).
 
     eps = eps_u + scale * (eps_c - eps_u), both from one call with the batch [unconditional; conditional].
-    With scale 1, or with no unconditional conditioning, it is a single unguided call. An int t reaches the
-    model as int64 [B], a float t as float32 [B]; eps comes back in the dtype of x.
-    Raises ValueError for a conditioning whose rows are not `batch_size`.
+    With scale 1, or without an unconditional conditioning, the model is called once, without guidance. The model
+    gets an int t as int64 [B] and a float t as float32 [B]; eps is returned in the dtype of x.
+    Raises ValueError for a conditioning that does not have `batch_size` rows.
     """
 
     def call_model(x: Tensor, t: int | float, c: Conditioning) -> Tensor:
@@ -146,15 +156,15 @@ def guided(
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a picture, so that its noise depends on its own seed and not on its batch."""
+    """Return one CPU generator per picture, so that its noise depends on its own seed and not on its batch."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def draw_noise(batch_shape: Sequence[int], generator: Generators, device: torch.device | str) -> Tensor:
-    """Standard normal noise [B, C, H, W], drawn on the CPU (the same for every device), then moved.
+    """Draw standard normal noise [B, C, H, W] on the CPU, so that every device gets the same, and move it to `device`.
 
-    `generator`: one for the whole batch, or a sequence with one a picture, or None for torch's global one.
-    Raises ValueError if a sequence has not B generators.
+    `generator`: one for the whole batch, a sequence with one per picture, or None for torch's global one.
+    Raises ValueError if a sequence does not have B generators.
     """
     randn = partial(torch.randn, dtype=torch.float32, device="cpu")
     if generator is None or isinstance(generator, torch.Generator):
@@ -165,18 +175,19 @@ def draw_noise(batch_shape: Sequence[int], generator: Generators, device: torch.
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """x_T [len(seeds), *shape], each picture from its own seed.
+    """Return x_T [len(seeds), *shape], each picture from its own seed.
 
-    It is also what `sample(generator=seeded_generators(seeds))` draws first. Do not pass both this x_T and such
-    fresh generators with eta > 0: the first step would put the same noise back once more.
+    `sample(generator=seeded_generators(seeds))` draws the same noise first. Do not pass both this x_T and such
+    fresh generators with eta > 0: the first step would then add the same noise a second time.
     """
     return draw_noise((len(seeds), *shape), seeded_generators(seeds), device)
 
 
 def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int], noise: DrawNoise) -> KeepKnown:
-    """For inpainting: where `mask` is 1, put x0 at the noise level of x_t before each step; else leave x_t.
+    """Return the function that restores the known region before each step of inpainting.
 
-    Raises ValueError unless both are None, or both broadcast to `batch_shape` [B, C, H, W].
+    Where `mask` is 1 it replaces x_t by x0 at the noise level of x_t; elsewhere it leaves x_t. Without a mask it
+    leaves x_t everywhere. Raises ValueError unless both are None, or both broadcast to `batch_shape` [B, C, H, W].
     """
     if (mask is None) != (x0 is None):
         raise ValueError("inpainting needs both mask and x0, got only one of them")
@@ -198,7 +209,7 @@ def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int
 
 
 def check_batch_shape(batch_size: int, shape: Sequence[int], x_T: Tensor | None) -> tuple[int, ...]:
-    """(B, C, H, W); ValueError unless these are whole numbers of 1 or more, and x_T, if given, has this shape."""
+    """Return (B, C, H, W). Raise ValueError unless all are 1 or more, and x_T, if given, has this shape."""
     batch_shape = (batch_size, *shape)
     if len(batch_shape) != 4 or not all(isinstance(n, int) and n >= 1 for n in batch_shape):
         raise ValueError(f"batch_size must be 1 or more and shape (C, H, W), got {batch_size} and {tuple(shape)}")
@@ -208,7 +219,7 @@ def check_batch_shape(batch_size: int, shape: Sequence[int], x_T: Tensor | None)
 
 
 class Sampler:
-    """Everything about sampling but the update rule.
+    """A sampler without its update rule, which subclasses give in `schedule`, `_prepare` and `_steps`.
 
     `model` needs `apply_model(x [B, C, H, W], t [B], conditioning) -> eps`, `alphas_cumprod` [N],
     `num_timesteps` (N) and `device`.
@@ -220,6 +231,13 @@ class Sampler:
         self.model = model
         self.alphas_cumprod = model.alphas_cumprod.detach().float().cpu()
 
+    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+        """Return the times at which `sample(S, ..., eta=eta)` calls the model, in the order of the calls.
+
+        Times are int where the model gets int64, float where it gets float32. Raises ValueError as `sample` does.
+        """
+        raise NotImplementedError
+
     def _prepare(self, S: int, eta: float) -> int:
         """Compute the tables for S steps; return how many steps the walk takes."""
         raise NotImplementedError
@@ -227,7 +245,7 @@ class Sampler:
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
     ) -> Iterator[Step]:
-        """Walk the last `n_steps` steps of the prepared tables from x, yielding after each."""
+        """Walk the last `n_steps` steps of the prepared tables from x, and yield after each."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -252,18 +270,19 @@ class Sampler:
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps, S in 1..N.
 
-        conditioning, unconditional_conditioning: tensor [B, T, D], or a list or dict of tensors, one row a
-            picture; guidance with `unconditional_guidance_scale` if both are given and the scale is not 1.
-        eta: noise put back at each step, in [0, 1]; samplers other than DDIM take only 0.
+        conditioning, unconditional_conditioning: tensor [B, T, D], or a list or dict of tensors, with one row per
+            picture. Guidance with `unconditional_guidance_scale` applies if both are given and the scale is not 1.
+        eta: share of DDPM's noise that each step puts back, in [0, 1]; samplers other than DDIM take only 0.
         x_T: [B, C, H, W] to start from; drawn from `generator` if None.
-        generator: where noise comes from. A sequence of one CPU generator a picture (`seeded_generators`)
-            makes each picture independent of its batch; None is torch's global generator.
+        generator: the source of noise. A sequence of one CPU generator per picture (`seeded_generators`) makes each
+            picture independent of its batch; None is torch's global generator.
         mask, x0: for inpainting, both broadcastable to [B, C, H, W]; x0 is kept where mask is 1.
-        callback(i), img_callback(pred_x0, i): called once a step, i = 0, 1, ...
+        callback(i), img_callback(pred_x0, i): called once per step, i = 0, 1, ...
         verbose: show a progress bar.
 
-        Returns (samples [B, C, H, W], {"x_inter": [...], "pred_x0": [...]}): x and predicted x_0, x_T first, then
-        every `log_every_t`-th step counted back from the end, and the first. Raises ValueError for bad input.
+        Returns (samples [B, C, H, W], {"x_inter": [...], "pred_x0": [...]}). The lists of x and predicted x_0 hold
+        x_T, the first step, and every `log_every_t`-th step counted back from the end. Raises ValueError for bad
+        input.
         """
         batch_shape = check_batch_shape(batch_size, shape, x_T)
         if log_every_t < 1:
@@ -276,7 +295,7 @@ class Sampler:
         keep = keep_known(mask, x0, batch_shape, noise)
         x = noise() if x_T is None else x_T.to(self.model.device)
 
-        inter = {"x_inter": [x], "pred_x0": [x]}
+        inter: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         steps = self._steps(predict_eps, x, n_steps, noise, keep)
         for i, (x, pred_x0) in enumerate(self._progress(steps, n_steps, verbose)):
             if callback is not None:
@@ -289,5 +308,5 @@ class Sampler:
         return x, inter
 
     def _progress(self, steps: Iterator[Step], n_steps: int, verbose: bool) -> Iterator[Step]:
-        """The steps behind a bar, which stays on the screen unless it stands inside another bar."""
+        """Yield the steps and show a bar, which stays on the screen unless it is inside another bar."""
         return tqdm(steps, self.name, n_steps, leave=None, unit="step", disable=not verbose)
