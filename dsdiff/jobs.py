@@ -1,72 +1,34 @@
-"""Drawing pictures into a folder for those who measure them: in batches that do not depend on who draws them."""
+"""Jobs: which pictures a run is to draw, which of them are there, and which are this process's share."""
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
 from tqdm import tqdm
 
 from dsdiff.images.png import to_pictures, write_png
-from dsdiff.pipeline import ModelChoice, SamplingOptions, build_model, choose_model, decode, sample, sampling_options
+from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.record import RunRecord
 from qdiff.distributed import rank, world_size
 
 
-def model_of(flags: Sequence[str], *, packed: bool = True) -> tuple[nn.Module, ModelChoice, SamplingOptions]:
-    """The model and the options that these flags of txt2img.py mean; what to draw is not among them.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One picture to draw; `path` is where it goes."""
 
-    packed: ready to run. Otherwise a quantized model has the layers that calibration knows.
-    """
-    args, choice, options = options_of(flags)
-    if options.quantization is not None and not packed:
-        options = replace(options, quantization=replace(options.quantization, engine=None))
-    return build_model(args, choice, options), choice, options
+    prompt: str
+    seed: int
+    path: Path
 
 
-def options_of(flags: Sequence[str]) -> tuple[argparse.Namespace, ModelChoice, SamplingOptions]:
-    """What these flags mean, before any weights are read. ValueError or OSError for flags that cannot be."""
-    from scripts import txt2img
-
-    args = txt2img.parse_args(["--prompt", "-", *flags])
-    choice = choose_model(args)
-    return args, choice, sampling_options(args, choice)
-
-
-def draw_missing(
-    build: Callable[[], tuple[nn.Module, SamplingOptions]],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    paths: Sequence[Path],
-    batch_size: int,
-    title: str,
-) -> None:
-    """Draw the pictures that are not there, a PNG each with its prompt and seed. Several processes share the batches.
-
-    build: makes the model, if there is anything to draw. Batches are always the same, so that an interrupted run ends
-    with the same pictures, bit for bit.
-    """
-    starts = range(0, len(paths), batch_size)
-    parts = [slice(start, start + batch_size) for start in starts][rank() :: world_size()]
-    todo = [part for part in parts if not all(path.exists() for path in paths[part])]
-    if not todo:
-        return
-    model, options = build()
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(len(paths[part]) for part in todo), desc=title, unit="picture", disable=rank() != 0) as bar:
-        for part in todo:
-            images = decode(model, sample(model, prompts[part], seeds[part], options))
-            for path, prompt, seed, picture in zip(
-                paths[part], prompts[part], seeds[part], to_pictures(images), strict=True
-            ):
-                if not path.exists():
-                    write_png(path, picture, {"prompt": prompt, "seed": str(seed)})
-            bar.update(len(images))
+# --- prompts -----------------------------------------------------------------------------------------------
 
 
 def read_prompt_file(path: Path, flag: str) -> list[str]:
-    """The prompts in a text file, one a line, that `flag` names. Raises ValueError if it holds none or is no text."""
+    """Return the prompts in a text file, one a line; empty lines are left out.
+
+    flag: names the file in messages. Raises ValueError if it holds none or is no UTF-8 text.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -75,3 +37,73 @@ def read_prompt_file(path: Path, flag: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{flag} {str(path)!r} holds no prompts: write one per line")
     return prompts
+
+
+def check_text(prompts: Sequence[str]) -> None:
+    """Raise ValueError for a prompt with stray bytes of the command line in it."""
+    for text in prompts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {text!r} is no valid text: use UTF-8") from error
+
+
+# --- a run's jobs ------------------------------------------------------------------------------------------
+
+
+def next_number(folder: Path, prefix: str) -> int:
+    """Return one more than the highest number of the PNGs `prefix`NUMBER.png in `folder`, or 0."""
+    names = [path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.png")]
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=-1) + 1
+
+
+def jobs_of(record: RunRecord, outdir: Path) -> list[list[Job]]:
+    """Return a run's pictures in batches. A resumed run has the same batches, so that rounding is the same too."""
+    step = 0 if record.fixed_code else 1
+    jobs = [
+        Job(
+            prompt=record.prompts[i % len(record.prompts)],
+            seed=record.seed + i * step,
+            path=outdir / "samples" / f"{record.first + i:05}.png",
+        )
+        for i in range(record.pictures)
+    ]
+    return [jobs[start : start + record.n_samples] for start in range(0, len(jobs), record.n_samples)]
+
+
+def draw_missing(
+    pipeline: Callable[[], Pipeline],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    paths: Sequence[Path],
+    settings: DrawSettings,
+    batch_size: int,
+    title: str,
+) -> None:
+    """Draw the pictures that are not there, a PNG each with its prompt and seed. Several processes share the batches.
+
+    pipeline: called if there is anything to draw. Batches are always the same, so that an interrupted run ends with the
+    same pictures, bit for bit. title: of the bar.
+    """
+    missing = [part for part in _own_share(len(paths), batch_size) if not all(path.exists() for path in paths[part])]
+    if not missing:
+        return
+    drawing = pipeline()
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+    total = sum(len(paths[part]) for part in missing)
+    with tqdm(total=total, desc=title, unit="picture", disable=rank() != 0) as bar:
+        for part in missing:
+            images = drawing.decode(drawing.sample(prompts[part], seeds[part], settings))
+            for path, prompt, seed, picture in zip(
+                paths[part], prompts[part], seeds[part], to_pictures(images), strict=True
+            ):
+                if not path.exists():
+                    write_png(path, picture, {"prompt": prompt, "seed": str(seed)})
+            bar.update(len(images))
+
+
+def _own_share(count: int, batch_size: int) -> Iterator[slice]:
+    """Yield the batches of this process."""
+    for start in range(0, count, batch_size)[rank() :: world_size()]:
+        yield slice(start, start + batch_size)

@@ -1,4 +1,4 @@
-"""How the commands talk: flags that are checked, errors in one line, logs."""
+"""The console of a command: its parser, its exit status and error lines, its log. Nothing here imports torch."""
 
 import argparse
 import functools
@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from tqdm import tqdm
-
 PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
 logger = logging.getLogger("dsdiff")
 
@@ -23,7 +20,7 @@ logger = logging.getLogger("dsdiff")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Tells bad flags in one line, and wants flags written in full."""
+    """A parser that tells bad flags in one line, and wants flags written in full."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -35,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) in low..high."""
+    """Return an argparse type: a finite `kind` (int or float) in low..high."""
     what = "a whole number" if kind is int else "a number"
     limits = f"of {low} or more" if high == math.inf else f"in {low}..{high}"
 
@@ -52,9 +49,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], None]:
-    """Make `main(argv)` a command: what goes wrong becomes one line on stderr and an exit status.
+    """Make `main(argv)` a command: an error becomes one line on stderr and an exit status.
 
-    2 for bad input (with --verbose after the traceback), 130 for Ctrl-C; its line holds what a KeyboardInterrupt says.
+    The status is 2 for bad input (with --verbose a traceback comes first) and 130 for Ctrl-C, whose line holds the text
+    of the KeyboardInterrupt.
     """
 
     @functools.wraps(main)
@@ -81,21 +79,26 @@ def _leave(status: int, line: str) -> NoReturn:
 
 
 def _describe(error: Exception) -> str | None:
-    """What to say about bad input; None for an error that is a defect of the program."""
+    """Return the line to print for bad input; None for an error that is a defect of the program."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {str(error.filename)!r}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory: use smaller batches or smaller pictures"
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         return None
     return str(error) or type(error).__name__
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch ran out of memory. It is asked by name: a command that fails early has not imported torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 # --- logs --------------------------------------------------------------------------------------------------
 
 
 class Log:
-    """The log file of a run: lines wait in memory until `open`, so that a run that never begins leaves no file."""
+    """The log file of a run. Lines wait in memory until `open`, so that a run that never begins leaves no file."""
 
     def __init__(self) -> None:
         self.handler: logging.Handler = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
@@ -115,13 +118,15 @@ class _Console(logging.Handler):
     """Writes to stdout, past the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + self.format(record), file=sys.stdout)
 
 
 @contextmanager
 def logs(verbose: bool) -> Iterator[Log]:
-    """While open, our packages' lines go to stdout (with `verbose` the detailed ones too) and to the log's file."""
+    """Within the block, send our packages' lines to stdout (with `verbose` the detailed ones too) and to a log."""
     root, log = logging.getLogger(), Log()
     console = _Console(logging.DEBUG if verbose else logging.INFO)
     root.addHandler(console)

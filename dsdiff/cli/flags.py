@@ -1,14 +1,25 @@
-"""The flags that several commands have, by subject."""
+"""The flags that several commands share, by subject, and the options that they become."""
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import tomesd
 from dsdiff.cli.console import number
+from dsdiff.options import (
+    ENGINES,
+    PRECISIONS,
+    QUANT_MODES,
+    DrawOptions,
+    MergeOptions,
+    ModelOptions,
+    QuantizationOptions,
+)
+
+if TYPE_CHECKING:
+    from dsdiff.models.spec import ModelSpec
 
 TOME_FLAGS = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
-ENGINES = ("int8", "simulate")
 QUANTIZATION_FLAGS = (
     "ptq",
     "quant_act",
@@ -31,29 +42,35 @@ def add_model_arguments(
     *,
     precision: bool = True,
 ) -> None:
-    """config: which is the default, in words. precision: whether the command computes, on
-    a device and in a precision."""
+    """Add the flags that choose a model.
+
+    config: the default config, in words. precision: whether the command computes, on a device and in a precision.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument("--config", metavar="FILE", help=f"the model's yaml (default: {config})")
+    group.add_argument("--config", type=Path, metavar="FILE", help=f"the model's yaml (default: {config})")
     group.add_argument(
         "--ckpt",
+        type=Path,
         metavar="FILE",
         help="a model's weights; where pictures are drawn, a file of scripts/export.py as well "
         "(default: the config's, under models/ldm)",
     )
-    group.add_argument("--tokenizer", metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)"
+    )
     if not precision:
         return
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--precision",
-        choices=["autocast", "full"],
+        choices=PRECISIONS,
         help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
         "(default: autocast on a GPU, and of few-bit activations on a CPU that has bfloat16; else full)",
     )
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the sampler and of guidance."""
     group = parser.add_argument_group("sampling")
     sampler = group.add_mutually_exclusive_group()
     sampler.add_argument("--plms", action="store_true", help="sample with PLMS (default: DDIM)")
@@ -80,7 +97,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
 
 
-def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+def add_noise_arguments(parser: argparse.ArgumentParser, *, batch: str = "--batch_size") -> None:
+    """Add --seed and the flag of the batch size, which only txt2img.py calls --n_samples."""
     group = parser.add_argument_group("noise and batches")
     group.add_argument(
         "--seed",
@@ -90,11 +108,12 @@ def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture i starts from the noise of seed + i (default: %(default)s)",
     )
     group.add_argument(
-        "--n_samples", type=number(int, 1), default=3, metavar="N", help="pictures per batch (default: %(default)s)"
+        batch, type=number(int, 1), default=3, metavar="N", help="pictures per batch (default: %(default)s)"
     )
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the size of pictures and latents."""
     group = parser.add_argument_group("size")
     group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height (default: the model's)")
     group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width (default: the model's)")
@@ -103,6 +122,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of token merging."""
     group = parser.add_argument_group("token merging (all but --ratio only with a --ratio above 0)")
     group.add_argument(
         "--ratio",
@@ -127,14 +147,17 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that take a calibrated model; what they do not say, the cali_ckpt does."""
-    group = parser.add_argument_group("quantization (with --ptq; what is not given, the cali_ckpt says)")
+    """Add the flags that take a calibrated model. They have no defaults: the file says what they do not."""
+    group = parser.add_argument_group("quantization (with --ptq alone all is as the cali_ckpt says)")
     group.add_argument("--ptq", action="store_true", default=None, help="draw with the quantized model")
     group.add_argument(
-        "--cali_ckpt", metavar="FILE", help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)"
+        "--cali_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
     )
     add_bit_arguments(group)
-    group.add_argument("--quant_mode", choices=["qdiff", "linear"], help="how the cali_ckpt was made")
+    group.add_argument("--quant_mode", choices=QUANT_MODES, help="how the cali_ckpt was made")
     group.add_argument(
         "--engine",
         choices=ENGINES,
@@ -153,13 +176,13 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bit_arguments(group: Any) -> None:
-    """What is quantized to how many bits; the flags have no defaults."""
+    """Add the flags that say what is quantized to how many bits. They have no defaults."""
     bits = number(int, 2, 16)
     group.add_argument("--weight_bit", type=bits, metavar="BITS", help="of weights, 2..16")
     group.add_argument(
         "--quant_act",
         action=argparse.BooleanOptionalAction,
-        help="quantize activations as well; --no-quant_act leaves them float",
+        help="quantize activations as well; without it, once bits, split or mode are named, they stay float",
     )
     group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
     group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
@@ -169,15 +192,71 @@ def add_bit_arguments(group: Any) -> None:
 
 
 def given_flags(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Of the flags `names`, which have no default and need not be the command's, those on the command line."""
+    """Return those of the flags `names` that the user passed. The flags have no defaults; some may not be there."""
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
-def merge_options(args: argparse.Namespace) -> tomesd.MergeOptions | None:
-    """What --ratio and its group ask for; None for no merging. ValueError for what is out of range or idle."""
+def model_options(args: argparse.Namespace) -> ModelOptions:
+    """Return the options that --ckpt, --config and --tokenizer mean."""
+    return ModelOptions(ckpt=args.ckpt, config=args.config, tokenizer=args.tokenizer)
+
+
+def draw_options(args: argparse.Namespace) -> DrawOptions:
+    """Return the options that the flags of sampler, size, precision and merging mean. Those of the size may be absent.
+
+    Raises ValueError for flags that would have no effect.
+    """
+    sampler = "plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim"
+    if args.ddim_eta is not None and sampler != "ddim":
+        raise ValueError(f"--ddim_eta {args.ddim_eta:g} has no effect with --{sampler}, which is deterministic")
+    if args.negative_prompt is not None and args.scale == 1:
+        raise ValueError("--negative_prompt has no effect with --scale 1, which is no guidance: use a larger scale")
+    size = given_flags(args, ("H", "W"))
+    return DrawOptions(
+        height=size.get("H"),
+        width=size.get("W"),
+        sampler=sampler,
+        steps=args.ddim_steps,
+        eta=args.ddim_eta or 0.0,
+        scale=args.scale,
+        negative_prompt=args.negative_prompt or "",
+        precision=args.precision,
+        merge=merge_options(args),
+    )
+
+
+def check_latent_flags(args: argparse.Namespace, spec: "ModelSpec") -> None:
+    """Raise ValueError for a --C or --f that is not the model's."""
+    for flag, own in (("C", spec.channels), ("f", spec.factor)):
+        given = getattr(args, flag)
+        if given not in (None, own):
+            raise ValueError(f"--{flag} {given} contradicts the model, which has {own}: leave it out")
+
+
+def quantization_options(args: argparse.Namespace, *, bundle: bool = False) -> QuantizationOptions | None:
+    """Return the options that --ptq and its group mean; None without them.
+
+    bundle: the checkpoint is quantized already, so that --ptq need not be said. Raises ValueError for flags that would
+    have no effect.
+    """
+    given = given_flags(args, QUANTIZATION_FLAGS)
+    if not bundle and "ptq" not in given:
+        if given:
+            flags = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"without --ptq nothing is quantized, so {flags} has no effect: add --ptq")
+        return None
+    given.pop("ptq", None)
+    return QuantizationOptions(**given)
+
+
+def merge_options(args: argparse.Namespace) -> MergeOptions | None:
+    """Return the options that --ratio and its group mean; None for no merging.
+
+    Raises ValueError for a value out of range, and for flags that would have no effect.
+    """
     given = given_flags(args, TOME_FLAGS)
     if args.ratio > 0:
-        return tomesd.MergeOptions(ratio=args.ratio, **given)
+        return MergeOptions(ratio=args.ratio, **given)
     if given:
         flags = ", ".join(f"--{name}" for name in given)
         raise ValueError(f"without --ratio nothing is merged, so {flags} has no effect: add --ratio 0.5, say")

@@ -1,4 +1,4 @@
-"""Several processes that torchrun started."""
+"""Processes that torchrun started: they get to know each other, and a device each."""
 
 import logging
 import os
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from dsdiff.cli.console import logger
-from dsdiff.pipeline import choose_device
+from dsdiff.environment import choose_device
 from qdiff.distributed import rank
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Under torchrun, the processes know each other within the block: by NCCL on GPUs, by gloo on CPUs.
+    """Within the block, let the processes of torchrun know each other: by NCCL on GPUs, by gloo on CPUs.
 
-    All but the first tell warnings only, until `logs` ends.
+    All but the first log warnings only, until `logs` ends. Nothing happens without torchrun.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -35,7 +35,7 @@ def processes() -> Iterator[None]:
 
 
 def own_device(name: str) -> torch.device:
-    """The device of this process, see `choose_device`: under torchrun on GPUs, one each."""
+    """Return the device of this process, see `choose_device`: under torchrun on GPUs, one each."""
     device = choose_device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

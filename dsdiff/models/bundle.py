@@ -1,11 +1,11 @@
-"""One .safetensors file that holds all that draws: the calibrated UNet at its bits, and what it needs beside it.
+"""A bundle: one .safetensors file that draws alone, with a calibrated UNet at its bits and all that goes with it.
 
-unet.NAME                    the quantizers of the UNet, as in a cali_ckpt (`qdiff.quant_state`)
+unet.NAME                    the UNet's quantizers, as in a cali_ckpt (`qdiff.quant_state`)
 model.diffusion_model.NAME   its biases and norms, float32
 first_stage_model.NAME       the autoencoder, cond_stage_model.NAME the text encoder, both float16
 tokenizer.NAME               the tokenizer's files, as bytes
 
-Its header is that of a cali_ckpt, with the model's config in it.
+Its header is a cali_ckpt's, with the model's config in it.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsdiff.models.spec import config_for_drawing
 from ldm.checkpoint import fill, read_metadata, read_weights
 from ldm.fileio import write_atomically
 from ldm.half_storage import keep_in_half
@@ -35,11 +36,14 @@ QUANTIZERS, UNET, TOKENIZER = "unet.", "model.diffusion_model.", "tokenizer."
 PARTS = ("first_stage_model", "cond_stage_model")
 
 
-def packed_config(path: Path) -> dict[str, Any] | None:
-    """The config of the model in such a file; None for files of other kinds. ValueError for a damaged one."""
+def bundle_config(path: Path) -> dict[str, Any] | None:
+    """Return the config of the model in a bundle; None for a file of another kind.
+
+    Raises ValueError for a damaged bundle.
+    """
     try:
         text = read_metadata(path).get(HEADER)
-    except ValueError:  # whoever loads it tells why
+    except ValueError:  # loading the file will tell why
         return None
     try:
         config = json.loads(text).get(ENTRY) if text else None
@@ -51,7 +55,7 @@ def packed_config(path: Path) -> dict[str, Any] | None:
 
 
 def _check_targets(config: Any, source: str) -> None:
-    """Raises ValueError if a file's config asks for anything but our networks: it is not to run what it likes."""
+    """Raise ValueError if a config names anything but networks of this project: a file must not run other code."""
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         _check_targets(value, source)
     target = config.get("target") if isinstance(config, dict) else None
@@ -66,8 +70,11 @@ def _check_targets(config: Any, source: str) -> None:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def save_packed(model: nn.Module, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
-    """Write a LatentDiffusion whose UNet is a calibrated QuantModel. config: the whole config of the model, plain."""
+def save_bundle(model: nn.Module, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
+    """Write a LatentDiffusion whose UNet is a calibrated QuantModel.
+
+    config: the whole config of the model, plain. header: of the calibration. The file is complete or not there.
+    """
     qnn: QuantModel = model.model.diffusion_model
     tensors = {QUANTIZERS + name: tensor for name, tensor in (weights_of(qnn) | ranges_of(qnn)).items()}
     tensors |= {UNET + name: tensor.detach().float() for name, tensor in float_parameters(qnn).items()}
@@ -75,7 +82,7 @@ def save_packed(model: nn.Module, config: Mapping[str, Any], header: CaliHeader,
         for name, tensor in getattr(model, part).state_dict().items():
             tensors[f"{part}.{name}"] = tensor.half() if tensor.is_floating_point() else tensor
     tensors |= {TOKENIZER + name: data for name, data in tokenizer_files(model).items()}
-    config = for_drawing(config)
+    config = config_for_drawing(config)
     _check_targets(config, "the model's config")
     metadata = metadata_of(header, **{ENTRY: config})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -83,7 +90,7 @@ def save_packed(model: nn.Module, config: Mapping[str, Any], header: CaliHeader,
 
 
 def float_parameters(qnn: QuantModel) -> dict[str, nn.Parameter]:
-    """What is not quantized, by its name in the UNet."""
+    """Return the UNet's parameters that are not quantized, by name: biases and norms."""
     quantized = {id(layer.weight) for layer in qnn.layers().values()}
     return {
         name: parameter
@@ -92,23 +99,13 @@ def float_parameters(qnn: QuantModel) -> dict[str, nn.Parameter]:
     }
 
 
-def for_drawing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What drawing needs of a config: nothing of training, and no directory."""
-    config = json.loads(json.dumps({name: config[name] for name in ("model", "sampling") if name in config}))
-    params = config["model"]["params"]
-    params.pop("scheduler_config", None)
-    encoder = params.get("cond_stage_config") or {}
-    (encoder.get("params") or {}).pop("tokenizer", None)
-    return config
-
-
 def tokenizer_files(model: nn.Module) -> dict[str, Tensor]:
-    """The files of the model's tokenizer, as bytes by their names; none for an encoder without."""
+    """Return the files of the model's tokenizer as bytes, by name; none for an encoder without a tokenizer."""
     tokenizer = getattr(model.cond_stage_model, "tokenizer", None)
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return {path.name: torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in files}
 
@@ -116,16 +113,16 @@ def tokenizer_files(model: nn.Module) -> dict[str, Tensor]:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def load_packed(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel]:
-    """The LatentDiffusion of such a file, and its UNet, which is calibrated, switched on, and not in its place yet.
+def load_bundle(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel]:
+    """Return the LatentDiffusion of a bundle, and its calibrated UNet, which is not in its place yet.
 
-    The file is mapped, and the float UNet is never built: its weights have shapes, no numbers. Raises ValueError for a
-    file that is damaged.
+    The file is mapped. The float UNet is never built: its weights have shapes and no numbers. Raises ValueError for a
+    damaged file.
     """
-    source, config, header = str(path), packed_config(path), read_cali_header(path)
+    source, config, header = str(path), bundle_config(path), read_cali_header(path)
     try:
         with torch.device("meta"):
-            model = instantiate_from_config(for_inference(for_drawing(config)["model"]))
+            model = instantiate_from_config(for_inference(config_for_drawing(config)["model"]))
         kinds = {LatentDiffusion: model, UNetModel: model.model.diffusion_model, AutoencoderKL: model.first_stage_model}
     except Exception as error:  # the sizes are the file's: whatever they lead to
         raise ValueError(f"{source!r} is damaged: its config describes no model ({error})") from error
@@ -134,9 +131,9 @@ def load_packed(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel
     tensors = read_weights(path)
     for part in PARTS:
         network = getattr(model, part)
-        fill(network, within(tensors, f"{part}."), source)
+        fill(network, _below(tensors, f"{part}."), source)
         keep_in_half(network)
-    place_tokenizer(model, within(tensors, TOKENIZER), source)
+    place_tokenizer(model, _below(tensors, TOKENIZER), source)
     qnn = QuantModel(model.model.diffusion_model, header.config)
     model.model.diffusion_model = nn.Identity()  # so that what is left can be moved
     for network in model.children():
@@ -145,23 +142,23 @@ def load_packed(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel
     return model.to(device).eval(), qnn
 
 
-def within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.device) -> None:
-    """Put the file's numbers into a UNet without any."""
+    """Fill a UNet that has no numbers yet from the file."""
     if header.splits != splits_of(qnn):
         raise ValueError(f"{str(path)!r} is damaged: its header and its config do not belong together")
     tensors = read_weights(path)  # by a mapping of their own, which ends when the codes are unpacked
-    floats, own = within(tensors, UNET), float_parameters(qnn)
+    floats, own = _below(tensors, UNET), float_parameters(qnn)
     if {name: tensor.shape for name, tensor in floats.items()} != {name: p.shape for name, p in own.items()}:
         raise ValueError(f"{str(path)!r} is damaged: biases and norms are not those of its config")
     for name in own:
         parent, _, child = name.rpartition(".")
         parameter = nn.Parameter(floats[name].to(device, torch.float32, copy=True), requires_grad=False)
         setattr(qnn.model.get_submodule(parent), child, parameter)
-    quantizers = within(tensors, QUANTIZERS)
+    quantizers = _below(tensors, QUANTIZERS)
     check_keys(set(quantizers), expected_keys(qnn), str(path))
     for quantizer in qnn.act_quantizers().values():
         quantizer.delta = quantizer.zero_point = torch.tensor(float("nan"), device=device)
@@ -176,7 +173,7 @@ def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.dev
 
 
 def place_tokenizer(model: nn.Module, files: Mapping[str, Tensor], source: str) -> None:
-    """Let the text encoder read its tokenizer from these bytes."""
+    """Give the text encoder the tokenizer that these bytes are."""
     if not hasattr(model.cond_stage_model, "set_tokenizer"):
         return
     if any(Path(name).name != name or not name for name in files):

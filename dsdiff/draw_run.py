@@ -1,0 +1,92 @@
+"""A run of scripts/txt2img.py: batches of jobs drawn into a folder, with grids, and the time kept."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dsdiff.images.grids import Grids
+from dsdiff.images.png import read_whole_picture, to_pictures, write_png
+from dsdiff.jobs import Job
+from dsdiff.pipeline import Pipeline
+from dsdiff.record import RunRecord
+
+Batch = Sequence[Job]
+
+
+class DrawRun:
+    """Draws batches and keeps the time. It counts what it drew, not what an earlier run had left.
+
+    keep: pictures that are there already, whole and of the right size, are kept as they are. save: write single
+    pictures at all.
+    """
+
+    def __init__(self, pipeline: Pipeline, record: RunRecord, *, keep: bool, save: bool):
+        self.pipeline, self.record, self.keep, self.save = pipeline, record, keep, save
+        self.size = (record.draw.width, record.draw.height)
+        self.pictures = self.steps = 0
+        self.seconds = self.sampling_seconds = 0.0
+
+    def is_done(self, batch: Batch) -> bool:
+        """Whether nothing of a batch is left to draw."""
+        return self.keep and all(self._read(job) is not None for job in batch)
+
+    def execute(self, outdir: Path, batches: Sequence[Batch], pending: Sequence[bool]) -> None:
+        """Draw the pending batches, and write the grids of all. A KeyboardInterrupt tells how to go on."""
+        record = self.record
+        grids = None if record.skip_grid else Grids(outdir, record.first_grid, record.n_rows)
+        try:
+            for pictures in self._pictures(batches, pending):
+                if grids is not None:
+                    grids.add(pictures)
+            if grids is not None:
+                grids.flush()
+        except KeyboardInterrupt:
+            way_on = f" in {outdir}; the same command with --resume draws the rest" if self.save else ""
+            raise KeyboardInterrupt(f"{self.pictures} pictures drawn{way_on}") from None
+
+    def _pictures(self, batches: Sequence[Batch], pending: Sequence[bool]) -> Iterator[list[Image.Image]]:
+        """Yield the pictures of each batch: drawn and saved where the batch is pending, else read if grids want them."""
+        with tqdm(batches, "batches", unit="batch") as bar:  # an interrupt ends the bar's line, too
+            for batch, to_draw in zip(bar, pending, strict=True):
+                if to_draw:
+                    pictures = self._draw(batch)
+                    self._write(batch, pictures)
+                    yield pictures
+                else:
+                    read = [] if self.record.skip_grid else [self._read(job) for job in batch]
+                    yield [picture for picture in read if picture is not None]
+
+    def _draw(self, batch: Batch) -> list[Image.Image]:
+        start = time.perf_counter()
+        prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+        latents = self.pipeline.sample(prompts, seeds, self.record.draw, verbose=True, callback=self._count_step)
+        if latents.is_cuda:
+            torch.cuda.synchronize(latents.device)
+        self.sampling_seconds += time.perf_counter() - start
+        pictures = to_pictures(self.pipeline.decode(latents))
+        self.seconds += time.perf_counter() - start
+        self.pictures += len(pictures)
+        return pictures
+
+    def _count_step(self, i: int) -> None:
+        self.steps += 1
+
+    def _write(self, batch: Batch, pictures: Sequence[Image.Image]) -> None:
+        for job, picture in zip(batch, pictures, strict=True):
+            kept = self.keep and self._read(job) is not None
+            if self.save and not kept:
+                write_png(job.path, picture, self.record.texts(job.prompt, job.seed))
+
+    def _read(self, job: Job) -> Image.Image | None:
+        return read_whole_picture(job.path, self.size)
+
+    def summary(self) -> str:
+        """Return a line on what was drawn, and how fast."""
+        if not self.pictures:
+            return "nothing left to draw: all pictures of this run are there"
+        rate, pace = self.pictures / self.seconds, self.sampling_seconds / self.steps
+        return f"{self.pictures} pictures in {self.seconds:.1f} s: {rate:.3g} pictures/s, {pace:.3g} s/step"

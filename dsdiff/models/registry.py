@@ -1,0 +1,29 @@
+"""Where the models that are shipped with this repository lie, and where others are looked for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STABLE_DIFFUSION = ROOT / "configs/stable-diffusion/v1-inference.yaml"
+EMBEDDED = ROOT / "configs/shapes/txt2img.yaml"
+CONFIGS: Mapping[str, Path] = {"embedded": EMBEDDED, "sd-v1": STABLE_DIFFUSION}  # short names of models
+
+# Config -> the places of its checkpoint. Without a config and a checkpoint the first file that exists is taken.
+CHECKPOINTS: Mapping[Path, tuple[Path, ...]] = {
+    STABLE_DIFFUSION: (
+        ROOT / "models/ldm/stable-diffusion-v1/model.ckpt",
+        ROOT / "models/ldm/stable-diffusion-v1/model.safetensors",
+    ),
+    EMBEDDED: (ROOT / "models/ldm/shapes/model.safetensors",),
+}
+# Checkpoint -> its cali_ckpts, by the bits of the weights.
+CALI_CKPTS: Mapping[Path, Mapping[int, Path]] = {
+    CHECKPOINTS[EMBEDDED][0]: {bits: ROOT / f"models/ldm/shapes/cali_w{bits}a8.safetensors" for bits in (4, 8)},
+}
+# Config -> the prompts that its calibration data is drawn from.
+CALI_PROMPTS: Mapping[Path, Path] = {
+    config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)
+}
+READER = ROOT / "models/ldm/shapes/reader.safetensors"  # the detector that reads pictures of shapes
+TOKENIZER = ROOT / "models/ldm/shapes/tokenizer"  # of the embedded model

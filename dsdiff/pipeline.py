@@ -1,0 +1,316 @@
+"""Pipeline: prompts and options in, pictures out. It knows no flags, and writes no files."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from qdiff.engine.cpu import has_bfloat16
+from torch import Tensor
+
+import tomesd
+from dsdiff.environment import choose_device, precision_context
+from dsdiff.images.png import to_pictures
+from dsdiff.models.bundle import load_bundle
+from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
+from dsdiff.models.registry import CONFIGS
+from dsdiff.models.spec import ModelSpec, find_model
+from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
+from ldm.half_storage import give_back_freed
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
+from ldm.util import load_model_from_config
+from qdiff.engine import step_cache
+from qdiff.engine.lower import fits_bytes
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+FIRST_SEED = 42  # of pictures whose seeds are not given
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How pictures are drawn, all defaults resolved: see DrawOptions.
+
+    steps: asked for; steps_taken: those that this gives (see `make_ddim_timesteps`). quantization: how the model's
+    numbers are quantized, None for a float one.
+    """
+
+    height: int
+    width: int
+    sampler: str
+    steps: int
+    steps_taken: int
+    eta: float
+    scale: float
+    negative_prompt: str
+    precision: str
+    merge: MergeOptions | None
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawn picture: the image (RGB), its prompt, the seed of its noise, and the settings it was drawn with."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    settings: DrawSettings
+
+
+class Pipeline:
+    """A model that draws.
+
+    It reads the headers of its files at once, so that what cannot work is told early, and the weights at first use.
+    spec: the model. device: a torch device or a name, see `choose_device`. tokenizer: the folder of the tokenizer's
+    files. quantization: what of a calibrated model is asked for; None draws with a float one, or with a bundle as it
+    is. merge: token merging where DrawOptions say nothing of it.
+    Raises ValueError or FileNotFoundError for what cannot work.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str = "auto",
+        tokenizer: Path | None = None,
+        quantization: QuantizationOptions | None = None,
+        merge: MergeOptions | None = None,
+    ):
+        self.spec = spec
+        self.device = choose_device(device) if isinstance(device, str) else device
+        self.tokenizer = tokenizer
+        self.quantization = resolve_quantization(quantization, spec, self.device)
+        self.merge = merge
+        self._model: LatentDiffusion | None = None
+        self._loaded_for = ""  # the precision that the model was loaded for
+        self._merged: MergeOptions | None = None
+
+    def __str__(self) -> str:
+        return f"{self.spec}, {'float' if self.quantization is None else self.quantization}"
+
+    # --- settings -----------------------------------------------------------------------------------------
+
+    def resolve(self, options: DrawOptions) -> DrawSettings:
+        """Return the settings that options mean for this model. Reads no weights.
+
+        Raises ValueError for a value that the model cannot have and for options that would have no effect.
+        """
+        spec = self.spec
+        scale = spec.scale if options.scale is None else options.scale
+        if options.negative_prompt and scale == 1:
+            raise ValueError("--negative_prompt has no effect with --scale 1, which is no guidance: use a larger scale")
+        steps = options.steps or spec.steps
+        return DrawSettings(
+            height=_side("H", options.height or spec.height, spec.factor),
+            width=_side("W", options.width or spec.width, spec.factor),
+            sampler=options.sampler,
+            steps=steps,
+            steps_taken=_steps_taken(options.sampler, steps, spec.timesteps),
+            eta=options.eta,
+            scale=float(scale),
+            negative_prompt=options.negative_prompt,
+            precision=options.precision or self.default_precision,
+            merge=options.merge or self.merge,
+            quantization=self.quantization,
+        )
+
+    @property
+    def default_precision(self) -> str:
+        """autocast on a GPU, and for integers, simulated ones too, on a CPU that computes in bfloat16; else full."""
+        integers = self.quantization is not None and fits_bytes(self.quantization.effective)
+        return "autocast" if self.device.type == "cuda" or (integers and has_bfloat16()) else "full"
+
+    # --- the model ----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> LatentDiffusion:
+        """The LatentDiffusion, read at first use: quantized as asked, with tokens merged as last drawn."""
+        return self._model if self._model is not None else self._load(self.default_precision)
+
+    def prepare(self, settings: DrawSettings) -> LatentDiffusion:
+        """Return the model, ready to draw with these settings: order of patches is quantize, lower, merge tokens."""
+        model = self._model
+        # What a simulation shares with the integer engine depends on the precision: see `install`.
+        stale = self._loaded_for != settings.precision and self._engine == "simulate"
+        if model is None or stale:
+            model = self._load(settings.precision)
+        if settings.merge != self._merged:
+            tomesd.remove_patch(model)
+            if settings.merge is not None:
+                tomesd.apply_patch(model, **asdict(settings.merge))
+            self._merged = settings.merge
+        return model
+
+    @property
+    def _engine(self) -> str | None:
+        return None if self.quantization is None else self.quantization.engine
+
+    def _load(self, precision: str) -> LatentDiffusion:
+        self._model, self._merged = None, None
+        if self.spec.bundle:
+            assert self.quantization is not None, "a bundle is quantized"
+            model, qnn = load_bundle(self.spec.ckpt, self.device)
+            install(model, qnn, self.quantization, precision)
+            give_back_freed()
+        else:
+            model = load_model_from_config(self.spec.config, self.spec.ckpt, self.device, tokenizer=self.tokenizer)
+            getattr(model.cond_stage_model, "tokenizer", None)  # read now: what it lacks is told before all else
+            if self.quantization is not None:
+                quantize(model, self.quantization, precision)
+        self._model, self._loaded_for = model, precision
+        return model
+
+    # --- drawing ------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        options: DrawOptions | None = None,
+        batch_size: int = 1,
+    ) -> Iterator[Picture]:
+        """Yield a picture for each prompt, in order, `batch_size` drawn at a time.
+
+        seeds: one a prompt (None: 42, 43, ...). The same prompt, seed and options give the same picture, up to rounding
+        whatever the batch. Raises ValueError for options that cannot be, before anything is drawn.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = list(range(FIRST_SEED, FIRST_SEED + len(texts))) if seeds is None else list(seeds)
+        if len(numbers) != len(texts):
+            raise ValueError(f"{len(numbers)} seeds for {len(texts)} prompts: give one seed a prompt")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+        settings = self.resolve(options or DrawOptions())
+        return self._draw(texts, numbers, settings, batch_size)
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, batch_size: int
+    ) -> Iterator[Picture]:
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            images = to_pictures(self.decode(self.sample(prompts[part], seeds[part], settings)))
+            for prompt, seed, image in zip(prompts[part], seeds[part], images, strict=True):
+                yield Picture(image=image, prompt=prompt, seed=seed, settings=settings)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        *,
+        verbose: bool = False,
+        callback: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Return latents [B, C, h, w] for `decode`, one a prompt, each from the noise of its own seed.
+
+        A picture depends on its prompt, its seed and the settings alone; that of another batch differs by rounding.
+        (Only token merging with scale 1 treats even and odd batches differently.) verbose: show a bar of steps.
+        callback(i) is called after step i.
+        """
+        model = self.prepare(settings)
+        if settings.merge is not None:  # the same destinations for all batches, whatever was drawn before
+            tomesd.reseed(model, settings.merge.seed)
+        context = model.get_learned_conditioning(list(prompts))
+        unconditional = None
+        if settings.scale != 1:
+            unconditional = model.get_learned_conditioning([settings.negative_prompt] * len(prompts))
+        sampler = SAMPLERS[settings.sampler](model)
+        times = sampler.schedule(settings.steps, settings.eta)
+        unet, factor = model.model.diffusion_model, self.spec.factor
+        with precision_context(self.device, settings.precision), step_cache.walk(unet, times):
+            latents, _ = sampler.sample(
+                settings.steps,
+                len(prompts),
+                (self.spec.channels, settings.height // factor, settings.width // factor),
+                context,
+                eta=settings.eta,
+                unconditional_guidance_scale=settings.scale,
+                unconditional_conditioning=unconditional,
+                generator=seeded_generators(seeds),
+                verbose=verbose,
+                callback=callback,
+            )
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures [B, 3, H, W], float32 in [0, 1] on the CPU, of latents [B, C, h, w].
+
+        One at a time, which needs little memory, and in float32: bfloat16 is coarser than the 256 levels of a picture.
+        """
+        model = self.model
+        with precision_context(self.device, "full"):
+            images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return latents [B, C, h, w], the posterior's mean, of pictures [B, 3, H, W] in [0, 1]."""
+        posterior = self.model.encode_first_stage(images.to(self.device) * 2 - 1)
+        return self.model.get_first_stage_encoding(posterior.mode())
+
+
+def load(
+    model: str | Path = "embedded",
+    *,
+    cali_ckpt: str | Path | None = None,
+    engine: str | None = None,
+    ratio: float = 0.0,
+    quantization: QuantizationOptions | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: torch.device | str = "auto",
+) -> Pipeline:
+    """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
+
+    model: "embedded", "sd-v1", or the path of a checkpoint or a bundle. cali_ckpt: a calibration of it; with `engine`
+    ("int8" or "simulate") alone it is the one that comes with the model. quantization: the same in full, in place of
+    those two. ratio: the part of the tokens to merge, 0 for none. config: the yaml of a checkpoint that is not Stable
+    Diffusion v1's. tokenizer, device: see Pipeline.
+    Raises ValueError or FileNotFoundError, in one line, for what cannot work.
+    """
+    if quantization is not None and (cali_ckpt is not None or engine is not None):
+        raise ValueError("give cali_ckpt and engine, or quantization, which holds both")
+    if quantization is None and (cali_ckpt is not None or engine is not None):
+        path = None if cali_ckpt is None else Path(cali_ckpt)
+        quantization = QuantizationOptions(cali_ckpt=path, engine=engine)
+    files: Mapping[str, Any] = {"config": CONFIGS[str(model)]} if str(model) in CONFIGS else {"ckpt": Path(model)}
+    if config is not None:
+        files = {**files, "config": Path(config)}
+    spec = find_model(ModelOptions(**files))
+    pipeline = Pipeline(
+        spec,
+        device=device,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        quantization=quantization,
+        merge=MergeOptions(ratio=ratio) if ratio else None,
+    )
+    pipeline.prepare(pipeline.resolve(DrawOptions()))
+    return pipeline
+
+
+def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
+    check_steps(steps, timesteps)
+    taken = steps if sampler == "dpm_solver" else len(make_ddim_timesteps("uniform", steps, timesteps))
+    if taken != steps:
+        logger.info("%d steps do not divide the model's %d: %d are taken", steps, timesteps, taken)
+    return taken
+
+
+def _side(flag: str, pixels: int, factor: int) -> int:
+    if pixels % factor:
+        below, above = pixels // factor * factor, (pixels // factor + 1) * factor
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ValueError(f"--{flag} {pixels} is not a multiple of {factor}: use {nearest}")
+    return pixels

@@ -1,0 +1,169 @@
+"""The record of a run: all that its pictures depend on, in settings.yaml beside them and in each PNG."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsdiff.models.spec import ModelSpec
+from dsdiff.pipeline import DrawSettings
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.yaml"
+# Entries that do not shape a picture: a resumed run may have others.
+INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
+# Entries that say nothing of a single picture.
+OF_THE_RUN = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
+# Names by which other tools know the samplers.
+USUAL_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run of scripts/txt2img.py.
+
+    prompts: gone through in turn. pictures: in all. n_iter, n_samples: rounds, and pictures a batch. seed: of the first
+    picture; with fixed_code of all. draw: how pictures are drawn. spec, device, tokenizer: the model. skip_grid,
+    n_rows: whether grids are written, and pictures in a row of them. first, first_grid: numbers of the first picture
+    and grid. versions: of the packages on which pictures depend.
+    """
+
+    prompts: tuple[str, ...]
+    pictures: int
+    n_iter: int
+    n_samples: int
+    seed: int
+    fixed_code: bool
+    draw: DrawSettings
+    spec: ModelSpec
+    device: str
+    tokenizer: str | None
+    skip_grid: bool
+    n_rows: int
+    first: int
+    first_grid: int
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values, for yaml and json."""
+        return {
+            "prompts": list(self.prompts),
+            "pictures": self.pictures,
+            "n_iter": self.n_iter,
+            "n_samples": self.n_samples,
+            "seed": self.seed,
+            "fixed_code": self.fixed_code,
+            **asdict(self.draw),  # the values of `merge` and `quantization` are plain as well
+            "device": self.device,
+            "model": self.spec.description,
+            "config": str(self.spec.config_path),
+            "ckpt": str(self.spec.ckpt),
+            "tokenizer": self.tokenizer,
+            **self.spec.hashes,
+            "skip_grid": self.skip_grid,
+            "n_rows": self.n_rows,
+            "first": self.first,
+            "first_grid": self.first_grid,
+            "versions": dict(self.versions),
+        }
+
+    def to_yaml(self) -> str:
+        """Return the content of settings.yaml."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    # --- text chunks of PNGs ------------------------------------------------------------------------------
+
+    def texts(self, prompt: str, seed: int) -> dict[str, str]:
+        """Return a picture's text chunks: prompt, seed, all settings as JSON, and those that other tools read.
+
+        Files are told by their names and hashes: a picture that is passed on should not tell where they lie.
+        """
+        own = {name: value for name, value in self.to_dict().items() if name not in OF_THE_RUN}
+        own |= {name: Path(own[name]).name for name in ("config", "ckpt", "tokenizer") if own[name]}
+        if own["quantization"]:
+            own["quantization"] = {**own["quantization"], "cali_ckpt": Path(own["quantization"]["cali_ckpt"]).name}
+        own = {"prompt": prompt} | own | {"seed": seed, "run_seed": self.seed}
+        return {
+            "prompt": prompt,
+            "seed": str(seed),
+            "dsdiff": json.dumps(own, ensure_ascii=False),
+            "parameters": self._parameters(prompt, seed),
+        }
+
+    def _parameters(self, prompt: str, seed: int) -> str:
+        """Return the chunk that stable-diffusion-webui writes and many viewers show."""
+        draw = self.draw
+        lines = [prompt]
+        if draw.negative_prompt:
+            lines.append(f"Negative prompt: {draw.negative_prompt}")
+        facts: dict[str, Any] = {
+            "Steps": draw.steps,
+            "Sampler": USUAL_NAMES[draw.sampler],
+            "CFG scale": f"{draw.scale:g}",
+            "Seed": seed,
+            "Size": f"{draw.width}x{draw.height}",
+            "Model hash": self.spec.hashes["ckpt_sha256"][:10],
+            "Model": self.spec.ckpt.stem,
+        }
+        if draw.eta:
+            facts["Eta"] = f"{draw.eta:g}"
+        if draw.quantization:
+            facts["Quantization"] = draw.quantization.bits
+        if draw.merge:
+            facts["Token merging ratio"] = f"{draw.merge.ratio:g}"
+        lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))
+        return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+# --- going on with a run -----------------------------------------------------------------------------------
+
+
+def resumed(record: RunRecord, outdir: Path) -> RunRecord:
+    """Return the record with the picture numbers of the run in `outdir`, if one is there.
+
+    Raises ValueError if that run has other settings, so that its pictures would not fit those to come.
+    """
+    path = outdir / SETTINGS_FILE
+    if not path.exists():
+        if record.first or record.first_grid:
+            raise ValueError(f"--resume: {str(outdir)!r} holds pictures but no settings.yaml: choose another --outdir")
+        return record
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        numbers = {name: int(old[name]) for name in ("first", "first_grid")}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
+    _check_same(_flat(old), _flat(record.to_dict()), outdir)
+    if old.get("versions") != dict(record.versions):
+        logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))
+    return replace(record, **numbers)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], outdir: Path) -> None:
+    names = [name for name in (*now, *before) if name.split(".")[0] not in INCIDENTAL]
+    changed = [name for name in dict.fromkeys(names) if before.get(name) != now.get(name)]
+    if changed:
+        what = ", ".join(_difference(name, before.get(name), now.get(name)) for name in changed[:3])
+        raise ValueError(f"--resume: the run in {str(outdir)!r} has other settings: {what}; use its flags")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings with those of groups such as `merge` under their whole names, `merge.ratio`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    short = len(f"{old}{new}") < 100
+    return f"{name} ({old} there, {new} here)" if short else name
