@@ -1,0 +1,75 @@
+"""Making bundles: a calibrated model, or random weights of Stable Diffusion v1's shapes, in one file that draws alone."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsdiff.benchmark.source import Source
+from dsdiff.benchmark.variants import fit
+from dsdiff.models.bundle import save_bundle
+from dsdiff.models.quantized import cali_ckpt_of
+from dsdiff.models.registry import STABLE_DIFFUSION, TOKENIZER
+from dsdiff.models.spec import find_model, read_config
+from dsdiff.options import ModelOptions
+from ldm.util import for_inference, instantiate_from_config, load_model_from_config
+from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, splits_of
+from qdiff.config import QuantConfig
+from qdiff.quant_model import QuantModel
+
+logger = logging.getLogger(__name__)
+
+
+def export_calibrated(
+    file: Path, model: ModelOptions, cali_ckpt: Path | None = None, weight_bit: int | None = None
+) -> None:
+    """Write the bundle of a model with a calibration of it.
+
+    cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model).
+    The checkpoint and the cali_ckpt are read, and not changed. Raises ValueError or FileNotFoundError for files that do
+    not belong together, or where `file` is one of those that are read.
+    """
+    spec = find_model(model, accept_bundle=False)
+    path = cali_ckpt_of(cali_ckpt, weight_bit, spec.cali_ckpts)
+    for source in (spec.ckpt, path):
+        if file.resolve() == source.resolve():
+            raise ValueError(f"{str(file)!r} is what is read: give another name to write to")
+    header = read_cali_header(path, **({} if weight_bit is None else {"weight_bit": weight_bit}))
+    logger.info("%s, %s", spec, path)
+    network = load_model_from_config(spec.config, spec.ckpt, "cpu", tokenizer=model.tokenizer)
+    qnn = QuantModel(network.model.diffusion_model, header.config)
+    load_cali_ckpt(qnn, path)
+    network.model.diffusion_model = qnn
+    facts = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes, **header.source}
+    _write(file, network, spec.config, replace(header, splits=splits_of(qnn), source=facts))
+
+
+def export_random(file: Path) -> None:
+    """Write a bundle of Stable Diffusion v1's shapes with random weights, at W4A8, to measure it.
+
+    Its tokenizer is the embedded model's.
+    """
+    config = QuantConfig(weight_bit=4, quant_act=True, act_bit=8, sm_abit=16, split=True)
+    whole = read_config(STABLE_DIFFUSION)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        params = whole["model"]["params"]
+        # A small UNet first, which is replaced below: the large one is never there twice.
+        small = {**params["unet_config"]["params"], "model_channels": 32, "num_heads": 1}
+        node = {**whole["model"], "params": {**params, "unet_config": {**params["unet_config"], "params": small}}}
+        network = instantiate_from_config(for_inference(node)).eval()
+    network.cond_stage_model.set_tokenizer(TOKENIZER)
+    source = Source.read(STABLE_DIFFUSION, random_weights=True, device=torch.device("cpu"))
+    qnn = QuantModel(source.unet(), config)
+    fit(qnn, source)
+    network.model.diffusion_model = qnn
+    _write(file, network, whole, CaliHeader(config=config, splits=splits_of(qnn), source={"random_weights": True}))
+
+
+def _write(file: Path, network: torch.nn.Module, config: Mapping[str, Any], header: CaliHeader) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_bundle(network, config, header, file)
+    logger.info("written to %s (%.4g MB)", file, file.stat().st_size / 1e6)
