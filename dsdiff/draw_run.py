@@ -49,7 +49,7 @@ class DrawRun:
             raise KeyboardInterrupt(f"{self.pictures} pictures drawn{way_on}") from None
 
     def _pictures(self, batches: Sequence[Batch], pending: Sequence[bool]) -> Iterator[list[Image.Image]]:
-        """Yield the pictures of each batch: drawn and saved where the batch is pending, else read if grids want them."""
+        """Yield the pictures of each batch: drawn and saved if it is pending, else read if grids want them."""
         with tqdm(batches, "batches", unit="batch") as bar:  # an interrupt ends the bar's line, too
             for batch, to_draw in zip(bar, pending, strict=True):
                 if to_draw:

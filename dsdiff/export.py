@@ -1,4 +1,4 @@
-"""Making bundles: a calibrated model, or random weights of Stable Diffusion v1's shapes, in one file that draws alone."""
+"""Export: a calibrated model, or random weights of Stable Diffusion v1, in one file that draws alone (a bundle)."""
 
 import logging
 from collections.abc import Mapping
