@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
 
-.PHONY: demo test lint train bench clean
+.PHONY: demo test fast lint train bench clean
 
 demo: $(VENV)/ready
 	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \
@@ -14,9 +14,14 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest
 
+# What takes less than 3 seconds a test: for the time between two edits.
+fast: $(VENV)/ready
+	$(RUN) -m pytest -m "not slow"
+
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(VENV)/ready
 	$(RUN) scripts/benchmark.py --outdir outputs/benchmark

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT, INSTALLED = Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]
+# The folder that holds configs/ and models/: that of a checkout, or the package itself where it was installed.
+ROOT = CHECKOUT if (CHECKOUT / "configs/stable-diffusion/v1-inference.yaml").is_file() else INSTALLED
 
 STABLE_DIFFUSION = ROOT / "configs/stable-diffusion/v1-inference.yaml"
 EMBEDDED = ROOT / "configs/shapes/txt2img.yaml"

@@ -23,7 +23,9 @@ PACKAGE_NAMES = {  # module -> package, where the two differ
 
 
 def pins(lines) -> dict[str, str]:
-    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    """Package -> version, extras such as [nodejs] left out of the name."""
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.split("[")[0]: version for name, version in pairs}
 
 
 def test_requirements_and_conda_environment_agree():
@@ -49,7 +51,7 @@ def test_everything_imported_is_required_and_everything_required_is_used(imports
     paths = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
     imported = {name.split(".")[0] for path in paths for name in imports_of(path)} - {*OURS, *sys.stdlib_module_names}
     by_tests = set().union(*(loaded_by_name(path) for path in (ROOT / "tests").rglob("*.py")))
-    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {"ruff"}  # run by `make lint`
+    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {"ruff", "pyright"}  # run by `make lint`
     required = pins((ROOT / "requirements.txt").read_text().splitlines()).keys()
     assert used - required == set(), "imported, not required"
     assert required - used == set(), "required, not used"
