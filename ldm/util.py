@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
@@ -163,6 +162,8 @@ def _is_config(path: str, config: Mapping[str, Any]) -> bool:
     """Whether the file at `path` describes the same networks and schedule as `config`."""
     if not path.endswith(".yaml") or not os.path.isfile(path):
         return False
+    from omegaconf import OmegaConf  # only to explain an error: not worth its time at every start
+
     try:
         theirs, ours = OmegaConf.load(path).model.params, config.get("model", config)["params"]
         networks = {*theirs, *ours} - {"cond_stage_config"}  # whose tokenizer may have been looked for since

@@ -1,4 +1,4 @@
-"""Prompts to context vectors: the frozen text tower of CLIP (Radford et al. 2021), as Stable Diffusion v1 uses it."""
+"""Turn prompts into context vectors: CLIP's text tower with its tokenizer, as Stable Diffusion v1 uses them."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,41 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.modules.encoders.tokenizer import FILES_WANTED, TokenizerSource, has_tokenizer_files
+from ldm.modules.encoders.clip import ClipTextConfig, ClipTextModel, position_ids
+from ldm.modules.encoders.tokenizer import FILES_WANTED, ClipTokenizer, TokenizerSource, has_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
-VIT_L_14_TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
 
 
 class FrozenCLIPEmbedder(nn.Module):
     """CLIP's text tower with its tokenizer: prompts -> [B, max_length, hidden_size].
 
-    version: name of the CLIP model. ViT-L/14 is known here; any other needs `text_config`. The hub is asked for its
-        tokenizer only under a name with an owner ("owner/name").
-    device: where the weights are built (None: the current default device); nothing is downloaded, they come
-        from the checkpoint.
+    version: name of the CLIP model. The sizes of ViT-L/14 are known; any other needs `text_config`. The tokenizer is
+        looked for on the hub only if the name has an owner ("owner/name").
+    device: where the weights are built (None: the current default device). They are not downloaded, but come from
+        the checkpoint.
     max_length: tokens per prompt, start and end included; at most the tower's max_position_embeddings.
     text_config: fields of transformers' CLIPTextConfig that replace those of ViT-L/14.
     tokenizer: directory of the tokenizer's files, see `set_tokenizer`.
     trainable: leave the weights trainable; otherwise the module is frozen and stays in eval mode.
 
-    The state_dict has the names of 2022 (`transformer.text_model...`, `...embeddings.position_ids` included)
-    whatever the release of transformers; today's names, with no `text_model.`, are accepted too.
-    Raises ValueError for an unknown version, an unknown field of text_config or a max_length out of range.
+    The state_dict has the names of the checkpoints of 2022 (`transformer.text_model...`, with
+    `...embeddings.position_ids`). The names of newer files, without `text_model.`, are accepted too.
+    Raises ValueError for an unknown version, a bad field of text_config or a max_length out of range.
     """
 
     def __init__(
@@ -60,21 +49,21 @@ class FrozenCLIPEmbedder(nn.Module):
             raise ValueError(f"max_length {max_length} must lie in 2..{config.max_position_embeddings}")
         self.max_length = max_length
         self.trainable = trainable
-        # A plain name is nobody's repository, and ViT-L/14 with other sizes is not the one on the hub.
+        # A name without an owner is no repository, and ViT-L/14 with other sizes is not the one on the hub.
         known_on_hub = "/" in version and (text_config is None or version != VIT_L_14)
         self.tokenizer_source = TokenizerSource(hub_name=version if known_on_hub else None)
-        self._tokenizer: CLIPTokenizer | None = None
+        self._tokenizer: ClipTokenizer | None = None
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         self._reported: set[str] = set()
         with torch.device(device if device is not None else torch.get_default_device()):
-            self.transformer = _text_tower(config)
+            self.transformer = ClipTextModel(config)
         self.register_load_state_dict_pre_hook(_accept_other_names)
         if not trainable:
             self.freeze()
 
     def freeze(self) -> None:
-        """No gradients for the weights, and eval mode from now on."""
+        """Switch off gradients for the weights, and stay in eval mode from now on."""
         self.trainable = False
         self.requires_grad_(False)
         self.eval()
@@ -93,15 +82,15 @@ class FrozenCLIPEmbedder(nn.Module):
         self._tokenizer = None
 
     def set_tokenizer_candidates(self, directories: Iterable[str | Path]) -> None:
-        """Where to look, in this order and before the hub, unless `set_tokenizer` decided it."""
+        """Look in these directories, in order and before the hub, unless `set_tokenizer` named one."""
         self.tokenizer_source.candidates = tuple(map(Path, directories))
         self._tokenizer = None
 
     @property
-    def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer, found at first use.
+    def tokenizer(self) -> ClipTokenizer:
+        """The tokenizer, read at first use.
 
-        Raises FileNotFoundError, which says what to put where; ValueError when it is another model's.
+        Raises FileNotFoundError, which says what to put where; ValueError if it has more tokens than the model.
         """
         if self._tokenizer is None:
             tokenizer, origin = self.tokenizer_source.load()
@@ -114,17 +103,20 @@ class FrozenCLIPEmbedder(nn.Module):
         return self._tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids [B, max_length]: start, text, end, padding. A longer prompt is cut, with a warning (once)."""
+        """Return token ids [B, max_length]: start, text, end, padding.
+
+        A longer prompt is cut; the first time, a warning shows the part that is not seen.
+        """
         return torch.tensor([self._token_ids(prompt) for prompt in prompts], dtype=torch.long)
 
     def _token_ids(self, prompt: str) -> list[int]:
         tokenizer = self.tokenizer
-        ids = tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        ids = tokenizer.encode(prompt)
         if len(ids) > self.max_length:
             cut = ids[self.max_length - 1 : -1]
             ids = [*ids[: self.max_length - 1], ids[-1]]
             self._report_cut(prompt, tokenizer.decode(cut))
-        return ids + [tokenizer.pad_token_id] * (self.max_length - len(ids))
+        return ids + [tokenizer.pad_id] * (self.max_length - len(ids))
 
     def _report_cut(self, prompt: str, cut: str) -> None:
         if prompt not in self._reported:
@@ -132,7 +124,7 @@ class FrozenCLIPEmbedder(nn.Module):
             logger.warning("prompt longer than %d tokens, its end is not seen: %r", self.max_length, cut)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts [B] -> the tower's last hidden states after the final norm [B, max_length, hidden_size]."""
+        """Return the tower's last hidden states of prompts [B], after the final norm: [B, max_length, hidden_size]."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"a list of prompts is expected, got {prompts!r}")
@@ -140,49 +132,21 @@ class FrozenCLIPEmbedder(nn.Module):
         return self.transformer(self.tokenize(prompts).to(device))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The same as calling the module."""
+        """Do what calling the module does."""
         return self(prompts)
 
 
-class _TextTower(nn.Module):
-    """Holds the model under the name `text_model`, which current releases of transformers no longer have."""
-
-    def __init__(self, text_model: nn.Module) -> None:
-        super().__init__()
-        self.text_model = text_model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.text_model(input_ids=input_ids).last_hidden_state
-
-
-def _text_tower(config: CLIPTextConfig) -> _TextTower:
-    model = CLIPTextModel(config)
-    model = getattr(model, "text_model", model)
-    # Persistent, as it was in 2022: in the state_dict, and so filled by whatever fills the weights.
-    model.embeddings.register_buffer("position_ids", _position_ids(config.max_position_embeddings))
-    return _TextTower(model)
-
-
-def _position_ids(length: int, device: torch.device | None = None) -> Tensor:
-    return torch.arange(length, device=device)[None]
-
-
-def _text_config(version: str, given: Mapping[str, Any] | None) -> CLIPTextConfig:
+def _text_config(version: str, given: Mapping[str, Any] | None) -> ClipTextConfig:
     if given is None and version != VIT_L_14:
         raise ValueError(f"the sizes of {version!r} are not known here: give text_config, or version {VIT_L_14!r}")
-    fields = VIT_L_14_TEXT | {str(key): given[key] for key in given or {}}
-    unknown = sorted(set(fields) - set(CLIPTextConfig().to_dict()))
-    if unknown:
-        raise ValueError(f"text_config has no field {', '.join(map(repr, unknown))}")
-    # CLIP's vocabularies end with <|startoftext|>, <|endoftext|>; the latter also pads.
-    start, end = fields["vocab_size"] - 2, fields["vocab_size"] - 1
-    return CLIPTextConfig(**{"bos_token_id": start, "eos_token_id": end, "pad_token_id": end} | fields)
+    return ClipTextConfig.from_fields({str(key): given[key] for key in given or {}})
 
 
-def _accept_other_names(module: FrozenCLIPEmbedder, state_dict: dict[str, Tensor], prefix: str, *_unused: Any) -> None:
-    """Before loading: add `text_model.` to today's names, and replace the position ids by what they must be.
+def _accept_other_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_unused: Any) -> None:
+    """Rename the entries of newer files before they are loaded, and put in the correct position ids.
 
-    They are absent from today's files, and half-precision files of the wild hold them as floats.
+    Newer files have neither `text_model.` in their names nor position ids. Some files in half precision hold the
+    position ids as floats.
     """
     prefix += "transformer."
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -193,4 +157,4 @@ def _accept_other_names(module: FrozenCLIPEmbedder, state_dict: dict[str, Tensor
     weight = state_dict.get(f"{prefix}text_model.embeddings.position_embedding.weight")
     if weight is not None:
         length = embeddings.position_embedding.num_embeddings
-        state_dict[f"{prefix}text_model.embeddings.position_ids"] = _position_ids(length, weight.device)
+        state_dict[f"{prefix}text_model.embeddings.position_ids"] = position_ids(length, weight.device)
