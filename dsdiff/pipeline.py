@@ -95,7 +95,7 @@ class Pipeline:
         self._merged: MergeOptions | None = None
 
     def __str__(self) -> str:
-        return f"{self.spec}, {'float' if self.quantization is None else self.quantization}"
+        return str(self.spec) if self.quantization is None else f"{self.spec}, {self.quantization}"
 
     # --- settings -----------------------------------------------------------------------------------------
 

@@ -6,14 +6,12 @@ and the record of its calibration. scripts/txt2img.py --ckpt FILE needs nothing 
 the float UNet. The float model's checkpoint and the cali_ckpt are read, and not changed.
 """
 
-# ruff: noqa: E402
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
 from dsdiff.cli.console import ArgumentParser, command, logs, number
 from dsdiff.cli.flags import add_model_arguments, model_options

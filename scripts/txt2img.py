@@ -10,15 +10,13 @@ Picture i starts from the noise of seed + i, whatever the batch size: other size
 rounding. With --from-file, a batch takes --n_samples prompts, and the file is gone through --n_iter times.
 """
 
-# ruff: noqa: E402
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
 from dsdiff.cli import flags
 from dsdiff.cli.console import ArgumentParser, Log, command, logger, logs, number
@@ -108,7 +106,7 @@ def record_of(
     return resumed(record, args.outdir) if args.resume else record
 
 
-def generate(args: argparse.Namespace, log: Log) -> None:
+def generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
     from dsdiff.draw_run import DrawRun
     from dsdiff.environment import peak_memory
     from dsdiff.jobs import jobs_of
@@ -116,6 +114,7 @@ def generate(args: argparse.Namespace, log: Log) -> None:
     from ldm.fileio import check_writable, write_atomically
 
     pipeline, settings = build_pipeline(args)
+    logger.debug("arguments: %s", argv)
     prompts = read_prompts(args)
     check_writable(args.outdir)
     check_writable(args.outdir / "samples")
@@ -140,8 +139,7 @@ def generate(args: argparse.Namespace, log: Log) -> None:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose) as log:
-        logger.debug("arguments: %s", argv)
-        generate(args, log)
+        generate(args, argv, log)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dsdiff.pipeline import EMBEDDED
+from dsdiff.models.registry import EMBEDDED
 from ldm.checkpoint import save_checkpoint
 from ldm.util import instantiate_from_config
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
-from dsdiff import pipeline as common
-from ldm.modules.attention import BasicTransformerBlock
+from dsdiff.draw_run import DrawRun
+from dsdiff.models.registry import EMBEDDED, TOKENIZER
+from dsdiff.pipeline import Pipeline
 from scripts import txt2img
 
 TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu"]
@@ -31,7 +31,7 @@ def run(random_ckpt, tmp_path):
         flags = [str(flag) for flag in flags]
         prompt = [] if {"--prompt", "--from-file"} & set(flags) else ["--prompt", "a red circle"]
         folder = tmp_path / outdir
-        files = ["--config", str(common.EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(folder)]
+        files = ["--config", str(EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(folder)]
         txt2img.main([*files, *TINY, *prompt, *flags])
         return folder
 
@@ -72,7 +72,7 @@ def all_bytes(outdir):
     return {path.relative_to(outdir): path.read_bytes() for path in outdir.rglob("*.png")}
 
 
-def no_model(*args):
+def no_model(*args, **kwargs):
     raise AssertionError("the model was built")
 
 
@@ -110,30 +110,30 @@ def test_each_png_tells_how_it_was_drawn(run):
 
 
 def test_a_png_does_not_tell_where_files_lie(run, random_ckpt):
-    tokenizer = common.ROOT / "models/ldm/shapes/tokenizer"
+    tokenizer = TOKENIZER
     outdir = run("--n_samples", 1, "--n_iter", 1, "--tokenizer", tokenizer)
     chunks = Image.open(outdir / "samples/00000.png").info
     told = json.loads(chunks["dsdiff"])
     assert [told[name] for name in ("config", "ckpt", "tokenizer")] == ["txt2img.yaml", random_ckpt.name, "tokenizer"]
     assert not any(os.sep in str(chunk) for name, chunk in chunks.items() if name != "dsdiff")
     settings = yaml.safe_load((outdir / "settings.yaml").read_text())
-    paths = [str(common.EMBEDDED), str(random_ckpt), str(tokenizer)]
+    paths = [str(EMBEDDED), str(random_ckpt), str(tokenizer)]
     assert [settings[name] for name in ("config", "ckpt", "tokenizer")] == paths
     assert not any(str(Path(path).parent) in chunks["dsdiff"] for path in paths)
 
 
-@pytest.mark.parametrize(("sampler", "taken"), [([], 8), (["--plms"], 8), (["--dpm_solver"], 7)], ids=str)
-def test_steps_that_are_more_than_asked_for_are_told(run, monkeypatch, capsys, sampler, taken):
-    monkeypatch.setattr(txt2img.Run, "summary", lambda self: f"counted {self.steps}")
-    outdir = run("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 7, *sampler)
-    out = capsys.readouterr().out.splitlines()
-    assert f"counted {taken}" in out
-    assert ("7 steps do not divide the model's 1000: 8 are taken" in out) is (taken == 8)
-    for told in (
-        yaml.safe_load((outdir / "settings.yaml").read_text()),
-        json.loads(Image.open(outdir / "samples/00000.png").info["dsdiff"]),
-    ):
-        assert (told["steps"], told["steps_taken"]) == (7, taken)
+def test_steps_that_are_more_than_asked_for_are_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(DrawRun, "summary", lambda self: f"counted {self.steps}")
+    for sampler, taken in (([], 8), (["--plms"], 8), (["--dpm_solver"], 7)):
+        outdir = run("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 7, *sampler, outdir=f"out{sampler}")
+        out = capsys.readouterr().out.splitlines()
+        assert f"counted {taken}" in out, sampler
+        assert ("7 steps do not divide the model's 1000: 8 are taken" in out) is (taken == 8), sampler
+        for told in (
+            yaml.safe_load((outdir / "settings.yaml").read_text()),
+            json.loads(Image.open(outdir / "samples/00000.png").info["dsdiff"]),
+        ):
+            assert (told["steps"], told["steps_taken"]) == (7, taken), sampler
 
 
 def test_the_png_is_enough_to_draw_the_picture_again(run):
@@ -159,28 +159,15 @@ def test_skips(run):
     assert names(outdir) == ["grid-0000.png", "log.txt", "settings.yaml"]
 
 
-def test_grid_rows_and_pages(tmp_path):
-    pictures = [Image.new("RGB", (4, 2), (i + 1, 0, 0)) for i in range(7)]
-    page = txt2img.tile(pictures, 3)
-    assert page.size == (3 * 6 + 2, 3 * 4 + 2)
-    pixels = np.asarray(page)[..., 0]
-    assert pixels[2::4, 2::6].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
-    grids = txt2img.Grids(tmp_path, first=3, columns=40)
-    grids.add(pictures * 6)
-    grids.flush()
-    assert [Image.open(tmp_path / name).size for name in names(tmp_path)] == [(40 * 6 + 2, 6), (2 * 6 + 2, 6)]
-    assert names(tmp_path) == ["grid-0003.png", "grid-0004.png"]
-
-
 # --- what a picture depends on -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [[], ["--ddim_eta", 1], ["--ratio", 0.5, "--merge_mlp"]], ids=str)
-def test_batch_size_changes_rounding_only(run, flags):
-    a = run("--n_samples", 3, "--n_iter", 1, *flags)
-    b = run("--n_samples", 1, "--n_iter", 3, *flags, outdir="b")
-    assert all(difference(picture(a, i), picture(b, i)) <= 1 for i in range(3))
-    assert difference(picture(a, 0), picture(a, 1)) > 20
+def test_batch_size_changes_rounding_only(run):
+    for flags in ([], ["--ddim_eta", 1], ["--ratio", 0.5, "--merge_mlp"]):
+        a = run("--n_samples", 3, "--n_iter", 1, *flags, outdir=f"a{flags}")
+        b = run("--n_samples", 1, "--n_iter", 3, *flags, outdir=f"b{flags}")
+        assert all(difference(picture(a, i), picture(b, i)) <= 1 for i in range(3)), flags
+        assert difference(picture(a, 0), picture(a, 1)) > 20, flags
 
 
 def test_fixed_code_gives_all_pictures_the_noise_of_the_seed(run):
@@ -191,25 +178,25 @@ def test_fixed_code_gives_all_pictures_the_noise_of_the_seed(run):
     assert Image.open(outdir / "samples/00001.png").info["seed"] == "3"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--prompt", "two black stars"],
-        ["--negative_prompt", "blue"],
-        ["--scale", 1],
-        ["--plms"],
-        ["--dpm_solver"],
-        ["--ddim_eta", 1],
-        ["--ddim_steps", 3],
-        ["--seed", 43],
-        ["--ratio", 0.75],
-        ["--precision", "autocast"],
-    ],
-    ids=lambda flags: flags[0],
+REACHING = (
+    ["--prompt", "two black stars"],
+    ["--negative_prompt", "blue"],
+    ["--scale", 1],
+    ["--plms"],
+    ["--dpm_solver"],
+    ["--ddim_eta", 1],
+    ["--ddim_steps", 3],
+    ["--seed", 43],
+    ["--ratio", 0.75],
+    ["--precision", "autocast"],
 )
-def test_flag_reaches_the_picture(run, flags):
+
+
+def test_flags_reach_the_picture(run):
     one = ["--n_samples", 1, "--n_iter", 1]
-    assert (picture(run(*one), 0) != picture(run(*one, *flags, outdir="b"), 0)).any()
+    plain = picture(run(*one), 0)
+    for flags in REACHING:
+        assert (plain != picture(run(*one, *flags, outdir=f"b{flags[0]}"), 0)).any(), flags
 
 
 def test_prompts_of_a_file_in_order_once_per_round(run, tmp_path):
@@ -222,16 +209,6 @@ def test_prompts_of_a_file_in_order_once_per_round(run, tmp_path):
     assert difference(picture(outdir, 1), picture(alone, 0)) <= 1
 
 
-def test_ratio_0_leaves_the_model_unpatched(random_ckpt):
-    args = ["--prompt", "a ring", "--config", str(common.EMBEDDED), "--ckpt", str(random_ckpt)]
-    for ratio, patched in (("0", False), ("0.5", True)):
-        parsed = txt2img.parse_args([*args, "--ratio", ratio])
-        choice = common.choose_model(parsed)
-        model = common.build_model(parsed, choice, common.sampling_options(parsed, choice))
-        blocks = [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
-        assert blocks and all((type(block) is not BasicTransformerBlock) is patched for block in blocks)
-
-
 # --- resuming ----------------------------------------------------------------------------------------------
 
 LONG = ["--n_samples", 2, "--n_iter", 2, "--ratio", 0.5, "--ddim_eta", 0.5]
@@ -239,15 +216,15 @@ LONG = ["--n_samples", 2, "--n_iter", 2, "--ratio", 0.5, "--ddim_eta", 0.5]
 
 def interrupt_batch(monkeypatch, number):
     """Ctrl-C in the first step of that batch."""
-    calls = []
+    calls, draw = [], Pipeline.sample
 
     def sample(*args, **kwargs):
         calls.append(args)
         if len(calls) == number:
             raise KeyboardInterrupt
-        return common.sample(*args, **kwargs)
+        return draw(*args, **kwargs)
 
-    monkeypatch.setattr(txt2img, "sample", sample)
+    monkeypatch.setattr(Pipeline, "sample", sample)
 
 
 def test_resume_ends_with_the_pictures_of_an_uninterrupted_run(run, monkeypatch, capsys):
@@ -278,7 +255,7 @@ def test_resume_draws_what_is_missing_or_damaged(run, capsys):
 def test_resume_of_a_complete_run_needs_no_model(run, monkeypatch, capsys):
     outdir = run(*LONG)
     before = all_bytes(outdir)
-    monkeypatch.setattr(txt2img, "build_model", no_model)
+    monkeypatch.setattr(Pipeline, "prepare", no_model)
     run(*LONG, "--resume")
     assert "nothing left to draw" in capsys.readouterr().out
     assert all_bytes(outdir) == before
@@ -291,7 +268,7 @@ def test_resume_of_nothing_begins(run):
 
 def test_resume_refuses_other_settings(run, refused, monkeypatch):
     outdir = run("--n_samples", 1, "--n_iter", 1)
-    monkeypatch.setattr(txt2img, "build_model", no_model)
+    monkeypatch.setattr(Pipeline, "prepare", no_model)
     flags = ["--resume", "--n_samples", 1, "--n_iter", 1]
     assert "scale (4.0 there, 5.0 here)" in refused(*flags, "--scale", 5, outdir="out")
     assert "prompts" in refused(*flags, "--prompt", "a ring", outdir="out")
@@ -305,47 +282,46 @@ def test_resume_refuses_other_settings(run, refused, monkeypatch):
 # --- what it refuses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--H", 100], "--H 100 is not a multiple of 8: use 96 or 104"),
-        (["--W", 3], "--W 3 is not a multiple of 8: use 8"),
-        (["--C", 3], "--C 3 contradicts the model, which has 4"),
-        (["--f", 4], "--f 4 contradicts the model, which has 8"),
-        (["--ddim_steps", 0], "--ddim_steps: must be a whole number of 1 or more, got '0'"),
-        (["--ddim_steps", 1001], "1..1000, got 1001"),
-        (["--ddim_eta", 2], "in 0..1"),
-        (["--scale", "nan"], "--scale: must be a number"),
-        (["--scale", "inf"], "--scale: must be a number"),
-        (["--seed", -1], "--seed"),
-        (["--n_samples", 0], "--n_samples"),
-        (["--n_iter", "x"], "--n_iter"),
-        (["--sed", 1], "unrecognized arguments: --sed 1"),
-        (["--precision", "half"], "--precision"),
-        (["--plms", "--dpm_solver"], "not allowed with"),
-        (["--plms", "--ddim_eta", 0.5], "--ddim_eta 0.5 has no effect with --plms"),
-        (["--dpm_solver", "--ddim_eta", 0], "--ddim_eta 0 has no effect with --dpm_solver"),
-        (["--negative_prompt", "x", "--scale", 1], "--negative_prompt has no effect with --scale 1"),
-        (["--prompt", "x", "--from-file", "y"], "either --prompt TEXT or --from-file FILE"),
-        (["--skip_grid", "--n_rows", 2], "--n_rows has no effect with --skip_grid"),
-        (["--skip_save", "--resume"], "--resume"),
-        (["--ratio", 0.8], "ratio is 0.8: with tiles of 2 x 2 it must lie in [0, 0.75]"),
-        (["--ratio", 0.5, "--no-merge_attn"], "nothing to merge"),
-        (["--merge_mlp", "--sx", 4], "--sx, --merge_mlp has no effect: add --ratio"),
-        (["--max_downsample", 3, "--ratio", 0.5], "--max_downsample"),
-        (["--from-file", "missing.txt"], "No such file or directory: 'missing.txt'"),
-        (["--device", "mps"], "device 'mps' is not supported"),
-        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
-        (["--tokenizer", "missing"], "no tokenizer in 'missing'"),
-        (["--ckpt", "missing.ckpt"], "no checkpoint at 'missing.ckpt'"),
-        (["--ckpt", "."], "is not a file"),
-        (["--config", "missing.yaml"], "No such file or directory"),
-        (["--prompt", "\udcff"], "use UTF-8"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+BAD_FLAGS = (
+    (["--H", 100], "--H 100 is not a multiple of 8: use 96 or 104"),
+    (["--W", 3], "--W 3 is not a multiple of 8: use 8"),
+    (["--C", 3], "--C 3 contradicts the model, which has 4"),
+    (["--f", 4], "--f 4 contradicts the model, which has 8"),
+    (["--ddim_steps", 0], "--ddim_steps: must be a whole number of 1 or more, got '0'"),
+    (["--ddim_steps", 1001], "1..1000, got 1001"),
+    (["--ddim_eta", 2], "in 0..1"),
+    (["--scale", "nan"], "--scale: must be a number"),
+    (["--scale", "inf"], "--scale: must be a number"),
+    (["--seed", -1], "--seed"),
+    (["--n_samples", 0], "--n_samples"),
+    (["--n_iter", "x"], "--n_iter"),
+    (["--sed", 1], "unrecognized arguments: --sed 1"),
+    (["--precision", "half"], "--precision"),
+    (["--plms", "--dpm_solver"], "not allowed with"),
+    (["--plms", "--ddim_eta", 0.5], "--ddim_eta 0.5 has no effect with --plms"),
+    (["--dpm_solver", "--ddim_eta", 0], "--ddim_eta 0 has no effect with --dpm_solver"),
+    (["--negative_prompt", "x", "--scale", 1], "--negative_prompt has no effect with --scale 1"),
+    (["--prompt", "x", "--from-file", "y"], "either --prompt TEXT or --from-file FILE"),
+    (["--skip_grid", "--n_rows", 2], "--n_rows has no effect with --skip_grid"),
+    (["--skip_save", "--resume"], "--resume"),
+    (["--ratio", 0.8], "ratio is 0.8: with tiles of 2 x 2 it must lie in [0, 0.75]"),
+    (["--ratio", 0.5, "--no-merge_attn"], "nothing to merge"),
+    (["--merge_mlp", "--sx", 4], "--sx, --merge_mlp has no effect: add --ratio"),
+    (["--max_downsample", 3, "--ratio", 0.5], "--max_downsample"),
+    (["--from-file", "missing.txt"], "No such file or directory: 'missing.txt'"),
+    (["--device", "mps"], "device 'mps' is not supported"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+    (["--tokenizer", "missing"], "no tokenizer in 'missing'"),
+    (["--ckpt", "missing.ckpt"], "no checkpoint at 'missing.ckpt'"),
+    (["--ckpt", "."], "is not a file"),
+    (["--config", "missing.yaml"], "No such file or directory"),
+    (["--prompt", "\udcff"], "use UTF-8"),
 )
-def test_bad_flag(refused, flags, says):
-    assert says in refused(*flags)
+
+
+def test_bad_flags(refused):
+    for flags, says in BAD_FLAGS:
+        assert says in refused(*flags), flags
 
 
 def test_bad_prompt_file(refused, tmp_path):
@@ -362,8 +338,8 @@ def test_bad_config(refused, tmp_path):
         ("model: [1", "is no valid yaml"),
         ("model: {target: torch.nn.Identity}", "describes no latent diffusion model"),
         ("- 1", "describes no latent diffusion model"),
-        (common.EMBEDDED.read_text() + "\n  stpes: 3\n", "sampling may hold description, height"),
-        (common.EMBEDDED.read_text().replace("\n  steps: 50", "\n  steps: x"), "sampling.steps cannot be 'x'"),
+        (EMBEDDED.read_text() + "\n  stpes: 3\n", "sampling may hold description, height"),
+        (EMBEDDED.read_text().replace("\n  steps: 50", "\n  steps: x"), "sampling.steps cannot be 'x'"),
     ]:
         file.write_text(text)
         assert says in refused("--config", file)
@@ -394,7 +370,7 @@ def test_bad_checkpoint(refused, tmp_path, random_ckpt):
 
 
 def test_unwritable_outdir_is_told_before_the_model_loads(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(txt2img, "build_model", no_model)
+    monkeypatch.setattr(Pipeline, "prepare", no_model)
     (tmp_path / "file").write_text("")
     assert "is not a directory" in refused(outdir="file")
     assert "is not a directory" in refused(outdir="file/out")
@@ -425,7 +401,7 @@ def test_defects_are_not_disguised(run, monkeypatch, tmp_path):
         def fail(*args, defect=defect):
             raise defect
 
-        monkeypatch.setattr(txt2img, "build_model", fail)
+        monkeypatch.setattr(Pipeline, "prepare", fail)
         with pytest.raises(type(defect)):
             run()
 
@@ -434,63 +410,18 @@ def test_out_of_memory_is_told(refused, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
-    monkeypatch.setattr(txt2img, "build_model", fail)
+    monkeypatch.setattr(Pipeline, "prepare", fail)
     assert "out of memory: use smaller batches" in refused()
 
 
-# --- which model -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def places(monkeypatch, tmp_path):
-    """The files in which checkpoints are looked for, none of which exists."""
-    files = {common.STABLE_DIFFUSION: (tmp_path / "sd.ckpt", tmp_path / "sd.safetensors")}
-    files[common.EMBEDDED] = (tmp_path / "shapes.safetensors",)
-    monkeypatch.setattr(common, "CHECKPOINTS", files)
-    return tmp_path
-
-
-def choose(config=None, ckpt=None):
-    return common.choose_model(Namespace(config=config, ckpt=ckpt))
-
-
-def test_stable_diffusion_if_it_is_there_else_the_embedded_model(places):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*sd\.ckpt and .*shapes\.safetensors"):
-        choose()
-    (places / "shapes.safetensors").touch()
-    choice = choose()
-    assert str(choice) == f"embedded shapes model ({places / 'shapes.safetensors'})"
-    assert (choice.height, choice.width, choice.channels, choice.factor) == (128, 128, 4, 8)
-    for name in ("sd.safetensors", "sd.ckpt"):
-        (places / name).touch()
-        choice = choose()
-        assert str(choice) == f"Stable Diffusion v1 ({places / name})"
-    assert (choice.height, choice.width, choice.steps, choice.scale) == (512, 512, 50, 7.5)
-
-
-def test_config_and_checkpoint_find_each_other(places):
-    for name in ("sd.safetensors", "shapes.safetensors", "own.ckpt"):
-        (places / name).touch()
-    assert choose(ckpt=str(places / "shapes.safetensors")).config_path == common.EMBEDDED
-    assert choose(ckpt=str(places / "own.ckpt")).config_path == common.STABLE_DIFFUSION
-    assert choose(config=str(common.STABLE_DIFFUSION)).ckpt == places / "sd.safetensors"
-    shutil.copy(common.EMBEDDED, places / "own.yaml")
-    with pytest.raises(ValueError, match="comes with no checkpoint: give one with --ckpt"):
-        choose(config=str(places / "own.yaml"))
-
-
-def test_a_config_without_sampling_defaults_to_the_size_of_its_latents(places):
-    (places / "own.ckpt").touch()
-    (places / "own.yaml").write_text(common.STABLE_DIFFUSION.read_text().split("sampling:")[0])
-    choice = choose(config=str(places / "own.yaml"), ckpt=str(places / "own.ckpt"))
-    assert (choice.description, choice.height, choice.width, choice.steps) == ("own", 512, 512, 50)
+# --- where it runs ---------------------------------------------------------------------------------------
 
 
 def test_runs_anywhere(run, monkeypatch, tmp_path, random_ckpt):
     monkeypatch.chdir(tmp_path)
     one = ["--n_samples", 1, "--n_iter", 1]
-    a = run(*one, "--config", os.path.relpath(common.EMBEDDED), "--ckpt", os.path.relpath(random_ckpt), outdir="a")
-    b = run(*one, "--tokenizer", common.ROOT / "models/ldm/shapes/tokenizer", outdir="b")
+    a = run(*one, "--config", os.path.relpath(EMBEDDED), "--ckpt", os.path.relpath(random_ckpt), outdir="a")
+    b = run(*one, "--tokenizer", TOKENIZER, outdir="b")
     assert (picture(a, 0) == picture(b, 0)).all()
 
 
@@ -510,7 +441,7 @@ def test_as_a_program_from_another_folder(tmp_path):
 def test_the_embedded_model(tmp_path, capsys):
     """The shipped weights. How well they draw is measured in test_eval_attributes."""
     flags = ["--prompt", "a red circle on a white background", "--n_samples", "2", "--n_iter", "1", "--device", "cpu"]
-    txt2img.main([*flags, "--config", str(common.EMBEDDED), "--ddim_steps", "10", "--outdir", str(tmp_path)])
+    txt2img.main([*flags, "--config", str(EMBEDDED), "--ddim_steps", "10", "--outdir", str(tmp_path)])
     assert capsys.readouterr().out.startswith("embedded shapes model (")
     assert names(tmp_path / "samples") == ["00000.png", "00001.png"]
     first, second = picture(tmp_path, 0), picture(tmp_path, 1)

@@ -1,0 +1,54 @@
+"""Which files a model is made of, and its facts, before its weights are read."""
+
+import shutil
+
+import pytest
+
+from dsdiff.models import spec
+from dsdiff.models.registry import EMBEDDED, STABLE_DIFFUSION
+from dsdiff.options import ModelOptions
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """The files in which checkpoints are looked for, none of which exists."""
+    files = {STABLE_DIFFUSION: (tmp_path / "sd.ckpt", tmp_path / "sd.safetensors")}
+    files[EMBEDDED] = (tmp_path / "shapes.safetensors",)
+    monkeypatch.setattr(spec, "CHECKPOINTS", files)
+    return tmp_path
+
+
+def choose(**files):
+    return spec.find_model(ModelOptions(**files))
+
+
+def test_stable_diffusion_if_it_is_there_else_the_embedded_model(places):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*sd\.ckpt and .*shapes\.safetensors"):
+        choose()
+    (places / "shapes.safetensors").touch()
+    model = choose()
+    assert str(model) == f"embedded shapes model ({places / 'shapes.safetensors'})"
+    assert (model.height, model.width, model.channels, model.factor) == (128, 128, 4, 8)
+    for name in ("sd.safetensors", "sd.ckpt"):
+        (places / name).touch()
+        model = choose()
+        assert str(model) == f"Stable Diffusion v1 ({places / name})"
+    assert (model.height, model.width, model.steps, model.scale) == (512, 512, 50, 7.5)
+
+
+def test_config_and_checkpoint_find_each_other(places):
+    for name in ("sd.safetensors", "shapes.safetensors", "own.ckpt"):
+        (places / name).touch()
+    assert choose(ckpt=places / "shapes.safetensors").config_path == EMBEDDED
+    assert choose(ckpt=places / "own.ckpt").config_path == STABLE_DIFFUSION
+    assert choose(config=STABLE_DIFFUSION).ckpt == places / "sd.safetensors"
+    shutil.copy(EMBEDDED, places / "own.yaml")
+    with pytest.raises(ValueError, match="comes with no checkpoint: give one with --ckpt"):
+        choose(config=places / "own.yaml")
+
+
+def test_a_config_without_sampling_defaults_to_the_size_of_its_latents(places):
+    (places / "own.ckpt").touch()
+    (places / "own.yaml").write_text(STABLE_DIFFUSION.read_text().split("sampling:")[0])
+    model = choose(config=places / "own.yaml", ckpt=places / "own.ckpt")
+    assert (model.description, model.height, model.width, model.steps) == ("own", 512, 512, 50)

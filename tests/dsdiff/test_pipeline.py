@@ -1,0 +1,120 @@
+"""The Python API: load, draw, options; and what a Pipeline refuses before it reads any weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dsdiff
+from dsdiff import DrawOptions, MergeOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
+from ldm.modules.attention import BasicTransformerBlock
+from tomesd import token_report
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = DrawOptions(height=32, width=48, steps=2)
+
+
+@pytest.fixture(scope="module")
+def spec(small_model):
+    config, ckpt = small_model
+    return find_model(ModelOptions(config=config, ckpt=ckpt))
+
+
+def pixels(picture):
+    return np.asarray(picture.image).astype(int)
+
+
+def test_pictures_come_one_a_prompt_and_tell_how_they_were_drawn(spec):
+    pipeline = Pipeline(spec, device="cpu")
+    pictures = list(pipeline.draw(["a red circle", "a blue star"], seeds=[7, 8], options=TINY))
+    assert [(picture.prompt, picture.seed) for picture in pictures] == [("a red circle", 7), ("a blue star", 8)]
+    assert all(picture.image.size == (48, 32) and picture.settings.steps == 2 for picture in pictures)
+    (alone,) = pipeline.draw("a blue star", seeds=[8], options=TINY)
+    assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
+    together = list(pipeline.draw(["a red circle", "a blue star"], seeds=[7, 8], options=TINY, batch_size=2))
+    assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(pictures, together, strict=True))
+
+
+def test_tokens_are_merged_for_as_long_as_the_options_say(spec):
+    pipeline = Pipeline(spec, device="cpu")
+    (plain,) = pipeline.draw("a ring", options=TINY)
+    merged = DrawOptions(height=32, width=48, steps=2, merge=MergeOptions(ratio=0.5))
+    (other,) = pipeline.draw("a ring", options=merged)
+    counts = token_report(pipeline.model)
+    assert counts and all(0 < count.tokens_processed < count.tokens_in for count in counts)
+    (again,) = pipeline.draw("a ring", options=TINY)
+    assert (pixels(plain) == pixels(again)).all() and (pixels(plain) != pixels(other)).any()
+    blocks = [module for module in pipeline.model.modules() if isinstance(module, BasicTransformerBlock)]
+    assert blocks and not any(hasattr(block, "token_merging") for block in blocks)
+
+
+def test_the_pipelines_own_merging_holds_where_the_options_have_none(spec):
+    pipeline = Pipeline(spec, device="cpu", merge=MergeOptions(ratio=0.25))
+    assert pipeline.resolve(TINY).merge == MergeOptions(ratio=0.25)
+    assert pipeline.resolve(DrawOptions(merge=MergeOptions(ratio=0.5))).merge == MergeOptions(ratio=0.5)
+
+
+def test_load_draws_with_the_calibration_that_comes_with_the_model():
+    pipeline = dsdiff.load("embedded", engine="simulate", ratio=0.5, device="cpu")
+    assert pipeline.quantization is not None and pipeline.quantization.bits == "W4A8 sm16 split"
+    assert str(pipeline).startswith("embedded shapes model (") and str(pipeline).endswith(", W4A8 sm16 split")
+    (picture,) = pipeline.draw("a red circle", options=DrawOptions(steps=2))
+    assert picture.image.size == (128, 128) and picture.settings.merge == MergeOptions(ratio=0.5)
+
+
+def test_what_cannot_be_is_told_before_weights_are_read(spec, monkeypatch):
+    monkeypatch.setattr(Pipeline, "_load", lambda *args: pytest.fail("weights were read"))
+    pipeline = Pipeline(spec, device="cpu")
+    for options, said in (
+        (DrawOptions(height=100), "100 is not a multiple of 8: use 96 or 104"),
+        (DrawOptions(steps=1001), "1..1000, got 1001"),
+        (DrawOptions(width=3), "3 is not a multiple of 8: use 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipeline.draw("a ring", options=options)
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        pipeline.draw(["a", "b"], seeds=[1])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        pipeline.draw("a", batch_size=0)
+    with pytest.raises(ValueError, match="comes with no calibration"):
+        Pipeline(spec, device="cpu", quantization=QuantizationOptions())
+    with pytest.raises(FileNotFoundError, match="no checkpoint at 'missing'"):
+        dsdiff.load("missing")
+    with pytest.raises(ValueError, match="give cali_ckpt and engine, or quantization"):
+        dsdiff.load(engine="int8", quantization=QuantizationOptions())
+    with pytest.raises(ValueError, match="device 'mps' is not supported"):
+        Pipeline(spec, device="mps")
+
+
+def test_importing_the_package_and_asking_for_help_import_no_torch():
+    scripts = sorted((ROOT / "scripts").glob("[!_]*.py"))
+    assert len(scripts) >= 9
+    code = (
+        "import sys, runpy; import dsdiff, dsdiff.options, dsdiff.cli.flags, dsdiff.cli.console, tomesd.options\n"
+        "assert 'torch' not in sys.modules, 'the package'\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as exit:\n"
+        "        assert not exit.code, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, scripts)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-500:]
+
+
+def test_drawing_imports_only_what_it_needs():
+    code = (
+        "import sys, dsdiff\n"
+        "options = dsdiff.DrawOptions(steps=1)\n"
+        "list(dsdiff.load('embedded', engine='simulate', device='cpu').draw('a ring', options=options))\n"
+        "heavy = {'pytorch_lightning', 'lightning', 'torchmetrics', 'torchvision', 'transformers', 'matplotlib', "
+        "'torch_fidelity', 'diffusers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-500:]
