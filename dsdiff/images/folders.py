@@ -1,15 +1,14 @@
-"""Sets of pictures to score: folders, data sets, procedural pictures; and how they are brought to one size."""
+"""Sets of pictures to score: the files of a folder, of ImageNet or COCO, and procedural pictures."""
 
 import copy
 import hashlib
 import io
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import PIL
@@ -17,94 +16,52 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch_fidelity.registry import DATASETS_REGISTRY, register_dataset
 from tqdm import tqdm
 
-from dsdiff.cli.console import logger
+from dsdiff.images.sources import (
+    COCO,
+    IMAGENET,
+    PER_CLASS,
+    SHAPES,
+    SHAPES_PICTURES,
+    SHAPES_SEED,
+    SHAPES_SIDE,
+    Framing,
+    Size,
+    size_text,
+)
 from ldm.data import shapes
 from ldm.data.shapes import ShapesDataset
 from ldm.fileio import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or less, which RGB can hold
-RESIZES = ("none", "squash", "center-crop")
-SHAPES = "shapes"
-SHAPES_PICTURES = 5000
-SHAPES_SIDE = 128
-SHAPES_SEED = (
-    20_000  # no other command draws these: real pictures scored against them are not scored against themselves
-)
 IMAGENET_CLASSES = 1000
 
-Size = tuple[int, int]  # width, height
-
-
-# --- one size ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Framing:
-    """How pictures are brought to size x size pixels.
-
-    none: left as they are; size is None. squash: resized whatever their shape. center-crop: the largest square in the
-    middle is cut out and resized. A picture of that size already stays as it is.
-    """
-
-    mode: str = "none"
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in RESIZES or (self.size is None) != (self.mode == "none"):
-            raise ValueError(f"resize {self.mode!r} to {self.size}: choose one of {', '.join(RESIZES)}, and a size")
-
-    def __str__(self) -> str:
-        if self.mode == "none":
-            return "none"
-        return f"{self.mode} to {self.size}x{self.size}, bicubic with anti-aliasing (Pillow {PIL.__version__})"
-
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        target = (self.size, self.size)
-        if self.mode == "none" or picture.size == target:
-            return picture
-        if self.mode == "center-crop":
-            side = min(picture.size)
-            left, top = ((length - side) // 2 for length in picture.size)
-            picture = picture.crop((left, top, left + side, top + side))
-        return picture.resize(target, Image.Resampling.BICUBIC)
-
-
-def choose_framing(mode: str, size: int | None, pictures: "PictureSet") -> Framing:
-    """What --resize and --size mean; without --size the side of `pictures`. ValueError if that is not defined."""
-    if mode == "none":
-        return Framing()
-    if size is None:
-        width, height = next(iter(pictures.sizes))
-        if len(pictures.sizes) > 1 or width != height:
-            raise ValueError(f"{pictures.name}: not all of one square size, so --resize {mode} needs a --size")
-        size = width
-    return Framing(mode=mode, size=size)
+logger = logging.getLogger(__name__)
 
 
 # --- sets --------------------------------------------------------------------------------------------------
 
 
-class PictureSet(Dataset, ABC):
-    """Pictures as torch-fidelity takes them: items are uint8 [3, height, width], RGB.
+class PictureSet(Dataset[Tensor], ABC):
+    """A set of pictures in the form that torch-fidelity takes: its items are uint8 [3, height, width], RGB.
 
-    name: what they are, in words. sizes: before framing -> an example that has it. raw_content: tells them from others.
+    name: a description in words. sizes: each size that occurs before framing -> the name of a picture that has it.
+    raw_content: a text that differs between sets of different pictures, before framing.
     """
 
     name: str
     sizes: Mapping[Size, str]
     raw_content: str
-    framing = Framing()
+    framing: Framing = Framing()
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def picture(self, index: int) -> Image.Image:
-        """Picture `index` as RGB, before framing. ValueError if it cannot be read."""
+        """Return picture `index` as RGB, before framing. Raises ValueError if it cannot be read."""
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
@@ -113,7 +70,7 @@ class PictureSet(Dataset, ABC):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     def framed(self, framing: Framing) -> "PictureSet":
-        """The same pictures, all of one size. ValueError if `framing` leaves them several."""
+        """Return the same pictures, all of one size. Raises ValueError if `framing` leaves several sizes."""
         if framing.mode == "none" and len(self.sizes) > 1:
             first, second = [f"{size_text(size)} in {example}" for size, example in self.sizes.items()][:2]
             raise ValueError(
@@ -125,16 +82,17 @@ class PictureSet(Dataset, ABC):
 
     @property
     def size(self) -> Size:
-        """Of all pictures once they are framed."""
-        return next(iter(self.sizes)) if self.framing.mode == "none" else (self.framing.size,) * 2
+        """Return the size that all pictures have after framing."""
+        side = self.framing.size
+        return next(iter(self.sizes)) if side is None else (side, side)
 
     @property
     def content(self) -> str:
-        """SHA-256 of all that the items depend on."""
+        """Return the SHA-256 of all that the items depend on."""
         return text_sha256(self.raw_content, str(self.framing), PIL.__version__)
 
     def facts(self) -> dict[str, str | int | list[int]]:
-        """What to store about them."""
+        """Return the plain values that are stored with scores and features of this set."""
         return {"source": self.name, "n": len(self), "size": list(self.size), "content_sha256": self.content}
 
     def __str__(self) -> str:
@@ -142,30 +100,30 @@ class PictureSet(Dataset, ABC):
 
 
 class FilePictures(PictureSet):
-    """The pictures of `paths`, in their order. Reads all files once, for their hashes and sizes."""
+    """The pictures in the files `paths`, in that order. All files are read once, for their hashes and sizes."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name = name
         self.paths = list(paths)
-        self.hashes, self.sizes = [], {}
+        self.hashes: list[str] = []
+        sizes: dict[Size, str] = {}
         for path in tqdm(self.paths, desc="reading", unit="file", leave=False):
             content = path.read_bytes()
             self.hashes.append(hashlib.sha256(content).hexdigest())
             with open_picture(path, content) as picture:
-                self.sizes.setdefault(picture.size, path.name)
-
-    @property
-    def raw_content(self) -> str:
-        return text_sha256(*self.hashes)
+                sizes.setdefault(picture.size, path.name)
+        self.sizes = sizes
+        self.raw_content = text_sha256(*self.hashes)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, indices: Sequence[int]) -> "FilePictures":
-        """Those pictures alone, in that order."""
+        """Return the pictures at `indices` alone, in that order."""
         other = copy.copy(self)
         other.paths = [self.paths[i] for i in indices]
         other.hashes = [self.hashes[i] for i in indices]
+        other.raw_content = text_sha256(*other.hashes)
         return other
 
     def picture(self, index: int) -> Image.Image:
@@ -173,11 +131,14 @@ class FilePictures(PictureSet):
         with open_picture(path) as picture:
             try:
                 return picture.convert("RGB")
-            except Exception as error:  # whatever a damaged file leads to
+            except Exception as error:  # Pillow raises many kinds for damaged files
                 raise _broken(path, error) from error
 
     def prompt_and_seed(self, index: int) -> tuple[str, str]:
-        """As scripts/txt2img.py writes them into a PNG. ValueError if the file holds none."""
+        """Return the prompt and the seed that scripts/txt2img.py wrote into the PNG.
+
+        Raises ValueError if the file holds none.
+        """
         path = self.paths[index]
         with open_picture(path) as picture:
             if "prompt" not in picture.info or "seed" not in picture.info:
@@ -186,14 +147,18 @@ class FilePictures(PictureSet):
 
 
 def open_picture(path: Path, content: bytes | None = None) -> Image.Image:
-    """The file's header is read, its pixels are not yet. ValueError if it is no picture of 8 bits."""
+    """Open a picture and read its header, but not yet its pixels.
+
+    content: the bytes of the file, if they are at hand. Raises ValueError if it is no picture of 8 bits a channel, and
+    OSError if the file cannot be read.
+    """
     try:
         picture = Image.open(path if content is None else io.BytesIO(content))
     except OSError as error:
-        if error.strerror:  # not there, not readable
+        if error.strerror:  # the file is missing or not readable
             raise
         raise _broken(path, error) from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise _broken(path, error) from error
     if picture.mode not in MODES:
         picture.close()
@@ -207,7 +172,7 @@ def _broken(path: Path, error: Exception) -> ValueError:
 
 
 class ShapesPictures(PictureSet):
-    """`n` procedural pictures of the held-out part, side x side pixels; which ones does not depend on `side`."""
+    """Procedural pictures, `n` of the held-out part, side x side pixels. Their scenes do not depend on `side`."""
 
     def __init__(self, n: int = SHAPES_PICTURES, side: int = SHAPES_SIDE) -> None:
         self.data = ShapesDataset(n, "heldout", side, SHAPES_SEED)
@@ -223,39 +188,8 @@ class ShapesPictures(PictureSet):
         return self.data.picture(index)
 
 
-class RegisteredPictures(PictureSet):
-    """The first pictures of a data set that torch-fidelity knows by name, such as cifar10-val."""
-
-    def __init__(self, name: str, limit: int | None = None, root: Path | None = None) -> None:
-        self.name = f"torch-fidelity's {name}"
-        root = root or Path(torch.hub.get_dir()).parent / "fidelity_datasets"  # torch-fidelity's own place
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            self.data = DATASETS_REGISTRY[name](str(root), True)
-        except (URLError, RuntimeError) as error:
-            raise ValueError(f"data set {name!r} is not under {str(root)!r} and cannot be fetched: {error}") from error
-        self.length = min(limit or len(self.data), len(self.data))
-        digest, self.sizes = hashlib.sha256(), {}
-        for i in tqdm(range(self.length), desc="reading", unit="picture", leave=False):
-            item = self.data[i].contiguous()
-            digest.update(item.numpy().tobytes())
-            self.sizes.setdefault((item.shape[2], item.shape[1]), f"picture {i}")
-        self.raw_content = text_sha256(digest.hexdigest(), str(self.sizes))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def picture(self, index: int) -> Image.Image:
-        return Image.fromarray(self.data[index].permute(1, 2, 0).numpy())
-
-
-def size_text(size: Sequence[int]) -> str:
-    """128x64: width, then height."""
-    return "x".join(str(length) for length in size)
-
-
 def text_sha256(*parts: str | int) -> str:
-    """The SHA-256 of a list of plain values."""
+    """Return the SHA-256 of a list of plain values, in hexadecimal."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -263,48 +197,76 @@ def text_sha256(*parts: str | int) -> str:
 
 
 def open_source(
-    source: str, *, what: str, limit: int | None = None, per_class: int = 5, shapes_side: int = SHAPES_SIDE
+    source: str,
+    *,
+    what: str,
+    limit: int | None = None,
+    per_class: int = PER_CLASS,
+    shapes_side: int = SHAPES_SIDE,
 ) -> PictureSet:
-    """The pictures that `source` names: a folder, shapes, imagenet:DIR, coco:DIR or a name that torch-fidelity knows.
+    """Open the pictures that `source` names.
 
-    what: its part in the comparison, for messages. limit: the first so many (of shapes, which has no end, 5000 without
-    it). per_class: of imagenet. shapes_side: in pixels. ValueError if there are none.
+    source: "shapes", imagenet:DIR, coco:DIR, a folder, or a name that torch-fidelity knows. what: the role of these
+    pictures in the comparison, for messages. limit: take the first so many (None: all; of shapes, which has no end,
+    5000). per_class: pictures of each class of ImageNet. shapes_side: pixels of a side of shapes.
+    Raises ValueError if there are no such pictures.
     """
     if source == SHAPES:
         return ShapesPictures(limit or SHAPES_PICTURES, shapes_side)
-    if source in DATASETS_REGISTRY and not Path(source).exists():
-        return RegisteredPictures(source, limit)
     kind, colon, place = source.partition(":")
-    lists: dict[str, Callable[[Path], list[Path]]] = {
-        "imagenet": lambda folder: imagenet_files(folder, per_class),
-        "coco": coco_files,
-    }
-    if colon and kind in lists:
-        if kind == "imagenet" and limit is not None:
+    if colon and kind in (IMAGENET, COCO):
+        if kind == IMAGENET and limit is not None:
             raise ValueError("the first pictures of imagenet are those of its first classes: use --per_class instead")
-        _require_folder(Path(place), what)
-        return FilePictures(source, lists[kind](Path(place))[:limit])
-    _require_folder(Path(source), what)
-    return open_folder(Path(source), limit)
+        folder = _existing(Path(place), what)
+        paths = imagenet_files(folder, per_class) if kind == IMAGENET else coco_files(folder)
+        return FilePictures(source, paths[:limit])
+    if not Path(source).exists():
+        from dsdiff.images.registered import RegisteredPictures, registered_names
+
+        if source in registered_names():
+            return RegisteredPictures(source, limit)
+    return open_folder(_existing(Path(source), what), limit)
+
+
+def choose_framing(mode: str, size: int | None, pictures: PictureSet) -> Framing:
+    """Return the framing of a resize mode. Without a size it is the side of `pictures`.
+
+    Raises ValueError if no size is given and `pictures` are not all squares of one size.
+    """
+    if mode == "none":
+        return Framing()
+    if size is None:
+        width, height = next(iter(pictures.sizes))
+        if len(pictures.sizes) > 1 or width != height:
+            raise ValueError(f"{pictures.name}: not all of one square size, so --resize {mode} needs a --size")
+        size = width
+    return Framing(mode=mode, size=size)
 
 
 def open_folder(folder: Path, limit: int | None = None) -> FilePictures:
-    """The first `limit` pictures in `folder` and below; of an --outdir of txt2img.py of its samples alone."""
+    """Open the first `limit` pictures in `folder` and below.
+
+    In an --outdir of txt2img.py only the samples count, since grids lie beside them.
+    """
     samples = folder / "samples"
-    of_txt2img = (folder / "settings.yaml").is_file() and samples.is_dir()  # grids lie beside the samples
+    of_txt2img = (folder / "settings.yaml").is_file() and samples.is_dir()
     return FilePictures(f"folder {folder}", picture_files(samples if of_txt2img else folder)[:limit])
 
 
-def _require_folder(folder: Path, what: str) -> None:
+def _existing(folder: Path, what: str) -> Path:
+    """Return `folder`. Raises ValueError, with all that a source can be, if it is no folder."""
     if not folder.is_dir():
-        known = ", ".join(name for name in DATASETS_REGISTRY if name != SHAPES)
+        from dsdiff.images.registered import registered_names
+
+        known = ", ".join(registered_names())
         raise ValueError(
             f"no {what} at {str(folder)!r}: give a folder, shapes, imagenet:DIR, coco:DIR or one of {known}"
         )
+    return folder
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Paths of all pictures in `folder` and below, in order. ValueError if there are none."""
+    """Return the paths of all pictures in `folder` and below, sorted. Raises ValueError if there are none."""
     found = [
         Path(place, name)
         for place, _, names in os.walk(folder)
@@ -317,7 +279,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def imagenet_files(folder: Path, per_class: int) -> list[Path]:
-    """The first `per_class` pictures of each class, one folder a class, in `folder` or its `val`."""
+    """Return the first `per_class` pictures of each class, sorted. `folder`, or its `val`, has one folder a class."""
     place = folder / "val" if (folder / "val").is_dir() else folder
     classes = sorted(path for path in place.iterdir() if path.is_dir())
     if not classes:
@@ -330,12 +292,8 @@ def imagenet_files(folder: Path, per_class: int) -> list[Path]:
 
 
 def coco_files(folder: Path) -> list[Path]:
-    """The pictures of val2017 or val2014 in `folder`, or of `folder` itself."""
+    """Return the pictures of val2017 or val2014 in `folder`, or of `folder` itself. Raises ValueError for both."""
     parts = [folder / name for name in ("val2017", "val2014") if (folder / name).is_dir()]
     if len(parts) > 1:
         raise ValueError(f"{str(folder)!r} holds val2014 and val2017: give coco:{parts[0]} or coco:{parts[1]}")
     return picture_files(parts[0] if parts else folder)
-
-
-if SHAPES not in DATASETS_REGISTRY:  # for torch_fidelity.calculate_metrics(input2="shapes")
-    register_dataset(SHAPES, lambda root, download: ShapesPictures())

@@ -1,22 +1,21 @@
-"""What networks make of pictures: feature extractors, registered with torch-fidelity, and the files that keep results.
+"""Networks that turn pictures into vectors, and a store that keeps these vectors.
 
-Features  a vector a picture, in a cache under a name that carries the hashes of pictures and weights
-Gaussian  mean and covariance of the vectors, in a statistics file (.npz or .safetensors) that others can use too
+A network is one of torch-fidelity's registry; ours is registered there. The store's files carry the hashes of pictures
+and weights in their names.
 """
 
 import functools
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -25,24 +24,23 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
-from dsdiff.cli.console import logger
+from dsdiff.environment import precision_context
 from dsdiff.images.folders import PictureSet
-from dsdiff.pipeline import ROOT, precision_context
+from dsdiff.models.registry import READER
 from ldm.data.reader import ShapesReader
 from ldm.fileio import file_sha256, write_atomically
 
-READER = ROOT / "models/ldm/shapes/reader.safetensors"
-EXTRACTORS = ("inception", "shapes")
-STATISTICS = (".npz", ".safetensors")
+logger = logging.getLogger(__name__)
 
 
 # --- extractors --------------------------------------------------------------------------------------------
 
 
 class ShapesFeatures(FeatureExtractorBase):
-    """The trunk of the reader of shapes, averaged over the picture: 128 features. It has no class logits.
+    """The 128 features of the reader of shapes, averaged over the picture. It has no class logits.
 
-    feature_extractor_weights_path: of the reader, by default the one that comes with the embedded model.
+    name, features_list: as torch-fidelity gives them. feature_extractor_weights_path: the reader's weights (None: those
+    that come with the embedded model).
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class ShapesFeatures(FeatureExtractorBase):
         self.weights_sha256 = file_sha256(path)
 
     def get_name(self) -> str:
-        """Part of the name under which torch-fidelity caches features: it must change with the weights."""
+        """Return the name under which torch-fidelity caches features. It changes with the weights."""
         return f"{self.name}-{self.weights_sha256[:16]}"
 
     @staticmethod
@@ -72,7 +70,7 @@ class ShapesFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [B, 3, H, W], sides multiples of 8 -> ([B, 128],)"""
+        """Return ([B, 128],) for uint8 images [B, 3, H, W] whose sides are multiples of 8."""
         return (self.reader.features(images.float() / 127.5 - 1),)
 
 
@@ -82,10 +80,11 @@ if "shapes" not in FEATURE_EXTRACTORS_REGISTRY:
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """A network of torch-fidelity's registry and the layers that are taken.
+    """A network of torch-fidelity's registry, and the layers that are taken of it.
 
-    name: ours. registered: torch-fidelity's. features, logits: names of layers; logits is None where there are none.
-    dimensions: of a feature vector. weights: a file. genuine: these are the weights that everybody uses.
+    name: one of EXTRACTORS. registered: its name in torch-fidelity's registry. features, logits: names of layers; the
+    network without class logits has None. dimensions: length of a feature vector. weights: their file. genuine: whether
+    these are the weights that everybody uses.
     """
 
     name: str
@@ -98,7 +97,7 @@ class Extractor:
 
     @property
     def label(self) -> str:
-        """What stands behind a score's name, so that nobody takes it for Inception's."""
+        """Return what is written behind a score's name, so that nobody takes it for one of Inception's features."""
         if self.name == "inception":
             return "" if self.genuine else " (other weights than torch-fidelity's)"
         return f" ({self.name} features)"
@@ -108,7 +107,7 @@ class Extractor:
         return file_sha256(self.weights)
 
     def build(self, device: torch.device) -> FeatureExtractorBase:
-        """The network, on `device`."""
+        """Return the network, on `device`. Raises ValueError if the file holds the weights of another one."""
         layers = [self.features] + ([self.logits] if self.logits else [])
         path = str(self.weights)
         try:
@@ -120,13 +119,16 @@ class Extractor:
         return network.to(device)
 
     def facts(self) -> dict[str, Any]:
-        """What to store about it."""
+        """Return the plain values that are stored with its features."""
         layers = {"features": self.features, "logits": self.logits, "dimensions": self.dimensions}
         return {"extractor": self.name, "network": self.registered, **layers, "weights_sha256": self.weights_sha256}
 
 
 def choose_extractor(name: str, *, reader: Path | None = None, inception_weights: Path | None = None) -> Extractor:
-    """The extractor `name` of EXTRACTORS. ValueError or OSError if its weights cannot be had."""
+    """Return the extractor `name` of EXTRACTORS.
+
+    reader, inception_weights: files of weights (None: the usual ones). Raises ValueError or OSError if there are none.
+    """
     if name == "shapes":
         weights = reader or READER
         if not weights.is_file():
@@ -145,7 +147,10 @@ def choose_extractor(name: str, *, reader: Path | None = None, inception_weights
 
 
 def fetch_inception() -> Path:
-    """Where torch-fidelity keeps its Inception weights, fetched if they are not there yet."""
+    """Return the file in which torch-fidelity keeps its Inception weights. It is fetched if it is not there.
+
+    Raises ValueError if it cannot be fetched.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if path.is_file():
         return path
@@ -153,7 +158,7 @@ def fetch_inception() -> Path:
     logger.info("fetching %s", URL_INCEPTION_V3)
     try:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), _inception_prefix())
-    except (OSError, RuntimeError) as error:  # no network; a file that is not what it should be
+    except (OSError, RuntimeError) as error:  # without network; with a wrong hash
         raise ValueError(
             f"no Inception weights at {str(path)!r}, and they cannot be fetched ({error}): give {path.name} with "
             "--inception_weights FILE, or take --features shapes"
@@ -162,7 +167,10 @@ def fetch_inception() -> Path:
 
 
 def check_inception(path: Path) -> bool:
-    """Whether `path` holds torch-fidelity's weights. ValueError if it is no file of tensors (a pickle can be code)."""
+    """Return whether `path` holds torch-fidelity's weights.
+
+    Raises ValueError if it is no file of tensors. Only tensors are read, since any other pickle can be code.
+    """
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -175,7 +183,7 @@ def check_inception(path: Path) -> bool:
 
 
 def _inception_prefix() -> str:
-    """How the SHA-256 of the weights begins: their name ends in it."""
+    """Return the first digits of the SHA-256 of torch-fidelity's weights, with which the file's name ends."""
     return Path(URL_INCEPTION_V3).stem.rsplit("-", 1)[1]
 
 
@@ -184,7 +192,7 @@ def _inception_prefix() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """vectors: float32 [N, dimensions]. logits: float32 [N, classes], None where the extractor has none."""
+    """Features of N pictures. vectors: float32 [N, dimensions]. logits: float32 [N, classes], None without classes."""
 
     vectors: Tensor
     logits: Tensor | None = None
@@ -193,12 +201,13 @@ class Features:
         return len(self.vectors)
 
     def chosen(self, indices: Sequence[int]) -> "Features":
-        """Those of the pictures `indices`, in their order."""
-        return Features(**{name: value[list(indices)] for name, value in vars(self).items() if value is not None})
+        """Return the features of the pictures `indices`, in that order."""
+        rows = list(indices)
+        return Features(vectors=self.vectors[rows], logits=None if self.logits is None else self.logits[rows])
 
 
 class FeatureStore:
-    """Makes the features of sets of pictures, and keeps them in the folder `cache` if there is one."""
+    """Computes the features of sets of pictures, and keeps them in the folder `cache` if there is one."""
 
     def __init__(self, extractor: Extractor, device: torch.device, batch_size: int, cache: Path | None) -> None:
         self.extractor, self.device, self.batch_size, self.cache = extractor, device, batch_size, cache
@@ -208,13 +217,14 @@ class FeatureStore:
         return self.extractor.build(self.device)
 
     def path(self, pictures: PictureSet) -> Path | None:
-        """NAME-WEIGHTS-PICTURES.safetensors, with the first 16 digits of both hashes."""
+        """Return the file for a set: NAME-WEIGHTS-PICTURES.safetensors, with the first 16 digits of both hashes."""
         if self.cache is None:
             return None
         hashes = f"{self.extractor.weights_sha256[:16]}-{pictures.content[:16]}"
         return self.cache / f"{self.extractor.name}-{hashes}.safetensors"
 
     def __call__(self, pictures: PictureSet) -> Features:
+        """Return the features of a set, from its file if that is there and undamaged."""
         path = self.path(pictures)
         header = {**self.extractor.facts(), **pictures.facts()}
         kept = None if path is None else self._read(path, header)
@@ -231,7 +241,7 @@ class FeatureStore:
 
     @torch.inference_mode()
     def extract(self, pictures: PictureSet) -> Features:
-        """Float32 throughout, not rounded to TF32 on the way."""
+        """Return the features of a set from the network, computed in float32 without TF32."""
         parts: dict[str, list[Tensor]] = {}
         bar = tqdm(total=len(pictures), desc=f"{self.extractor.name} features", unit="picture")
         with bar, precision_context(self.device, "full"):
@@ -243,11 +253,12 @@ class FeatureStore:
                     parts.setdefault(layer, []).append(value.float().cpu())
                 bar.update(len(batch))
         layers = {layer: torch.cat(values).contiguous() for layer, values in parts.items()}
-        return Features(vectors=layers[self.extractor.features], logits=layers.get(self.extractor.logits))
+        logits = None if self.extractor.logits is None else layers[self.extractor.logits]
+        return Features(vectors=layers[self.extractor.features], logits=logits)
 
     @staticmethod
     def _read(path: Path, header: Mapping[str, Any]) -> Features | None:
-        """What `path` keeps; None if it is not there, damaged, or of other pictures or weights."""
+        """Return the features in `path`; None if it is missing, damaged, or of other pictures or weights."""
         try:
             with safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get("features", "{}")
@@ -257,78 +268,3 @@ class FeatureStore:
             return Features(**load_file(path))
         except (OSError, SafetensorError, ValueError, TypeError):
             return None
-
-
-# --- statistics --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Gaussian:
-    """mu: float64 [d]. sigma: float64 [d, d], unbiased. n: pictures behind them, None where a file does not say.
-
-    facts: what is known of the pictures and the extractor, empty where a file does not say.
-    """
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    n: int | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def root(self) -> np.ndarray:
-        """The symmetric square root of sigma."""
-        values, vectors = np.linalg.eigh((self.sigma + self.sigma.T) / 2)
-        return vectors * np.sqrt(values.clip(0)) @ vectors.T
-
-
-def is_statistics(source: str) -> bool:
-    """Whether a source is named like a statistics file."""
-    return Path(source).suffix in STATISTICS and not Path(source).is_dir()
-
-
-def write_statistics(path: Path, gaussian: Gaussian) -> None:
-    """mu and sigma, under the names that other FID programs use, n, and all facts as JSON."""
-    arrays = {"mu": gaussian.mu, "sigma": gaussian.sigma}
-    facts = json.dumps(dict(gaussian.facts))
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        if path.suffix == ".safetensors":
-            save_arrays(arrays, temporary, metadata={"n": str(gaussian.n), "facts": facts})
-            return
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays, n=np.array(gaussian.n), facts=np.array(facts))
-
-    write_atomically(path, write)
-
-
-def read_statistics(path: Path) -> Gaussian:
-    """A statistics file of ours, or another program's with mu and sigma. ValueError if it is none."""
-    if not path.is_file():
-        raise ValueError(f"no reference at {str(path)!r}: write such a file with --save_stats")
-    try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
-        gaussian = Gaussian(**content)
-    except (SafetensorError, zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is no statistics file with mu and sigma: {error}") from error
-    if not isinstance(gaussian.facts, dict):
-        raise ValueError(f"{str(path)!r}: its facts are no dictionary")
-    d = gaussian.mu.shape[0] if gaussian.mu.ndim == 1 else 0
-    if not d or gaussian.sigma.shape != (d, d) or not np.isfinite([*gaussian.mu, gaussian.sigma.sum()]).all():
-        raise ValueError(f"{str(path)!r}: mu {gaussian.mu.shape} and sigma {gaussian.sigma.shape} are no statistics")
-    return gaussian
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, "np") as file:
-        texts = file.metadata() or {}
-        arrays = {name: file.get_tensor(name).astype(np.float64) for name in ("mu", "sigma")}
-    n = texts.get("n", "None")
-    return {**arrays, "n": None if n == "None" else int(n), "facts": json.loads(texts.get("facts", "{}"))}
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
-        n = int(file["n"]) if "n" in file else None
-        return {**arrays, "n": n, "facts": json.loads(str(file["facts"])) if "facts" in file else {}}

@@ -1,8 +1,9 @@
-"""How alike pictures of the same prompt and seed are: PSNR, SSIM, LPIPS; and how well they show the prompt: CLIP score.
+"""Scores of pairs of pictures of the same prompt and seed: PSNR, SSIM and LPIPS between the two, CLIP score of each.
 
 Pictures are paired by the prompt and the seed inside their PNGs, whatever the names and the order of the files.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchvision.models import AlexNet_Weights
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPProcessor
 
-from dsdiff.images.folders import FilePictures, size_text
-from dsdiff.metrics.set_scores import Score, Scores, bootstrap_interval
+from dsdiff.images.folders import FilePictures
+from dsdiff.images.sources import Size, size_text
+from dsdiff.metrics.intervals import bootstrap_interval
+from dsdiff.metrics.scores import Score, Scores
 
-CLIP = "openai/clip-vit-large-patch14"  # on the Hugging Face hub
+CLIP = "openai/clip-vit-large-patch14"  # its name on the Hugging Face hub
 SSIM_WINDOW = 11
-LPIPS_SIDE = 64  # the least that AlexNet's poolings leave something of
-TITLES = {  # of the scores, and which way is better
+LPIPS_SIDE = 64  # pixels; of less, AlexNet's poolings leave nothing
+MSE = "mse"  # the mean squared error of a pair, from which its PSNR comes
+TITLES = {  # key -> name of the score, and which way is better
     "psnr": ("PSNR, dB", "higher"),
+    "psnr_mean_of_pictures": ("mean of per-picture PSNR, dB", "higher"),
     "ssim": ("SSIM", "higher"),
     "lpips": ("LPIPS (AlexNet)", "lower"),
     "clip_score": ("CLIP score", "higher"),
@@ -39,7 +40,7 @@ PairScore = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # two uint8 [B, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """Pictures of two folders that have the same prompts and seeds: first[firsts[k]] goes with second[seconds[k]]."""
+    """The pairs of two folders: first[firsts[k]] and second[seconds[k]] are of the same seed and of prompts[k]."""
 
     first: FilePictures
     second: FilePictures
@@ -52,9 +53,9 @@ class Pairing:
 
 
 def pair_up(first: FilePictures, second: FilePictures) -> Pairing:
-    """All pairs, in the order of `first`.
+    """Return all pairs of two sets, in the order of `first`.
 
-    ValueError if there are none, if a set has one prompt and seed twice, or if the two sets differ in size.
+    Raises ValueError if there are none, if a set has a prompt and seed twice, or if the two sets differ in size.
     """
     if first.size != second.size:
         raise ValueError(
@@ -75,6 +76,7 @@ def pair_up(first: FilePictures, second: FilePictures) -> Pairing:
 
 
 def _places(pictures: FilePictures) -> dict[tuple[str, str], int]:
+    """Return (prompt, seed) -> index of the picture. Raises ValueError if two pictures have the same."""
     places: dict[tuple[str, str], int] = {}
     for i in tqdm(range(len(pictures)), desc="prompts", unit="picture", leave=False):
         key = pictures.prompt_and_seed(i)
@@ -88,17 +90,41 @@ def _places(pictures: FilePictures) -> dict[tuple[str, str], int]:
 # --- scores of pairs ---------------------------------------------------------------------------------------
 
 
-def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """In dB, a picture: [B]; inf where two are equal."""
-    images = (first.double() / 255, second.double() / 255)
-    return peak_signal_noise_ratio(*images, data_range=1.0, reduction="none", dim=(1, 2, 3))
+def squared_errors(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean squared error of each pair, float64 [B], for values of a pixel in [0, 1]."""
+    return (first.double() - second.double()).square().flatten(1).mean(1) / 255**2
+
+
+def psnr(errors: Tensor | np.ndarray) -> float:
+    """Return the PSNR in dB: -10 log10 of the mean squared error over all pictures; inf where all are equal.
+
+    errors: [N], of `squared_errors`. This is what PSNR means everywhere in this project; the mean of the pictures' own
+    PSNRs, which is larger, is called the mean of per-picture PSNR.
+    """
+    error = float(errors.mean())
+    return -10 * math.log10(error) if error else math.inf
+
+
+def psnr_interval(
+    errors: np.ndarray, prompts: Sequence[str], resamples: int, seed: int
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95% interval of `psnr` by a bootstrap over prompts.
+
+    It is (None, None) for a single pair and where all pairs are equal. Its upper end can be inf where most are equal.
+    """
+    interval = bootstrap_interval(errors, prompts, resamples, seed) if errors.any() else None
+    if interval is None:
+        return None, None
+    least, most = (psnr(np.array([error])) for error in reversed(interval))
+    return least, most
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
-    """A picture: [B]. As torchmetrics has it: Gaussian window of 11 pixels with sigma 1.5 (Wang et al. 2004, eq. 13)
-    around every pixel, the pictures mirrored beyond their borders, averaged over pixels and RGB.
+    """Return the SSIM of each pair, float64 [B], as torchmetrics defines it (Wang et al. 2004, eq. 13).
 
-    Not by torchmetrics itself, which is off by 0.001 in float32 where pictures are flat, and slow in float64.
+    A Gaussian window of 11 pixels with sigma 1.5 around every pixel, the pictures mirrored beyond their borders,
+    averaged over pixels and RGB. torchmetrics itself is off by 0.001 in float32 where pictures are flat, and slow in
+    float64.
     """
     x, y = first.double() / 255, second.double() / 255
     mu_x, mu_y = windowed(x), windowed(y)
@@ -110,23 +136,28 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def windowed(x: Tensor) -> Tensor:
-    """[B, 3, H, W], averaged with the window of SSIM, along one axis after the other."""
+    """Return x, [B, 3, H, W], averaged with the window of SSIM, along one axis after the other."""
     reach = SSIM_WINDOW // 2
     weights = torch.exp(-torch.arange(-reach, reach + 1, dtype=x.dtype).square() / (2 * 1.5**2))
     x = torch.nn.functional.pad(x, [reach] * 4, mode="reflect")
     for axis in (2, 3):
         length = x.shape[axis] - 2 * reach
-        x = sum(weight * x.narrow(axis, i, length) for i, weight in enumerate((weights / weights.sum()).tolist()))
+        shares = (weights / weights.sum()).tolist()
+        x = functools.reduce(torch.add, [share * x.narrow(axis, i, length) for i, share in enumerate(shares)])
     return x
 
 
 def lpips_weights() -> Path:
-    """Where torchvision keeps AlexNet, on which LPIPS builds."""
+    """Return the file in which torchvision keeps AlexNet, on which LPIPS builds."""
+    from torchvision.models import AlexNet_Weights
+
     return Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
 
 
 def build_lpips(device: torch.device) -> PairScore:
-    """LPIPS of Zhang et al. 2018 on AlexNet. Its weights must be at `lpips_weights()`."""
+    """Return the LPIPS of Zhang et al. 2018 on AlexNet, whose weights must be at `lpips_weights()`."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
     metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
 
     @torch.no_grad()
@@ -138,10 +169,12 @@ def build_lpips(device: torch.device) -> PairScore:
 
 
 def build_clip(source: str, device: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """CLIP score of Hessel et al. 2021 with the files of `source`, which must be there: nothing is fetched.
+    """Return the CLIP score of Hessel et al. 2021: (uint8 [B, 3, H, W], prompts) -> [B], 100 times the cosine, >= 0.
 
-    uint8 [B, 3, H, W] and their prompts -> [B], 100 times the cosine, at least 0. OSError if the files are not there.
+    source: a folder, or a name in Hugging Face's cache. Raises OSError if its files are not there; nothing is fetched.
     """
+    from transformers import CLIPModel, CLIPProcessor
+
     model = CLIPModel.from_pretrained(source, local_files_only=True).to(device).eval()
     processor = CLIPProcessor.from_pretrained(source, local_files_only=True)
 
@@ -157,14 +190,12 @@ def build_clip(source: str, device: torch.device) -> Callable[[Tensor, Sequence[
     return score
 
 
-def choose_scores(
-    size: tuple[int, int], device: torch.device, clip: str | None
-) -> tuple[dict[str, PairScore], list[str]]:
-    """What can be computed of pictures of `size`, and a note a score that cannot. clip: a folder, None for the cache.
+def choose_scores(size: Size, device: torch.device, clip: str | None) -> tuple[dict[str, PairScore], list[str]]:
+    """Return what can be computed of pictures of `size`, by key, and a note for each score that cannot.
 
-    ValueError if `clip` is given and holds no CLIP model.
+    clip: a folder, None for Hugging Face's cache. Raises ValueError if `clip` is given and holds no CLIP model.
     """
-    scores: dict[str, PairScore] = {"psnr": lambda first, second, prompts: psnr(first, second)}
+    scores: dict[str, PairScore] = {MSE: lambda first, second, prompts: squared_errors(first, second)}
     notes = []
     if min(size) >= SSIM_WINDOW:
         scores["ssim"] = lambda first, second, prompts: ssim(first, second)
@@ -192,17 +223,17 @@ def choose_scores(
 
 
 def pair_values(pairing: Pairing, scores: Mapping[str, PairScore], batch_size: int) -> dict[str, np.ndarray]:
-    """Each score of each pair: float64 [pairs] by score."""
-    values: dict[str, list[Tensor]] = {name: [] for name in scores}
+    """Return each score of each pair: float64 [pairs] by key."""
+    values: dict[str, list[Tensor]] = {key: [] for key in scores}
     with tqdm(total=len(pairing), desc="paired scores", unit="pair") as bar:
         for start in range(0, len(pairing), batch_size):
             part = slice(start, start + batch_size)
             first = torch.stack([pairing.first[i] for i in pairing.firsts[part]])
             second = torch.stack([pairing.second[i] for i in pairing.seconds[part]])
-            for name, score in scores.items():
-                values[name].append(score(first, second, pairing.prompts[part]).double())
+            for key, score in scores.items():
+                values[key].append(score(first, second, pairing.prompts[part]).double())
             bar.update(len(first))
-    return {name: torch.cat(parts).numpy() for name, parts in values.items()}
+    return {key: torch.cat(parts).numpy() for key, parts in values.items()}
 
 
 def add_paired_scores(
@@ -215,29 +246,38 @@ def add_paired_scores(
     seed: int,
     clip: str | None = None,
 ) -> None:
-    """Means over all pairs, with 95% bootstrap intervals."""
+    """Add all scores of the pairs, with 95% intervals by a bootstrap over prompts, and notes on what is left out."""
     found, notes = choose_scores(pairing.first.size, device, clip)
     scores.notes += notes
     alone = [len(pictures) - len(pairing) for pictures in (pairing.first, pairing.second)]
     if any(alone):
         scores.notes.append(f"paired scores: {alone[0]} pictures and {alone[1]} of the other folder have no partner")
-    for name, values in pair_values(pairing, found, batch_size).items():
-        add_mean(scores, name, values, pairing.prompts, resamples, seed)
+    if len(pairing) < 2:
+        scores.notes.append("paired scores: of a single pair, which has no interval")
+    values = pair_values(pairing, found, batch_size)
+    add_psnr(scores, values.pop(MSE), pairing.prompts, resamples, seed)
+    for key, single in values.items():
+        add_mean(scores, key, single, pairing.prompts, resamples, seed)
 
 
-def add_mean(scores: Scores, name: str, values: np.ndarray, prompts: Sequence[str], resamples: int, seed: int) -> None:
-    """The mean of a score over the pairs where it is finite: the PSNR of equal pictures is not."""
-    finite = np.isfinite(values)
-    title, better = TITLES[name]
-    if not finite.all():
-        equal = f"{len(values) - finite.sum()} of {len(values)} pairs are equal"
-        scores.notes.append(f"{title}: {equal}, pixel by pixel, and left out of the mean, for theirs is infinite")
-    if not finite.any():
-        return
-    kept = [prompt for prompt, keep in zip(prompts, finite, strict=True) if keep]
-    interval = bootstrap_interval(values[finite], kept, resamples, seed)
-    if interval is None:
-        scores.notes.append(f"{title}: of a single pair, which has no interval")
-    low, high = interval or (None, None)
-    mean = math.fsum(values[finite]) / int(finite.sum())
-    scores.by_key[name] = Score(name=title, value=mean, n=int(finite.sum()), better=better, low=low, high=high)
+def add_psnr(scores: Scores, errors: np.ndarray, prompts: Sequence[str], resamples: int, seed: int) -> None:
+    """Add the PSNR of all pairs, and the mean of per-picture PSNR over the pairs that are not equal."""
+    title, better = TITLES["psnr"]
+    low, high = psnr_interval(errors, prompts, resamples, seed)
+    scores.by_key["psnr"] = Score(name=title, value=psnr(errors), n=len(errors), better=better, low=low, high=high)
+    different = errors > 0
+    if not different.all():
+        equal = f"{len(errors) - different.sum()} of {len(errors)} pairs are equal, pixel by pixel"
+        left_out = "the mean of per-picture PSNR leaves them out, for theirs is infinite"
+        scores.notes.append(f"PSNR: {equal}" + (f"; {left_out}" if different.any() else ", so that it is infinite"))
+    if different.any():
+        kept = [prompt for prompt, keep in zip(prompts, different, strict=True) if keep]
+        add_mean(scores, "psnr_mean_of_pictures", -10 * np.log10(errors[different]), kept, resamples, seed)
+
+
+def add_mean(scores: Scores, key: str, values: np.ndarray, prompts: Sequence[str], resamples: int, seed: int) -> None:
+    """Add the mean of a score over all pairs."""
+    title, better = TITLES[key]
+    low, high = bootstrap_interval(values, prompts, resamples, seed) or (None, None)
+    mean = math.fsum(values) / len(values)
+    scores.by_key[key] = Score(name=title, value=mean, n=len(values), better=better, low=low, high=high)

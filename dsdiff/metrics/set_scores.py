@@ -1,11 +1,10 @@
-"""Scores of sets of pictures from their features, and how sure they are. Nothing here reads a picture.
+"""Scores of a set of pictures from its features, with how far to trust them.
 
-FID, KID, Inception Score, precision and recall are torch-fidelity's. Ours is what says how far to trust them:
-intervals, the FID at several numbers of pictures, its extrapolation, and notes on what too few pictures do to a score.
+FID, KID, Inception Score, precision and recall are torch-fidelity's. Added here are intervals, the FID at several
+numbers of pictures and its extrapolation, and notes on what too few pictures do to a score.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,64 +14,29 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
-from dsdiff.metrics.extractors import Features, Gaussian
+from dsdiff.metrics.extractors import Features
+from dsdiff.metrics.intervals import GROUPS, jackknife_interval, without_groups
+from dsdiff.metrics.scores import Score, Scores
+from dsdiff.metrics.statistics import Gaussian
 
-RNG_SEED = 2020  # torch-fidelity's, of the subsets of KID and of the splits of the Inception Score
+RNG_SEED = 2020  # torch-fidelity's, for the subsets of KID and the splits of the Inception Score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
 FEW_FOR_NEIGHBOURS = 1000
-GROUPS, T_QUANTILE = 10, 2.262  # of the jackknife; 97.5% of Student's t with 9 degrees of freedom
 COUNTS = 8  # numbers of pictures at which the FID is taken for its extrapolation
-LOWEST_SHARE, LOWEST_RATIO = 5, 2  # the lowest of them: a fifth of the pictures, and 2 a dimension
-EXTRAPOLATION_RATIO = 4  # pictures a dimension from which the FID is extrapolated: below it is no line in 1/N
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A score. name: without the extractor's. low, high: 95% interval. spread: standard deviation over KID's subsets
-    or the Inception Score's splits, which is no interval. n: pictures, or pairs. replicates: of the jackknife, the
-    score without each tenth of the pictures: rows of the same prompts and seeds leave out the same ones."""
-
-    name: str
-    value: float
-    n: int
-    better: str
-    low: float | None = None
-    high: float | None = None
-    spread: float | None = None
-    replicates: tuple[float, ...] = ()
-
-
-@dataclass(kw_only=True)
-class Scores:
-    """by_key: in the order of the table. notes: a line each. curve: (pictures, FID) that were extrapolated."""
-
-    by_key: dict[str, Score] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-
-def number_text(value: float) -> str:
-    """Four significant digits; 0 for what is less than rounding and sampling leave of it."""
-    return f"{0.0 if abs(value) < 5e-5 else value:.4g}"
-
-
-def cell(score: Score) -> str:
-    """The value with its interval in brackets, or with its spread behind +-."""
-    text = number_text(score.value)
-    if score.low is not None:
-        return f"{text} [{number_text(score.low)}, {number_text(score.high)}]"
-    return text if score.spread is None else f"{text} +- {number_text(score.spread)}"
+LOWEST_SHARE, LOWEST_RATIO = 5, 2  # the lowest of them: a fifth of the pictures, and 2 pictures a dimension
+EXTRAPOLATION_RATIO = 4  # pictures a dimension that the extrapolation needs: below, the FID is no line in 1/N
 
 
 # --- against a reference -----------------------------------------------------------------------------------
 
 
 def add_set_scores(scores: Scores, pictures: Features, reference: Features | Gaussian, seed: int = 0) -> None:
-    """All scores of `pictures` that their number and the reference allow; the notes tell what is left out and why.
+    """Add all scores of `pictures` that their number and the reference allow; notes tell what is left out and why.
 
-    seed: of the parts of the pictures on which uncertainty is estimated. ValueError for fewer than 2 pictures.
+    seed: of the random parts of the pictures from which intervals and the extrapolation come. Raises ValueError for
+    fewer than 2 pictures, and for a reference of other features.
     """
     gaussian = gaussian_of(reference)
     if pictures.vectors.shape[1] != len(gaussian.mu):
@@ -87,6 +51,7 @@ def add_set_scores(scores: Scores, pictures: Features, reference: Features | Gau
 
 
 def add_fid(scores: Scores, pictures: Features, reference: Gaussian, seed: int) -> None:
+    """Add the FID with its interval, and its extrapolation if there are enough pictures."""
     vectors = pictures.vectors.double().numpy()
     n, d = vectors.shape
     if n < 2 * GROUPS:
@@ -104,6 +69,7 @@ def add_fid(scores: Scores, pictures: Features, reference: Gaussian, seed: int) 
 
 
 def add_fid_infinity(scores: Scores, vectors: np.ndarray, reference: Gaussian, seed: int) -> None:
+    """Add the FID extrapolated to infinitely many pictures, or a note why it is left out."""
     n, d = vectors.shape
     if n < EXTRAPOLATION_RATIO * d:
         scores.notes.append(
@@ -126,9 +92,10 @@ def add_fid_infinity(scores: Scores, vectors: np.ndarray, reference: Gaussian, s
 def add_fid_difference(
     scores: Scores, first: Features, second: Features, reference: Features | Gaussian, seed: int = 0
 ) -> None:
-    """FID of `first` less that of `second`, of which the pictures pair in their order.
+    """Add the FID of `first` minus that of `second`, whose pictures are pairs in their order.
 
-    What a pair has in common moves both FIDs alike, so that the interval of the difference is the narrower one.
+    Pairs are left out together. What a pair has in common moves both FIDs alike, so that the interval of the difference
+    is narrower than those of the FIDs.
     """
     gaussian = gaussian_of(reference)
     both = [features.vectors.double().numpy() for features in (first, second)]
@@ -141,6 +108,7 @@ def add_fid_difference(
 
 
 def add_kid(scores: Scores, pictures: Features, reference: Features) -> None:
+    """Add the KID with its spread over subsets, or a note why it is left out."""
     fewest = min(len(pictures), len(reference))
     size = KID_SUBSET_SIZE if fewest >= KID_SUBSET_SIZE else fewest // 2
     if size < 2:
@@ -159,6 +127,7 @@ def add_kid(scores: Scores, pictures: Features, reference: Features) -> None:
 
 
 def add_precision_recall(scores: Scores, pictures: Features, reference: Features) -> None:
+    """Add precision and recall, or a note why they are left out."""
     fewest = min(len(pictures), len(reference))
     if fewest <= NEIGHBOURS:
         scores.notes.append(f"precision, recall: left out, they need {NEIGHBOURS + 1} pictures and there are {fewest}")
@@ -180,6 +149,7 @@ def add_precision_recall(scores: Scores, pictures: Features, reference: Features
 
 
 def add_inception_score(scores: Scores, pictures: Features) -> None:
+    """Add the Inception Score with its spread over splits, or a note why it is left out."""
     if pictures.logits is None:
         scores.notes.append("Inception Score: left out, since these features come without class logits")
         return
@@ -205,7 +175,10 @@ def add_inception_score(scores: Scores, pictures: Features) -> None:
 
 
 def gaussian_of(features: Features | Gaussian) -> Gaussian:
-    """Mean and covariance of features; statistics as they are. ValueError for fewer than 2 pictures."""
+    """Return mean and covariance of features; a Gaussian is returned as it is.
+
+    Raises ValueError for fewer than 2 pictures.
+    """
     if isinstance(features, Gaussian):
         return features
     if len(features) < 2:
@@ -215,15 +188,15 @@ def gaussian_of(features: Features | Gaussian) -> Gaussian:
 
 
 def fid(first: Gaussian, second: Gaussian) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), as torch-fidelity computes it."""
+    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), as torch-fidelity computes it."""
     both = ({"mu": gaussian.mu, "sigma": gaussian.sigma} for gaussian in (first, second))
     return fid_statistics_to_metric(*both, verbose=False)[KEY_METRIC_FID]
 
 
 def fid_of_vectors(vectors: np.ndarray, reference: Gaussian) -> float:
-    """The FID of vectors float64 [N, d], several times faster than `fid` where many share one reference.
+    """Return the FID of vectors, float64 [N, d]. Several times faster than `fid` where many share one reference.
 
-    The eigenvalues of S1 S2 are those of R S1 R, which is symmetric, with the root R of the reference's S2.
+    The eigenvalues of S1 S2 are those of R S1 R, which is symmetric, where R is the root of the reference's S2.
     """
     mu = vectors.mean(0)
     rooted = (vectors - mu) @ reference.root / np.sqrt(len(vectors) - 1)
@@ -236,10 +209,10 @@ def fid_of_vectors(vectors: np.ndarray, reference: Gaussian) -> float:
 def fid_curve(
     vectors: np.ndarray, reference: Gaussian, seed: int, kept: np.ndarray | None = None
 ) -> list[tuple[int, float]]:
-    """The FID at growing numbers of pictures, the last of them all.
+    """Return (number of pictures, FID) for growing numbers; the last is that of all pictures.
 
-    Each is the mean over as many separate random parts of that size as the pictures give. kept: bool [N], to do without
-    some pictures; the others stay in the same parts as far as that is possible.
+    Each FID is the mean over as many separate random parts of that size as the pictures give. kept: bool [N], False for
+    pictures to leave out; the others stay in the same parts as far as that is possible.
     """
     kept = np.ones(len(vectors), dtype=bool) if kept is None else kept
     n, d = kept.sum(), vectors.shape[1]
@@ -254,24 +227,13 @@ def fid_curve(
 
 
 def extrapolate(curve: Sequence[tuple[int, float]]) -> float:
-    """Where a line through FID against 1/N meets 1/N = 0 (Chong & Forsyth 2020, section 4)."""
+    """Return where a line through FID against 1/N meets 1/N = 0 (Chong & Forsyth 2020, section 4)."""
     counts, values = np.array(curve).T
     return float(np.polyfit(1 / counts, values, 1)[1])
 
 
-# --- uncertainty -------------------------------------------------------------------------------------------
-
-
-def without_groups(n: int, seed: int) -> Iterator[np.ndarray]:
-    """Masks, bool [n], of all pictures but a random tenth, ten times."""
-    for group in np.array_split(np.random.default_rng(seed).permutation(n), GROUPS):
-        kept = np.ones(n, dtype=bool)
-        kept[group] = False
-        yield kept
-
-
 def fid_replicates(vectors: np.ndarray, reference: Gaussian, seed: int) -> tuple[float, ...]:
-    """The FID without each tenth of the pictures; () if there are too few."""
+    """Return the FIDs without each tenth of the pictures; () if there are too few."""
     if len(vectors) < 2 * GROUPS:
         return ()
     masks = tqdm(without_groups(len(vectors), seed), total=GROUPS, desc="FID: interval", leave=False)
@@ -279,36 +241,6 @@ def fid_replicates(vectors: np.ndarray, reference: Gaussian, seed: int) -> tuple
 
 
 def interval_score(name: str, value: float, n: int, replicates: tuple[float, ...]) -> Score:
-    """With the delete-a-group jackknife's 95% interval. A bootstrap would not do: a picture that is drawn twice makes
-    the set look smaller, and the FID larger."""
-    half = jackknife_error(replicates) * T_QUANTILE if replicates else None
-    low, high = (None, None) if half is None else (value - half, value + half)
+    """Return a distance of n pictures, the lower the better, with the jackknife's 95% interval."""
+    low, high = jackknife_interval(value, replicates)
     return Score(name=name, value=value, n=n, better="lower", low=low, high=high, replicates=replicates)
-
-
-def jackknife_error(replicates: Sequence[float]) -> float:
-    """The standard error of an estimate, from its values without each of the groups."""
-    values = np.array(replicates)
-    return float(np.sqrt((len(values) - 1) / len(values) * np.square(values - values.mean()).sum()))
-
-
-def bootstrap_interval(
-    values: np.ndarray, clusters: Sequence[str], resamples: int, seed: int
-) -> tuple[float, float] | None:
-    """95% percentile interval of the mean of `values`; None if there are fewer than 2.
-
-    What is drawn again are clusters, for the pictures of one prompt are alike; or values, if all are of one cluster.
-    """
-    if len(values) < 2:
-        return None
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    if member.max() == 0:
-        member = np.arange(len(values))
-    sums, sizes = np.bincount(member, weights=values), np.bincount(member)
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means.append(sums[drawn].sum() / sizes[drawn].sum())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

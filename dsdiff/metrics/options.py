@@ -1,0 +1,89 @@
+"""What pictures are scored against, and how. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsdiff.images.sources import RESIZES, is_imagenet
+
+EXTRACTORS = ("inception", "shapes")
+STATISTICS = (".npz", ".safetensors")  # how the names of statistics files end
+
+
+def is_statistics(source: str | None) -> bool:
+    """Return whether a source is named like a statistics file."""
+    return source is not None and Path(source).suffix in STATISTICS and not Path(source).is_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How a set of pictures is scored.
+
+    reference: the source of a set of real pictures, or a statistics file (None: no scores of sets). paired: a folder of
+    pictures of the same prompts and seeds (None: no scores of pairs). n, reference_n: take the first so many pictures
+    (None: all). per_class: pictures of each class of ImageNet (None: 5). resize: one of RESIZES. size: the side in
+    pixels that all pictures are brought to (None: that of the pictures scored). features: one of EXTRACTORS (None: what
+    the reference suggests). inception_weights, reader: files of weights (None: the usual ones). clip: a folder with a
+    CLIP model (None: the one in Hugging Face's cache). resamples: of the bootstrap. seed: of intervals and
+    extrapolation. batch_size: pictures in a batch. device: auto, cpu, cuda or cuda:N. cache: the folder that keeps
+    features (None: they are not kept). save_stats: write the statistics of the pictures to this file.
+    Raises ValueError for a value that cannot be.
+    """
+
+    reference: str | None = None
+    paired: Path | None = None
+    n: int | None = None
+    reference_n: int | None = None
+    per_class: int | None = None
+    resize: str = "none"
+    size: int | None = None
+    features: str | None = None
+    inception_weights: Path | None = None
+    reader: Path | None = None
+    clip: str | None = None
+    resamples: int = 2000
+    seed: int = 0
+    batch_size: int = 32
+    device: str = "auto"
+    cache: Path | None = None
+    save_stats: Path | None = None
+
+    def __post_init__(self) -> None:
+        least = {"n": 2, "reference_n": 2, "per_class": 1, "size": 8, "resamples": 100, "seed": 0, "batch_size": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
+        for name, choices in (("resize", RESIZES), ("features", (None, *EXTRACTORS))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(filter(None, choices))}")
+        if self.size is not None and self.resize == "none":
+            raise ValueError("with resize none no picture changes, so size has no effect: leave it out")
+        if self.save_stats is not None and self.save_stats.suffix not in STATISTICS:
+            raise ValueError(f"statistics {str(self.save_stats)!r}: the name must end in {' or '.join(STATISTICS)}")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a network has to see the pictures."""
+        return self.reference is not None or self.save_stats is not None
+
+    def check_for(self, pictures: str) -> None:
+        """Raise ValueError if the source `pictures` cannot be scored like this, or an option would have no effect."""
+        if self.reference is None and self.paired is None and self.save_stats is None:
+            raise ValueError("nothing to compare with: give a --reference, a folder --paired, or a file --save_stats")
+        if is_statistics(pictures):
+            raise ValueError(f"{pictures!r}: a statistics file can only be the --reference")
+        no_features = None if self.needs_features else "without a reference no features are made"
+        real = None if self.reference is not None and not is_statistics(self.reference) else "no real pictures are read"
+        imagenet = is_imagenet(pictures) or is_imagenet(self.reference)
+        reasons = {
+            "per_class": None if imagenet else "no source is imagenet",
+            "reference_n": real,
+            "features": no_features,
+            "reader": no_features,
+            "inception_weights": no_features,
+            "clip": "without --paired nothing is paired" if self.paired is None else None,
+        }
+        for name, reason in reasons.items():
+            if reason is not None and getattr(self, name) is not None:
+                raise ValueError(f"{reason}, so --{name} has no effect: leave it out")
