@@ -16,7 +16,7 @@ from dsdiff.models.registry import STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model, read_config
 from dsdiff.options import ModelOptions
 from ldm.util import for_inference, instantiate_from_config, load_model_from_config
-from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, splits_of
+from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, split_layers
 from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
 
@@ -44,7 +44,7 @@ def export_calibrated(
     load_cali_ckpt(qnn, path)
     network.model.diffusion_model = qnn
     facts = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes, **header.source}
-    _write(file, network, spec.config, replace(header, splits=splits_of(qnn), source=facts))
+    _write(file, network, spec.config, replace(header, splits=split_layers(qnn), source=facts))
 
 
 def export_random(file: Path) -> None:
@@ -66,7 +66,7 @@ def export_random(file: Path) -> None:
     qnn = QuantModel(source.unet(), config)
     fit(qnn, source)
     network.model.diffusion_model = qnn
-    _write(file, network, whole, CaliHeader(config=config, splits=splits_of(qnn), source={"random_weights": True}))
+    _write(file, network, whole, CaliHeader(config=config, splits=split_layers(qnn), source={"random_weights": True}))
 
 
 def _write(file: Path, network: torch.nn.Module, config: Mapping[str, Any], header: CaliHeader) -> None:

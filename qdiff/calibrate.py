@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qdiff.calibration_set import Cache, CalibrationSet, fit_activations
+from qdiff.calibration_set import CalibrationSet
+from qdiff.capture import Cache
 from qdiff.config import ReconConfig
 from qdiff.distributed import barrier, rank
+from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
-from qdiff.quant_state import put_tensors, ranges_of, weights_of
+from qdiff.quant_state import activation_tensors, load_tensors, weight_tensors
 from qdiff.reconstruction import unit_reconstruction
 from qdiff.resume import ProgressFolder
 
@@ -22,7 +24,7 @@ class Step:
     unit: str = ""
 
 
-def steps_of(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
+def calibration_steps(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
     """The steps of a calibration, in order. Without `recon` (or with 0 iterations) nothing is learned."""
     units = list(qnn.units())
     steps = [Step(phase="weights", unit=unit) for unit in units] if recon and recon.iters_w else []
@@ -33,7 +35,7 @@ def steps_of(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
     return steps
 
 
-def work_of(step: Step, recon: ReconConfig | None, samples: int) -> int:
+def step_work(step: Step, recon: ReconConfig | None, samples: int) -> int:
     """What `calibrate` reports of a step in all: samples that go through the model, and iterations."""
     if step.phase == "ranges":
         return samples
@@ -56,13 +58,13 @@ def calibrate(
 
     recon: how units are learned; None rounds weights to nearest and fits ranges, and nothing more.
     batch_size: samples a forward pass. running: see `fit_activations`. folder: where finished steps are kept, and
-    found again. progress(step, n): called as n iterations or samples are done, see `work_of`.
+    found again. progress(step, n): called as n iterations or samples are done, see `step_work`.
     Afterwards all weights are frozen and all quantizers are on.
     """
     qnn.requires_grad_(False)
     qnn.fit_weights()
     taking_up = folder is not None
-    for number, step in enumerate(steps_of(qnn, recon)):
+    for number, step in enumerate(calibration_steps(qnn, recon)):
         if step.phase == "ranges":
             qnn.freeze()
         saved = folder.load(number) if taking_up else None
@@ -81,11 +83,11 @@ def calibrate(
         else:
             tensors, report = saved
             weights = step.phase == "weights"
-            put_tensors(qnn, tensors, step.unit, weights=weights, acts=not weights)
+            load_tensors(qnn, tensors, step.unit, weights=weights, acts=not weights)
         yield step, report
     qnn.freeze()
     qnn.set_quant_state(True, qnn.config.quant_act)
 
 
 def _state_of(qnn: QuantModel, step: Step) -> dict:
-    return weights_of(qnn, step.unit) if step.phase == "weights" else ranges_of(qnn, step.unit)
+    return weight_tensors(qnn, step.unit) if step.phase == "weights" else activation_tensors(qnn, step.unit)

@@ -22,7 +22,7 @@ from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
 from qdiff.quant_layer import SplitQuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quant_state import check_keys, expected_keys, put_tensors, ranges_of, weights_of
+from qdiff.quant_state import activation_tensors, check_keys, expected_keys, load_tensors, weight_tensors
 
 HEADER = "dsdiff_cali"  # the entry of the file's metadata that holds the header, as JSON
 VERSION = 1
@@ -76,16 +76,16 @@ def save_cali_ckpt(
     else:
         header = CaliHeader(
             config=qnn.config,
-            splits=splits_of(qnn),
+            splits=split_layers(qnn),
             merge=dict(merge) if merge else None,
             calibration=dict(calibration or {}),
             source={"fingerprint": fingerprint(qnn), **(source or {})},
         )
-        tensors = weights_of(qnn) | ranges_of(qnn)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata_of(header)))
+        tensors = weight_tensors(qnn) | activation_tensors(qnn)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header_metadata(header)))
 
 
-def metadata_of(header: CaliHeader, **more: Any) -> dict[str, str]:
+def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
     """The metadata of a file with this header, and with plain values `more` beside what it says."""
     content = {
         "version": VERSION,
@@ -98,7 +98,7 @@ def metadata_of(header: CaliHeader, **more: Any) -> dict[str, str]:
     return {HEADER: json.dumps(content | more)}  # one entry: of several, the order in the file would be by chance
 
 
-def splits_of(qnn: QuantModel) -> dict[str, int]:
+def split_layers(qnn: QuantModel) -> dict[str, int]:
     """The split layers -> channels of their first part."""
     return {name: layer.split for name, layer in qnn.layers().items() if isinstance(layer, SplitQuantModule)}
 
@@ -116,9 +116,9 @@ def fingerprint(qnn: QuantModel) -> str:
     return digest.hexdigest()
 
 
-def unet_bytes(qnn: QuantModel) -> int:
+def quantized_bytes(qnn: QuantModel) -> int:
     """Bytes of a calibrated UNet's weights: packed codes, ranges of weights and activations, the rest in float32."""
-    tensors = (weights_of(qnn) | ranges_of(qnn)).values()
+    tensors = (weight_tensors(qnn) | activation_tensors(qnn)).values()
     quantized = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     weights = {id(layer.weight) for layer in qnn.layers().values()}
     rest = (p for name, p in qnn.named_parameters() if id(p) not in weights and ".alpha" not in name)
@@ -147,18 +147,18 @@ def read_cali_header(path: str | Path, **bits: int) -> CaliHeader:
         return _header_of_qdiff(checkpoint_qdiff.read(path), path, bits)
     with _open(path) as file:
         header = _parse_header(path, file.metadata() or {})
-    check_flags(header, bits, str(path))
+    check_settings(header, bits, str(path))
     return header
 
 
-def check_flags(header: CaliHeader, given: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError, naming both values, if a setting in `given` is not what the file has. None is "not given"."""
+def check_settings(header: CaliHeader, given: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError, naming both values, if a setting in `given` differs from the file's; None is "not given"."""
     for name, value in given.items():
         stored = getattr(header.config, name)
         if value is not None and value != stored:
             raise ValueError(
-                f"--{name} is {value}, but {source!r} was made with {name} {stored}: leave the flag out, or choose "
-                "another --cali_ckpt"
+                f"{name} {value} contradicts {source!r}, which was made with {name} {stored}: leave it out, or choose "
+                "another cali_ckpt"
             )
 
 
@@ -187,20 +187,20 @@ def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) ->
                 raise ValueError(f"the model has {name} {value}, but {str(path)!r} was made with {name} {stored}")
         if config.quant_act and not header.config.quant_act:
             raise ValueError(f"the model has quantized activations, but {str(path)!r} has weights only")
-        _load_tensors(qnn, path, header)
+        _load_our_format(qnn, path, header)
     qnn.set_quant_state(True, config.quant_act)
     return header
 
 
-def _load_tensors(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
-    if header.splits != splits_of(qnn):
+def _load_our_format(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
+    if header.splits != split_layers(qnn):
         raise ValueError(f"{str(path)!r} splits other layers than this model has: it is of another architecture")
     with _open(path) as file:
         found = {key for key in file.keys() if qnn.config.quant_act or "act_quantizer" not in key}  # noqa: SIM118
         check_keys(found, expected_keys(qnn), str(path))
         _check_source(qnn, header, str(path))
         try:
-            put_tensors(qnn, {key: file.get_tensor(key) for key in found})
+            load_tensors(qnn, {key: file.get_tensor(key) for key in found})
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"cali_ckpt {str(path)!r} is damaged: {error}") from error
 

@@ -23,7 +23,7 @@ from qdiff.adaptive_rounding import AdaRoundQuantizer
 from qdiff.config import BITS, QuantConfig
 from qdiff.quant_layer import Quantizer, QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
-from qdiff.quant_state import check_keys, range_of
+from qdiff.quant_state import check_keys, range_tensors
 
 # Where h(alpha) reaches 1 (and, with the other sign, 0): what a decided rounding is written as.
 DECIDED = 2.3978953
@@ -95,7 +95,7 @@ def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str,
         if value is None:
             inferred.append(name)
         elif value != bits:
-            raise ValueError(f"--{name} is {value}, but the zero points in {source!r} are those of {name} {bits}")
+            raise ValueError(f"{name} {value} contradicts {source!r}, whose zero points are those of {name} {bits}")
         settings[name] = bits
     softmax = [v for k, v in tensors.items() if k.endswith("act_quantizer_w.delta")]
     if softmax:
@@ -121,7 +121,7 @@ def _softmax_bits(delta: float, given: int | None, source: str) -> int:
 
     likely = min(BITS, key=lambda bits: abs(spans(bits) - 0.75))
     if given not in (None, likely) and not 0.2 < spans(given) < 1.5:
-        raise ValueError(f"--sm_abit is {given}, but the step sizes in {source!r} are those of sm_abit {likely}")
+        raise ValueError(f"sm_abit {given} contradicts {source!r}, whose step sizes are those of sm_abit {likely}")
     return likely if given is None else given
 
 
@@ -192,11 +192,11 @@ def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
         for part_name, part in layer.weight_parts().items():
             quantizer = getattr(layer, part_name)
             tensors[f"{name}.{part_name}.alpha"] = _alpha_of(quantizer, part).detach().float().cpu().clone()
-            tensors |= range_of(f"{name}.{part_name}", quantizer)
+            tensors |= range_tensors(f"{name}.{part_name}", quantizer)
     for name, quantizer in qnn.act_quantizers().items():
         if quantizer.symmetric:
             raise ValueError("Q-Diffusion's format has no signed activations: write our own format")
-        tensors |= range_of(name, quantizer)
+        tensors |= range_tensors(name, quantizer)
     return tensors
 
 

@@ -1,9 +1,11 @@
 """The UNet's blocks, quantized.
 
-A quantized block is of a subclass of its own class: what it computes is inherited, and only the attention products
-are overridden. Blocks are converted in place by `convert`, which swaps the class and adds the quantizers of the
-attention's operands, and restored by `restore`.
+A quantized block stands in the slot of a float one (`qdiff.exchange`) and inherits from its class: it computes what
+the float block computes, with quantized layers in place of its layers. Only the attention products are overridden, as
+their operands are quantized.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -13,23 +15,45 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock
 from qdiff.config import QuantConfig
+from qdiff.exchange import Exchanged
 from qdiff.quant_layer import act_quantizer, softmax_quantizer
 
 OPERANDS = ("act_quantizer_q", "act_quantizer_k", "act_quantizer_v", "act_quantizer_w")
 MAX_SCORES = 2**25  # entries of attention matrices held at once: 128 MiB in float32
 
 
-class BaseQuantBlock(nn.Module):
-    """A block that is reconstructed as one unit."""
+class BaseQuantBlock(Exchanged):
+    """A block that is reconstructed as one unit. Built from the float block whose slot it takes."""
+
+    def __init__(self, original: nn.Module, config: QuantConfig):
+        super().__init__(original)
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(Exchanged):
     """Attention with quantizers on its operands: q, k and v, and w, the softmax output."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T scale) v on [B, heads, N, d], each operand quantized; as inherited where they stay float."""
-        if not getattr(self.act_quantizer_q, "enabled", False):  # off, or the identity of a weights-only model
-            return super().attend(q, k, v) if mask is None else super().attend(q, k, v, mask)
+    act_quantizer_q: nn.Module
+    act_quantizer_k: nn.Module
+    act_quantizer_v: nn.Module
+    act_quantizer_w: nn.Module
+
+    def __init__(self, original: nn.Module, config: QuantConfig):
+        Exchanged.__init__(self, original)
+        for name in OPERANDS:
+            make = softmax_quantizer if name == "act_quantizer_w" else act_quantizer
+            self.add_module(name, make(config))
+
+    @property
+    def quantizes_operands(self) -> bool:
+        """Whether the quantizers are on; False as well in a model that quantizes weights only."""
+        return getattr(self.act_quantizer_q, "enabled", False)
+
+    def attend_quantized(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], each operand quantized.
+
+        Some heads are computed at a time, so that at most MAX_SCORES entries of the N x M matrices are held. Where
+        gradients are recorded they are computed anew for the backward pass, for the same reason.
+        """
         scale = q.shape[-1] ** -0.5
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
         if mask is not None:
@@ -37,17 +61,17 @@ class QuantizedAttention(nn.Module):
         shape, (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
         step = max(1, MAX_SCORES // (q.shape[1] * k.shape[1]))
         parts = []
-        for i in range(0, len(q), step):  # some heads at a time, so that not all N x M matrices are held
+        for i in range(0, len(q), step):
             part = slice(i, i + step)
             operands = (q[part], k[part], v[part], None if mask is None else mask[part], scale)
-            if torch.is_grad_enabled() and step < len(q):  # nor for the backward pass: they are computed anew
-                parts.append(recompute(self._attend_part, *operands, use_reentrant=False))
+            if torch.is_grad_enabled() and step < len(q):
+                parts.append(recompute(self._attend_heads, *operands, use_reentrant=False))
             else:
-                parts.append(self._attend_part(*operands))
+                parts.append(self._attend_heads(*operands))
         return torch.cat(parts).reshape(*shape[:-1], -1)
 
-    def _attend_part(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Of [n, N, d], with quantized q, k and v."""
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Return softmax(q k^T scale) v of already quantized q, k and v [n, N, d], with the softmax quantized."""
         scores = torch.bmm(q, k.transpose(1, 2)) * scale
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -57,44 +81,40 @@ class QuantizedAttention(nn.Module):
 class QuantCrossAttention(QuantizedAttention, CrossAttention):
     """CrossAttention with quantized operands."""
 
+    FIELDS = ("heads", "scale")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], quantized while the quantizers are on."""
+        attend = self.attend_quantized if self.quantizes_operands else super().attend
+        return attend(q, k, v, mask)
+
 
 class QuantBasicTransformerBlock(BaseQuantBlock, BasicTransformerBlock):
-    """Still a BasicTransformerBlock for whoever looks for one, such as token merging."""
+    """A BasicTransformerBlock with quantized layers; token merging finds it by the name of its base class."""
+
+    FIELDS = ("checkpoint",)
 
 
 class QuantResBlock(BaseQuantBlock, ResBlock):
     """A ResBlock with quantized layers."""
 
+    FIELDS = ("channels", "out_channels", "use_checkpoint", "use_scale_shift_norm", "updown")
 
-class QuantAttentionBlock(BaseQuantBlock, QuantizedAttention, AttentionBlock):
+
+class QuantAttentionBlock(QuantizedAttention, BaseQuantBlock, AttentionBlock):
     """AttentionBlock with quantized operands."""
 
+    FIELDS = ("channels", "num_heads", "use_checkpoint", "use_new_attention_order")
 
-QUANTIZED = {
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], quantized while the quantizers are on."""
+        attend = self.attend_quantized if self.quantizes_operands else super().attend
+        return attend(q, k, v)
+
+
+QUANTIZED: dict[type[nn.Module], Callable[[nn.Module, QuantConfig], Exchanged]] = {
     ResBlock: QuantResBlock,
     BasicTransformerBlock: QuantBasicTransformerBlock,
     CrossAttention: QuantCrossAttention,
     AttentionBlock: QuantAttentionBlock,
 }
-FLOAT = {quantized: kind for kind, quantized in QUANTIZED.items()}
-
-
-def convert(block: nn.Module, config: QuantConfig) -> None:
-    """Make a block of a float class one of its quantized class, in place; other modules are left alone."""
-    if type(block) not in QUANTIZED:
-        return
-    block.__class__ = QUANTIZED[type(block)]
-    if isinstance(block, QuantizedAttention):
-        for name in OPERANDS:
-            make = softmax_quantizer if name == "act_quantizer_w" else act_quantizer
-            block.add_module(name, make(config))
-
-
-def restore(block: nn.Module) -> None:
-    """The inverse of `convert`."""
-    if type(block) not in FLOAT:
-        return
-    if isinstance(block, QuantizedAttention):
-        for name in OPERANDS:
-            delattr(block, name)
-    block.__class__ = FLOAT[type(block)]

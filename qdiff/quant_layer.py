@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qdiff.bitpack import pack, packed_bytes, unpack
 from qdiff.config import BITS, SCALE_METHODS, QuantConfig
+from qdiff.exchange import Exchanged
 
 MIN_DELTA = 1e-8
 TINY = 1e-30  # of the mse search, which the reference leaves unlimited: only against division by 0
@@ -229,26 +230,23 @@ class FrozenQuantizer(Quantizer):
         return unpack(self.packed, self.shape, self.n_bits).to(torch.float32).add_(self.low)
 
 
-class QuantModule(nn.Module):
+class QuantModule(Exchanged):
     """A Conv2d, Conv1d or Linear that quantizes its input and its weight: op(act_quantizer(x), quantized weight, bias).
 
-    It shares weight and bias with the layer that it stands for, under the same names. Ranges are not fitted yet:
+    It shares weight and bias with the layer whose slot it takes, under the same names. Ranges are not fitted yet:
     call `fit_weight`, calibrate the activations, or load a cali_ckpt.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, layer: nn.Module, config: QuantConfig):
-        super().__init__()
+        super().__init__(layer)
         self.op, self.options = _operation(layer)
-        self.weight = layer.weight
-        self.register_parameter("bias", layer.bias)
+        if "bias" not in dict(self.named_parameters()):
+            self.register_parameter("bias", None)
         self.weight_quantizer: Quantizer = weight_quantizer(config)
         self.act_quantizer: nn.Module = act_quantizer(config)
-        self._layer = (layer,)  # in a tuple: not a submodule, its parameters are ours
-
-    @property
-    def layer(self) -> nn.Module:
-        """The layer that this one stands for."""
-        return self._layer[0]
 
     def weight_parts(self) -> dict[str, Tensor]:
         """The name of each weight quantizer -> the part of the weight that it quantizes."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
 
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from qdiff.config import QuantConfig
-from qdiff.quant_block import FLOAT, QUANTIZED, BaseQuantBlock, convert, restore
+from qdiff.exchange import check_unmerged, eject, exchange, put_module, release
+from qdiff.quant_block import QUANTIZED, BaseQuantBlock
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, check_layer
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -17,28 +19,21 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 class QuantModel(nn.Module):
     """`QuantModel(unet, config)` quantizes a UNetModel in place and computes what it computes.
 
-    All Linear, Conv1d and Conv2d layers become QuantModules, the blocks of `quant_block.QUANTIZED` their quantized
-    classes. At first all quantizers are off and nothing changes; see `set_quant_state`. Layers and parameters keep
-    their names: the state_dict is the UNet's, under `model.`, with the quantizers in between. `restore` undoes it.
+    QuantModules take the slots of all Linear, Conv1d and Conv2d layers, and quantized blocks those of the blocks that
+    `quant_block.QUANTIZED` knows. At first all quantizers are off and nothing changes; see `set_quant_state`. Layers
+    and parameters keep their names: the state_dict is the UNet's, under `model.`, with the quantizers in between.
+    `restore` undoes it. Raises ValueError, and leaves the UNet as it is, if it cannot be quantized.
     """
 
     def __init__(self, unet: UNetModel, config: QuantConfig):
         super().__init__()
-        if any(isinstance(module, QuantModule) for module in unet.modules()):
-            raise ValueError("this UNet is quantized already: build it anew, or restore() it first")
-        for block in unet.modules():
-            if isinstance(block, tuple(QUANTIZED)) and type(block) not in QUANTIZED:
-                kind = f"{type(block).__module__}.{type(block).__name__}"
-                raise ValueError(f"blocks of {kind} cannot be quantized: quantize first, patch (merge tokens) last")
-        for module in unet.modules():
-            if isinstance(module, LAYERS):
-                check_layer(module)
+        check_unmerged(unet)
+        _check_float(unet)
         self.config = config
         self.model = unet
         self._modes: list[tuple[nn.Module, bool]] | None = [(module, module.training) for module in unet.modules()]
         splits = split_widths(unet) if config.split else {}
-        for block in list(unet.modules()):
-            convert(block, config)
+        exchange(unet, {kind: partial(quantized, config=config) for kind, quantized in QUANTIZED.items()})
         for name, layer in list(unet.named_modules()):
             if isinstance(layer, LAYERS):
                 split = splits.get(name)
@@ -53,30 +48,26 @@ class QuantModel(nn.Module):
         return self.model(x, timesteps, context=context, y=y)
 
     def restore(self) -> UNetModel:
-        """The float UNet, as it was; this model must not be used any more.
+        """Return the float UNet, as it was; this model must not be used any more.
 
-        Raises ValueError while it is patched, and once `forget_float` was called.
+        Raises ValueError while tokens are merged in it, and once `forget_float` was called.
         """
         self.check_float()
-        if any(isinstance(block, BaseQuantBlock) and type(block) not in FLOAT for block in self.model.modules()):
-            raise ValueError("the blocks are patched: take the patch off (tomesd.remove_patch) before restore()")
-        for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, QuantModule):
-                put_module(self.model, name, layer.layer)
-        for block in list(self.model.modules()):
-            restore(block)
-        for module, training in self._modes:
+        check_unmerged(self)
+        eject(self.model)
+        for module, training in self._modes or ():
             module.training = training
         return self.model
 
     def forget_float(self) -> None:
-        """Let go of the float layers: all that keeps their weights then is what computes with them."""
+        """Let go of all float layers and blocks: only what computes in their slots keeps weights."""
         self._modes = None
+        release(self)
 
     def check_float(self) -> None:
-        """Raises ValueError once `forget_float` was called, as packing does."""
+        """Raise ValueError once `forget_float` was called, as lowering does."""
         if self._modes is None:
-            raise ValueError("the model is packed, its float weights are gone: load it anew")
+            raise ValueError("the model is lowered, its float weights are gone: load it anew")
 
     # --- what is in it ------------------------------------------------------------------------------------
 
@@ -158,6 +149,18 @@ def freeze_layer(layer: QuantModule) -> None:
             setattr(layer, name, FrozenQuantizer(quantizer, part))
 
 
+def _check_float(unet: UNetModel) -> None:
+    """Raise ValueError if the UNet holds what cannot be quantized, or what is quantized already."""
+    if any(isinstance(module, QuantModule) for module in unet.modules()):
+        raise ValueError("this UNet is quantized already: build it anew, or restore() it first")
+    for module in unet.modules():
+        if isinstance(module, tuple(QUANTIZED)) and type(module) not in QUANTIZED:
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(f"blocks of {kind} cannot be quantized: quantize first, patch (merge tokens) last")
+        if isinstance(module, LAYERS):
+            check_layer(module)
+
+
 def split_widths(unet: UNetModel) -> dict[str, int]:
     """The layers that see a concatenation [h, skip] unnormalised -> the channels of h."""
     widths = {}
@@ -177,9 +180,3 @@ def _units_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         return
     for child_name, child in module.named_children():
         yield from _units_of(child, f"{name}.{child_name}" if name else child_name)
-
-
-def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` into the slot `name` of `root`."""
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

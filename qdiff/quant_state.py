@@ -13,7 +13,7 @@ from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, check_ran
 from qdiff.quant_model import QuantModel
 
 
-def weights_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
     """The codes and ranges of the weights of a unit, or of the model, as they are rounded at present.
 
     Raises ValueError for a packed model.
@@ -25,27 +25,27 @@ def weights_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
         if not isinstance(quantizer, FrozenQuantizer):
             quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[part_name])
         tensors[f"{name}.codes"] = quantizer.packed.cpu().clone()
-        tensors |= range_of(name, quantizer)
+        tensors |= range_tensors(name, quantizer)
     return tensors
 
 
-def ranges_of(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+def activation_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
     """The ranges of the activations of a unit, or of the model."""
     tensors = {}
     for name, quantizer in _acts(qnn, unit).items():
-        tensors |= range_of(name, quantizer)
+        tensors |= range_tensors(name, quantizer)
     return tensors
 
 
-def range_of(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
+def range_tensors(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
     """delta and zero point: copies, as tensors that share memory cannot be saved."""
     return {f"{name}.{what}": getattr(quantizer, what).detach().cpu().clone() for what in ("delta", "zero_point")}
 
 
-def put_tensors(
+def load_tensors(
     qnn: QuantModel, tensors: Mapping[str, Tensor], unit: str = "", *, weights: bool = True, acts: bool = True
 ) -> None:
-    """The inverse of `weights_of` and `ranges_of`; weights become frozen.
+    """The inverse of `weight_tensors` and `activation_tensors`; weights become frozen.
 
     Raises ValueError, and leaves the model as it is, if a tensor is missing or does not fit.
     """

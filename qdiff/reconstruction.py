@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
-from qdiff.calibration_set import Cache, CalibrationSet, Progress, capture
+from qdiff.calibration_set import CalibrationSet
+from qdiff.capture import Cache, Progress, capture
 from qdiff.config import ReconConfig
 from qdiff.distributed import rank, sum_over_ranks, world_size
 from qdiff.quant_block import BaseQuantBlock

@@ -27,9 +27,9 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import for_inference, get_obj_from_str, instantiate_from_config
-from qdiff.checkpoint import HEADER, CaliHeader, metadata_of, read_cali_header, splits_of
+from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.quant_model import QuantModel
-from qdiff.quant_state import check_keys, expected_keys, put_tensors, ranges_of, weights_of
+from qdiff.quant_state import activation_tensors, check_keys, expected_keys, load_tensors, weight_tensors
 
 ENTRY = "model"  # of the header, with the config
 QUANTIZERS, UNET, TOKENIZER = "unet.", "model.diffusion_model.", "tokenizer."
@@ -76,7 +76,7 @@ def save_bundle(model: nn.Module, config: Mapping[str, Any], header: CaliHeader,
     config: the whole config of the model, plain. header: of the calibration. The file is complete or not there.
     """
     qnn: QuantModel = model.model.diffusion_model
-    tensors = {QUANTIZERS + name: tensor for name, tensor in (weights_of(qnn) | ranges_of(qnn)).items()}
+    tensors = {QUANTIZERS + name: tensor for name, tensor in (weight_tensors(qnn) | activation_tensors(qnn)).items()}
     tensors |= {UNET + name: tensor.detach().float() for name, tensor in float_parameters(qnn).items()}
     for part in PARTS:
         for name, tensor in getattr(model, part).state_dict().items():
@@ -84,7 +84,7 @@ def save_bundle(model: nn.Module, config: Mapping[str, Any], header: CaliHeader,
     tensors |= {TOKENIZER + name: data for name, data in tokenizer_files(model).items()}
     config = config_for_drawing(config)
     _check_targets(config, "the model's config")
-    metadata = metadata_of(header, **{ENTRY: config})
+    metadata = header_metadata(header, **{ENTRY: config})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -148,7 +148,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.device) -> None:
     """Fill a UNet that has no numbers yet from the file."""
-    if header.splits != splits_of(qnn):
+    if header.splits != split_layers(qnn):
         raise ValueError(f"{str(path)!r} is damaged: its header and its config do not belong together")
     tensors = read_weights(path)  # by a mapping of their own, which ends when the codes are unpacked
     floats, own = _below(tensors, UNET), float_parameters(qnn)
@@ -164,7 +164,7 @@ def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.dev
         quantizer.delta = quantizer.zero_point = torch.tensor(float("nan"), device=device)
     try:
         # Ranges are copied, for which the mapping would stay, and with it the pages of the codes.
-        put_tensors(
+        load_tensors(
             qnn, {name: tensor.to(device, copy=not name.endswith(".codes")) for name, tensor in quantizers.items()}
         )
     except ValueError as error:

@@ -5,15 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tomesd
-from qdiff.calibration_set import (
-    Cache,
-    CalibrationSet,
-    capture,
-    chosen_calls,
-    fit_activations,
-    from_qdiffusion,
-    recorded_inputs,
-)
+from qdiff.calibration_set import CalibrationSet, chosen_calls, from_qdiffusion, recorded_inputs
+from qdiff.capture import Cache, capture
+from qdiff.observers import Observer, fit_activations
+from qdiff.quant_layer import UniformAffineQuantizer
 
 CPU = torch.device("cpu")
 
@@ -166,7 +161,7 @@ def test_running_ranges_are_averages_over_batches(make_qnn, data):
 
 @torch.no_grad()
 def test_fitting_leaves_the_model_as_it_was(make_qnn, data, monkeypatch):
-    monkeypatch.setattr("qdiff.calibration_set.SAMPLED_VALUES", 128)
+    monkeypatch.setattr("qdiff.observers.SAMPLED_VALUES", 128)
     qnn = make_qnn(act_scale_method="mse")
     qnn.fit_weights()
     before = {name: type(module) for name, module in qnn.named_modules()}
@@ -178,9 +173,6 @@ def test_fitting_leaves_the_model_as_it_was(make_qnn, data, monkeypatch):
 
 @torch.no_grad()
 def test_ranges_of_least_error_beat_full_ranges_on_outliers():
-    from qdiff.calibration_set import Observer
-    from qdiff.quant_layer import UniformAffineQuantizer
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, generator=generator)
     x[0] = 12.0

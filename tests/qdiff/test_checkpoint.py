@@ -12,7 +12,7 @@ from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel
 from qdiff.checkpoint import (
     CaliHeader,
-    check_flags,
+    check_settings,
     fingerprint,
     load_cali_ckpt,
     read_cali_header,
@@ -369,20 +369,20 @@ def test_saving_leaves_the_model_as_it_is(small, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"weight_bit": 4, "act_bit": 8, "sm_abit": 16}, {"weight_bit": None}])
 def test_flags_that_agree_with_the_file(small_file, given):
-    check_flags(read_cali_header(small_file), given, "x")
+    check_settings(read_cali_header(small_file), given, "x")
 
 
 @pytest.mark.parametrize(
     "name, value, stored", [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]
 )
 def test_flag_that_contradicts_the_file_is_refused(small_file, name, value, stored):
-    with pytest.raises(ValueError, match=rf"--{name} is {value}, but 'x\.file' was made with {name} {stored}: "):
-        check_flags(read_cali_header(small_file), {name: value}, "x.file")
+    with pytest.raises(ValueError, match=rf"^{name} {value} contradicts 'x\.file', which .* with {name} {stored}: "):
+        check_settings(read_cali_header(small_file), {name: value}, "x.file")
 
 
 def test_bits_that_contradict_the_file_are_refused_with_its_name(small_file):
     assert read_cali_header(small_file, weight_bit=4).config.weight_bit == 4
-    with pytest.raises(ValueError, match=r"--weight_bit is 3, but '.*small\.safetensors' was made with weight_bit 4"):
+    with pytest.raises(ValueError, match=r"weight_bit 3 contradicts '.*small\.safetensors', which .* weight_bit 4"):
         read_cali_header(small_file, weight_bit=3)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from ldm.modules.attention import BasicTransformerBlock, CrossAttention, SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock
 from qdiff import quant_block
 from qdiff.config import QuantConfig
@@ -17,8 +17,6 @@ from qdiff.quant_block import (
     QuantBasicTransformerBlock,
     QuantCrossAttention,
     QuantResBlock,
-    convert,
-    restore,
 )
 from qdiff.quant_layer import Quantizer
 
@@ -81,8 +79,7 @@ def switch(block, on):
 def cross_attention(**settings):
     """Quantized, with ranges fitted to `operands()`."""
     torch.manual_seed(0)
-    attention = CrossAttention(12, 10, HEADS, DIM)
-    convert(attention, QuantConfig(**settings))
+    attention = QuantCrossAttention(CrossAttention(12, 10, HEADS, DIM), QuantConfig(**settings))
     if settings.get("quant_act", True):
         fit(attention, *operands(), attention.scale)
     return attention.eval()
@@ -159,8 +156,7 @@ def test_float_operands_are_attended_as_inherited(case, masked):
 def test_switched_off_block_is_the_float_block():
     attention = cross_attention()
     switch(attention, False)
-    float_attention = copy.deepcopy(attention)
-    restore(float_attention)
+    float_attention = attention.original
     x, context = random(2, 5, 12), random(2, 7, 10, seed=1)
     assert type(float_attention) is CrossAttention
     assert torch.equal(attention(x, context), float_attention(x, context))
@@ -230,8 +226,8 @@ def test_small_attention_is_done_at_once(seen_weights):
 
 @pytest.mark.parametrize("act_symmetric", [False, True])
 def test_settings_reach_the_operands(act_symmetric):
-    attention = CrossAttention(12, 10, HEADS, DIM)
-    convert(attention, QuantConfig(act_bit=5, sm_abit=7, act_symmetric=act_symmetric, act_scale_method="mse"))
+    config = QuantConfig(act_bit=5, sm_abit=7, act_symmetric=act_symmetric, act_scale_method="mse")
+    attention = QuantCrossAttention(CrossAttention(12, 10, HEADS, DIM), config)
     for name in OPERANDS:
         quantizer, softmax = getattr(attention, name), name == "act_quantizer_w"
         assert quantizer.n_bits == (7 if softmax else 5)
@@ -285,7 +281,7 @@ def test_attention_block_on_quantized_operands(new_order):
     block, x = attention_block(new_order), random(2, 32, 3, 4)
     q, k, v = qkv_of(block, x, new_order)
     before = block(x)
-    convert(block, QuantConfig())
+    block = QuantAttentionBlock(block, QuantConfig())
     fit(block, q, k, v, 16**-0.5)
     heads = plain_attention(block, q, k, v, 16**-0.5)
     tokens = heads.transpose(2, 3).flatten(1, 2)
@@ -300,7 +296,7 @@ def test_attention_block_on_quantized_operands(new_order):
 @torch.no_grad()
 def test_attention_block_with_one_head_at_a_time(monkeypatch, seen_weights):
     block, x = attention_block(True), random(2, 32, 3, 4)
-    convert(block, QuantConfig())
+    block = QuantAttentionBlock(block, QuantConfig())
     fit(block, *qkv_of(block, x, True), 16**-0.5)
     whole = block(x)
     shapes = seen_weights(block)
@@ -309,63 +305,31 @@ def test_attention_block_with_one_head_at_a_time(monkeypatch, seen_weights):
     assert shapes == [(1, 12, 12)] * 4
 
 
-# --- convert and restore -----------------------------------------------------------------------------------
+# --- built from a float block ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_a_quantized_block_is_one_of_its_own_kind(name):
-    make, quantized_kind = BLOCKS[name]
-    block = make()
-    kind = type(block)
-    convert(block, QuantConfig())
-    assert type(block) is quantized_kind
-    assert isinstance(block, kind)
-    assert isinstance(block, BaseQuantBlock) is (name != "CrossAttention")
+def test_a_quantized_block_is_built_from_a_float_one():
+    for name, (make, quantized_kind) in BLOCKS.items():
+        for quant_act in (False, True):
+            block = make().eval()
+            made = quantized_kind(block, QuantConfig(quant_act=quant_act))
+            assert isinstance(made, type(block)), name
+            assert isinstance(made, BaseQuantBlock) is (name != "CrossAttention"), name
+            assert made.original is block and not made.training, name
+            assert list(made.state_dict())[: len(block.state_dict())] == list(block.state_dict()), name
+            fields = {key: value for key, value in vars(block).items() if not key.startswith("_")}
+            assert {key: getattr(made, key) for key in fields} == fields, name
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_what_a_block_computes_is_inherited(name):
-    make, quantized_kind = BLOCKS[name]
-    for method in ("forward", "_forward"):
-        inherited = getattr(type(make()), method, None)
-        assert getattr(quantized_kind, method, None) is inherited
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("quant_act", [False, True])
-def test_restore_undoes_convert(name, quant_act):
-    block = BLOCKS[name][0]()
-    kind, modules, state = type(block), list(block.named_modules()), block.state_dict()
-    convert(block, QuantConfig(quant_act=quant_act))
-    restore(block)
-    assert type(block) is kind
-    assert list(block.named_modules()) == modules
-    assert list(block.state_dict()) == list(state)
-
-
-def test_converting_twice_is_converting_once():
-    attention = cross_attention()
-    quantizers = {name: getattr(attention, name) for name in OPERANDS}
-    convert(attention, QuantConfig(act_bit=4))
-    assert type(attention) is QuantCrossAttention
-    assert all(getattr(attention, name) is quantizer for name, quantizer in quantizers.items())
-
-
-def test_other_modules_are_left_alone():
-    class Patched(BasicTransformerBlock):
-        """As a block with merged tokens."""
-
-    for module in (nn.Linear(3, 4), SpatialTransformer(32, 2, 16, context_dim=8), Patched(12, HEADS, DIM)):
-        kind, names = type(module), [name for name, _ in module.named_modules()]
-        convert(module, QuantConfig())
-        restore(module)
-        assert type(module) is kind
-        assert [name for name, _ in module.named_modules()] == names
+def test_what_a_block_computes_is_inherited():
+    for name, (make, quantized_kind) in BLOCKS.items():
+        for method in ("forward", "_forward"):
+            inherited = getattr(type(make()), method, None)
+            assert getattr(quantized_kind, method, None) is inherited, name
 
 
 def test_gradients_do_not_depend_on_the_parts(monkeypatch):
-    block = CrossAttention(16, heads=2, dim_head=8)
-    convert(block, QuantConfig())
+    block = QuantCrossAttention(CrossAttention(16, heads=2, dim_head=8), QuantConfig())
     for name in ("q", "k", "v", "w"):
         quantizer = block.get_submodule(f"act_quantizer_{name}")
         quantizer.set(torch.tensor(1 / 255 if name == "w" else 0.05), torch.tensor(0.0 if name == "w" else 128.0))

@@ -527,7 +527,7 @@ def test_a_layer_in_half_precision(layer_and_input, dtype):
 def test_a_layer_shares_its_parameters(layer_and_input):
     layer, _ = layer_and_input
     module = QuantModule(layer, QuantConfig())
-    assert module.layer is layer
+    assert module.original is layer
     assert module.weight is layer.weight and module.bias is layer.bias
     assert [id(parameter) for parameter in module.parameters()] == [id(parameter) for parameter in layer.parameters()]
     assert [key for key in module.state_dict() if "quantizer" not in key] == list(layer.state_dict())

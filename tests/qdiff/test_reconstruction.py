@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from qdiff import ReconConfig
 from qdiff.adaptive_rounding import AdaRoundQuantizer
-from qdiff.calibrate import Step, calibrate, steps_of
-from qdiff.calibration_set import Cache, CalibrationSet, fit_activations
+from qdiff.calibrate import Step, calibrate, calibration_steps
+from qdiff.calibration_set import CalibrationSet
+from qdiff.capture import Cache
 from qdiff.checkpoint import load_cali_ckpt, save_cali_ckpt
+from qdiff.observers import fit_activations
 from qdiff.quant_layer import FrozenQuantizer, UniformAffineQuantizer, lp_loss
 from qdiff.reconstruction import (
     block_reconstruction,
@@ -182,9 +184,9 @@ def test_steps_are_weights_then_ranges_then_activations(make_qnn):
     units = list(qnn.units())
     expected = [Step(phase="weights", unit=unit) for unit in units]
     expected += [Step(phase="ranges"), *(Step(phase="activations", unit=unit) for unit in units)]
-    assert steps_of(qnn, ReconConfig()) == expected
-    assert steps_of(qnn, None) == [Step(phase="ranges")]
-    assert steps_of(make_qnn(quant_act=False), None) == []
+    assert calibration_steps(qnn, ReconConfig()) == expected
+    assert calibration_steps(qnn, None) == [Step(phase="ranges")]
+    assert calibration_steps(make_qnn(quant_act=False), None) == []
 
 
 def whole(qnn, data, tmp_path, folder=None, stop_after=None):
@@ -252,7 +254,8 @@ from omegaconf import OmegaConf
 from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel, ReconConfig
 from qdiff import reconstruction
-from qdiff.calibration_set import Cache, CalibrationSet
+from qdiff.calibration_set import CalibrationSet
+from qdiff.capture import Cache
 from pathlib import Path
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.data.shapes import ShapesDataset, parse_caption
-from qdiff.checkpoint import unet_bytes
+from qdiff.checkpoint import quantized_bytes
 from scripts import eval_quantization as script
 
 
@@ -112,7 +112,7 @@ def test_bytes_of_a_quantized_unet(make_calibrated):
         for part in layer.weight_parts().values()
     )
     expected = padded + 4 * (channels + 2 * len(qnn.act_quantizers()) + plain - weights)
-    assert unet_bytes(qnn) == expected
+    assert quantized_bytes(qnn) == expected
 
 
 @pytest.fixture

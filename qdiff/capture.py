@@ -1,0 +1,113 @@
+"""What a part of the model is given, and what it gives, over all of a calibration set."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from qdiff.calibration_set import CalibrationSet
+from qdiff.distributed import rank, sum_over_ranks, world_size
+from qdiff.quant_model import QuantModel
+
+Progress = Callable[[int], object]  # called with the number of samples, or steps, done since the last call
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends a forward pass once the unit has been reached."""
+
+
+class Cache:
+    """Where captured activations lie: in memory up to `limit` bytes, beyond that in files in `folder`."""
+
+    def __init__(self, limit: int, folder: Path):
+        self.limit = limit
+        self.folder = folder
+        self.held = 0
+        self.files = 0
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        """float32 zeros."""
+        size = 4 * math.prod(shape)
+        if self.held + size <= self.limit:
+            self.held += size
+            return torch.zeros(shape)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"activations-{rank()}-{self.files}.bin"
+        self.files += 1
+        return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
+
+    def clear(self) -> None:
+        """Forget all, and what a killed process left; tensors handed out must not be used any more."""
+        for path in self.folder.glob(f"activations-{rank()}-*.bin"):
+            path.unlink()
+        with suppress(OSError):  # other processes' files
+            self.folder.rmdir()
+        self.files = 0
+        self.held = 0
+
+
+@torch.no_grad()
+def capture(
+    qnn: QuantModel,
+    unit: nn.Module,
+    data: CalibrationSet,
+    batch_size: int,
+    cache: Cache,
+    *,
+    output: bool = False,
+    progress: Progress = lambda samples: None,
+) -> list[Tensor]:
+    """What `unit` is given when the model, in its present state, gets all of `data`; or, with `output`, what it gives.
+
+    Returns one tensor [N, ...] for each argument, or a list with that of the output. The forward pass ends at the
+    unit. Several processes share the batches. progress(samples) is called after each batch.
+    """
+    device = next(qnn.parameters()).device
+    stores: list[Tensor] = []
+    with _stopping_at(unit, output) as caught:
+        for number, start in enumerate(range(0, len(data), batch_size)):
+            # The first batch is for everyone: it tells the shapes.
+            if number and number % world_size() != rank():
+                continue
+            place = slice(start, min(start + batch_size, len(data)))
+            try:
+                qnn(*data.batch(place, device))
+            except _Stop:
+                pass
+            else:
+                raise RuntimeError("the unit was not reached: it is not part of the model")
+            if not stores:
+                stores = [cache.allocate((len(data), *value.shape[1:])) for value in caught]
+            for store, value in zip(stores, caught, strict=True):
+                if number or rank() == 0:  # counted once
+                    store[place] = value.float().cpu()
+            progress((place.stop - place.start) * world_size())
+    sum_over_ranks(stores)
+    return stores
+
+
+@contextmanager
+def _stopping_at(unit: nn.Module, output: bool) -> Iterator[list[Tensor]]:
+    """Within the block a forward pass ends at `unit`, and the list holds what it was given, or gave."""
+    caught: list[Tensor] = []
+
+    def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught[:] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        raise _Stop
+
+    def on_output(module: nn.Module, args: tuple, result: Tensor) -> None:
+        caught[:] = [result]
+        raise _Stop
+
+    hook = (
+        unit.register_forward_hook(on_output) if output else unit.register_forward_pre_hook(on_input, with_kwargs=True)
+    )
+    try:
+        yield caught
+    finally:
+        hook.remove()
