@@ -1,103 +1,128 @@
-"""The data of a calibration: prompts, drawn with the float model, kept on disk."""
+"""The data of a calibration: what the UNet is given while pictures of prompts are drawn, kept on disk."""
 
-import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from dsdiff.cli.console import logger
+from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.jobs import read_prompt_file
-from dsdiff.pipeline import EMBEDDED, STABLE_DIFFUSION, ModelChoice, SamplingOptions, choose_device, sample
+from dsdiff.models.registry import CALI_PROMPTS
+from dsdiff.models.spec import ModelSpec
+from dsdiff.pipeline import DrawSettings, Pipeline
 from ldm.fileio import file_sha256
 from qdiff.calibration_set import CalibrationSet, chosen_calls, recorded_inputs
 from qdiff.distributed import barrier, rank
 
-PROMPTS = {config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)}
+logger = logging.getLogger(__name__)
+
+MAX_BATCH = 16  # pictures drawn at a time
 
 
-def read_prompts(args: argparse.Namespace, choice: ModelChoice) -> tuple[Path, list[str]]:
-    """The file of prompts, and its lines. Raises ValueError if it holds none, or none is known."""
-    path = args.prompts or PROMPTS.get(choice.config_path.resolve())
-    if path is None:
-        raise ValueError(f"no prompts are known for {choice.description}: give --prompts FILE or --data_path FILE")
-    return Path(path), read_prompt_file(Path(path), "--prompts")
+def calibration_data(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
+    """Return the data that the options mean: read, found from an earlier calibration, or drawn and kept.
 
-
-def calibration_data(
-    args: argparse.Namespace, choice: ModelChoice, options: SamplingOptions, model: nn.Module
-) -> CalibrationSet:
-    """The data that the flags mean: read, found from an earlier run, or collected and kept."""
-    if args.data_path is not None:
-        data = CalibrationSet.load(args.data_path, args.cali_st, args.cali_n)
+    pipeline: the float model. Under torchrun all processes call this, and the first one draws.
+    Raises ValueError for data of another model, and for options that cannot be.
+    """
+    if options.data_path is not None:
+        data = CalibrationSet.load(options.data_path, options.effort.cali_st, options.effort.cali_n)
     else:
-        data = collected(args, choice, options, model)
-    unet = model.model.diffusion_model
+        data = _collected(pipeline, options)
+    unet = pipeline.model.model.diffusion_model
     width = None if data.context is None else data.context.shape[2]
     if (data.x.shape[1], width) != (unet.in_channels, unet.context_dim):
         raise ValueError(
             f"the calibration data has {data.x.shape[1]} channels and a context of {width}, the model "
             f"{unet.in_channels} and {unet.context_dim}: it is of another model"
         )
-    return data.subset(args.num_samples or len(data), args.seed)
+    return data.subset(options.num_samples or len(data), options.seed)
 
 
-def collected(
-    args: argparse.Namespace, choice: ModelChoice, options: SamplingOptions, model: nn.Module
-) -> CalibrationSet:
-    """Drawn with the float model, or from the file that an earlier run left of the same."""
-    path, prompts = read_prompts(args, choice)
-    sampling = {name: value for name, value in asdict(options).items() if name not in ("merge", "quantization")}
-    facts = {
-        **choice.hashes,
-        "prompts": path.name,
-        "prompts_sha256": file_sha256(path),
-        "sampling": sampling,
-        "seed": args.seed,
-        "cali_st": args.cali_st,
-        "cali_n": args.cali_n,
-        "cond": bool(args.cond),
-        "device": choose_device(args.device).type,
-    }
+def _collected(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
+    """Return data drawn with the float model, or that which an earlier calibration drew alike."""
+    settings = pipeline.resolve(options.draw)
+    if options.cond and settings.scale == 1:
+        raise ValueError("--cond: with --scale 1 there is no branch without the prompt: leave one of them out")
+    path = _prompt_file(pipeline.spec, options)
+    prompts = read_prompt_file(path, "--prompts")
+    facts = _facts(pipeline, settings, path, options)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file = args.outdir / f"data-{key}.safetensors"
+    file = options.outdir / f"data-{key}.safetensors"
     if not file.exists() and rank() == 0:
-        args.outdir.mkdir(parents=True, exist_ok=True)
-        collect(model, prompts, options, args, facts).save(file)
+        data = collect(pipeline, prompts, settings, options, facts)
+        options.outdir.mkdir(parents=True, exist_ok=True)
+        data.save(file)
     barrier()
     logger.info("calibration data: %s", file)
     return CalibrationSet.load(file)
 
 
+def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
+    path = options.prompts or CALI_PROMPTS.get(spec.config_path.resolve())
+    if path is None:
+        raise ValueError(f"no prompts are known for {spec.description}: give --prompts FILE or --data_path FILE")
+    return path
+
+
+def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: CalibrationOptions) -> dict[str, Any]:
+    """Return all that the data depends on, as plain values. Names of kept files are made of it: change nothing."""
+    sampling = asdict(settings)
+    for name in ("merge", "quantization"):  # None both
+        del sampling[name]
+    return {
+        **pipeline.spec.hashes,
+        "prompts": prompts.name,
+        "prompts_sha256": file_sha256(prompts),
+        "sampling": sampling,
+        "seed": options.seed,
+        "cali_st": options.effort.cali_st,
+        "cali_n": options.effort.cali_n,
+        "cond": options.cond,
+        "device": pipeline.device.type,
+    }
+
+
 def collect(
-    model: nn.Module, prompts: Sequence[str], options: SamplingOptions, args: argparse.Namespace, facts: dict[str, Any]
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    settings: DrawSettings,
+    options: CalibrationOptions,
+    facts: Mapping[str, Any],
 ) -> CalibrationSet:
-    """The inputs of the UNet at --cali_st timesteps of --cali_n pictures, prompts in turn, picture i from seed + i."""
-    if args.cond and options.scale == 1:
-        raise ValueError("--cond: with --scale 1 there is no branch without the prompt: leave one of them out")
-    parts: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-    calls = chosen_calls(options.steps_taken, args.cali_st)
-    size = min(args.cali_n, 16)
-    with tqdm(total=args.cali_n, desc="calibration data", unit="picture", disable=rank() != 0) as bar:
-        for start in range(0, args.cali_n, size):
-            numbers = range(start, min(start + size, args.cali_n))
+    """Draw cali_n pictures, and return what the UNet is given at cali_st of their timesteps.
+
+    Prompts are taken in turn, and picture i starts from the noise of seed + i. Samples are in the order of timesteps;
+    at each of them come the pictures in batches, [without prompt; with prompt] where both branches are kept.
+    facts: kept with the data.
+    """
+    pictures = options.effort.cali_n
+    unet = pipeline.prepare(settings).model.diffusion_model
+    calls = chosen_calls(settings.steps_taken, options.effort.cali_st)
+    size = min(pictures, MAX_BATCH)
+    steps: list[list[tuple[Tensor, ...]]] = [[] for _ in calls]
+    with tqdm(total=pictures, desc="calibration data", unit="picture", disable=rank() != 0) as bar:
+        for start in range(0, pictures, size):
+            numbers = range(start, min(start + size, pictures))
             texts = [prompts[i % len(prompts)] for i in numbers]
-            with recorded_inputs(model.model.diffusion_model, calls) as kept:
-                sample(model, texts, [args.seed + i for i in numbers], options)
-            for step, values in enumerate(kept):
-                parts.setdefault(step, []).append(branches(values, len(texts), options.scale != 1, bool(args.cond)))
+            with recorded_inputs(unet, calls) as kept:
+                pipeline.sample(texts, [options.seed + i for i in numbers], settings)
+            for step, values in zip(steps, kept, strict=True):
+                step.append(values if options.cond else _with_prompt(values, len(texts)))
             bar.update(len(texts))
-    in_order = [values for step in sorted(parts) for values in parts[step]]
-    x, t, *context = (torch.cat(tensors) for tensors in zip(*in_order, strict=True))
-    return CalibrationSet(x, t, context[0] if context else None, facts)
+    x, t, *context = (
+        torch.cat(tensors) for tensors in zip(*(values for step in steps for values in step), strict=True)
+    )
+    return CalibrationSet(x, t, context[0] if context else None, dict(facts))
 
 
-def branches(values: tuple[torch.Tensor, ...], pictures: int, guided: bool, both: bool) -> tuple[torch.Tensor, ...]:
-    """Of a call's inputs, [without prompt; with prompt] where it is guided, both branches or the latter alone."""
-    return tuple(value if both or not guided else value[-pictures:] for value in values)
+def _with_prompt(values: tuple[Tensor, ...], pictures: int) -> tuple[Tensor, ...]:
+    """Return the part with prompt of a call's inputs: the second half of a guided call, all of another one."""
+    return tuple(value[-pictures:] for value in values)

@@ -1,32 +1,37 @@
-"""What a calibration will take, told before it starts."""
+"""Estimate what a calibration will take in time, memory and disk, and refuse one that does not fit."""
 
+import logging
 import math
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dsdiff.cli.console import logger
-from qdiff.calibrate import steps_of
+from dsdiff.calibration.options import GIB
+from qdiff.calibrate import calibration_steps
 from qdiff.calibration_set import CalibrationSet
 from qdiff.config import ReconConfig
 from qdiff.distributed import world_size
 from qdiff.quant_block import MAX_SCORES
 from qdiff.quant_model import QuantModel
 
-GIB = 2**30
+logger = logging.getLogger(__name__)
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of a calibration.
+    """The needs of a calibration, of all processes on this machine together.
 
-    activations: bytes of those of the largest unit. memory: bytes of main memory beyond the loaded model.
-    gpu_memory: the same of each process's GPU, 0 without one.
+    activations: bytes of the largest unit's inputs and outputs, in memory or on disk. memory: bytes of main memory
+    beyond the loaded model. gpu_memory: the same for the GPU of each process, 0 without one.
     """
 
     seconds: float
@@ -35,20 +40,52 @@ class Estimate:
     gpu_memory: int = 0
 
     def on_disk(self, cache: int) -> int:
-        """Bytes of activations that do not fit into a cache of that many bytes."""
+        """Return the bytes of activations that do not fit into a cache of that many bytes."""
         return max(self.activations - cache, 0)
 
 
-@torch.no_grad()
+# --- what is needed ----------------------------------------------------------------------------------------
+
+
 def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, batch_size: int, cache: int) -> Estimate:
-    """From one forward pass of one batch, timed, with the sizes of every unit's input and output noted."""
+    """Return the needs of a calibration, told from one timed forward pass of one batch.
+
+    batch_size: samples a forward pass. cache: bytes of activations that are kept in memory.
+    """
+    device = next(qnn.parameters()).device
+    seconds, sizes = _measure(qnn, data, batch_size)
+    learned = [step for step in calibration_steps(qnn, recon) if step.phase != "ranges"]
+    # A unit is reached twice, on average half way through the UNet; its own passes, over all units, make whole ones:
+    # two evaluations, and iterations of forward and backward, which take three times a forward.
+    passes = len(data) * (len(learned) + 5)
+    if recon is not None:
+        passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
+    activations = max(sizes) * len(data) if learned else 0
+    # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps of
+    # them; of its samples what the graph keeps, and some attention matrices.
+    weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
+    largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
+    working = 12 * largest + 24 * max(sizes) * batch_size + 16 * MAX_SCORES
+    at_work = int(weights * 0.15) + (working if learned else 0)
+    on_gpu = at_work if device.type == "cuda" else 0
+    return Estimate(
+        seconds=seconds * passes / world_size(),
+        activations=activations * local_processes(),
+        memory=(min(activations, cache) + at_work - on_gpu) * local_processes(),
+        gpu_memory=on_gpu,
+    )
+
+
+@torch.no_grad()
+def _measure(qnn: QuantModel, data: CalibrationSet, batch_size: int) -> tuple[float, list[int]]:
+    """Return the seconds that a sample takes in a forward pass, and the bytes of its input and output in each unit."""
     device = next(qnn.parameters()).device
     part = slice(0, min(batch_size, len(data)))
     sizes: list[int] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        values = [value for value in (*args, *kwargs.values(), output) if isinstance(value, torch.Tensor)]
-        sizes.append(sum(4 * value[0].numel() for value in values) * len(data))
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        values = [value for value in (*args, *kwargs.values(), output) if isinstance(value, Tensor)]
+        sizes.append(sum(4 * value[0].numel() for value in values))
 
     hooks = [unit.register_forward_hook(note, with_kwargs=True) for unit in qnn.units().values()]
     try:
@@ -58,34 +95,14 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
         began = time.perf_counter()
         qnn(*data.batch(part, device))
         _synchronize(device)
-        sample_seconds = (time.perf_counter() - began) / (part.stop - part.start)
+        return (time.perf_counter() - began) / (part.stop - part.start), sizes
     finally:
         for hook in hooks:
             hook.remove()
-    learned = [step for step in steps_of(qnn, recon) if step.phase != "ranges"]
-    # A unit is reached twice, on average half way through the UNet; its own passes, over all units, make whole ones:
-    # two evaluations, and iterations of forward and backward, which take three times a forward.
-    passes = len(data) * (len(learned) + 5)
-    if recon is not None:
-        passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
-    activations = max(sizes) if learned else 0
-    # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps of
-    # them; of its samples what the graph keeps, and some attention matrices.
-    weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
-    largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
-    working = 12 * largest + 24 * max(sizes) // len(data) * batch_size + 16 * MAX_SCORES
-    at_work = int(weights * 0.15) + (working if learned else 0)
-    on_gpu = at_work if device.type == "cuda" else 0
-    return Estimate(
-        seconds=sample_seconds * passes / world_size(),
-        activations=activations * local_processes(),
-        memory=(min(activations, cache) + at_work - on_gpu) * local_processes(),
-        gpu_memory=on_gpu,
-    )
 
 
 def local_processes() -> int:
-    """How many processes share this machine's memory and disk."""
+    """Return how many processes of this calibration share the machine's memory and disk."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -94,8 +111,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# --- what there is -----------------------------------------------------------------------------------------
+
+
 def check_estimate(expected: Estimate, cache: int, folder: Path, device: torch.device) -> None:
-    """Tell it, and raise ValueError where memory or disk will not do."""
+    """Log the estimate. Raise ValueError where memory, disk or the GPU's memory will not do.
+
+    cache: bytes of activations that each process keeps in memory. folder: where the rest goes.
+    """
     disk, free_disk = expected.on_disk(cache * local_processes()), shutil.disk_usage(_existing(folder)).free
     free_memory = available_memory()
     logger.info(
@@ -121,7 +144,7 @@ def check_estimate(expected: Estimate, cache: int, folder: Path, device: torch.d
 
 
 def check_gpu(needed: int, free: int) -> None:
-    """The same for a GPU's memory."""
+    """Log the bytes of the GPU's memory that are needed. Raise ValueError if fewer are free."""
     logger.info("%.1f GiB more of the GPU's memory (%.1f available)", needed / GIB, free / GIB)
     if needed > free:
         raise ValueError(
@@ -131,27 +154,23 @@ def check_gpu(needed: int, free: int) -> None:
 
 
 def available_gpu_memory(device: torch.device) -> int:
-    """Bytes: those that the GPU has left, and those that torch holds and does not use."""
+    """Return the bytes that the GPU has left, together with those that torch holds and does not use."""
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + idle
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had, by the system and by the limit of a container."""
+    """Return the bytes of main memory that this process can get, by the system and by the limit of a container."""
+    available = psutil.virtual_memory().available
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such limit
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit
         return available
     return min(available, limit - used)
 
 
 def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that is there."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 

@@ -1,0 +1,224 @@
+"""The options of a calibration, as frozen values that check themselves. Nothing here imports torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dsdiff.options import QUANT_MODES, DrawOptions, MergeOptions, ModelOptions
+from qdiff.config import QuantConfig, ReconConfig
+
+FORMATS = ("dsdiff", "qdiff")
+GIB = 2**30
+DEFAULT_CACHE_GB = 2.0
+
+# Options that shape the learning alone: of the rounding of weights, of the step sizes of activations, of both.
+ROUNDING = ("lr_w", "weight", "b_start", "b_end", "warmup")
+STEP_SIZES = ("lr", "p")
+LEARNING = ("iters_w", "iters_a", *ROUNDING, *STEP_SIZES, "sym", "no_grad_ckpt", "cache_gb")
+# Options of ReconConfig that have its defaults, where no preset says otherwise.
+OF_RECON_CONFIG = ("p", "weight", "b_start", "b_end", "warmup")
+# How the command calls the fields of DrawOptions.
+DRAW_FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is collected and learned: the options that a preset sets."""
+
+    cali_st: int
+    cali_n: int
+    iters_w: int
+    iters_a: int
+    batch_size: int
+    lr_w: float
+    lr: float
+
+
+# fast: minutes on a CPU for the embedded model. paper: Q-Diffusion's numbers (Li et al. 2023).
+PRESETS: Mapping[str, Effort] = {
+    "fast": Effort(cali_st=10, cali_n=12, iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
+    "paper": Effort(cali_st=25, cali_n=128, iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How a model is calibrated. None means the preset's value, or else the default of `qdiff.config`.
+
+    model: the float model. draw: how the pictures of the calibration data are drawn, never with merged tokens.
+    merge: the token merging that is calibrated with, None for none.
+
+    weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, to how many bits: see QuantConfig.
+    quant_mode: "qdiff" learns rounding and step sizes; "linear", the baseline, rounds to nearest between minimum and
+    maximum. running_stat: take ranges of activations from running averages of minimum and maximum.
+
+    prompts: a text file, a prompt a line (None: the one that comes with the model). cali_st: timesteps, spread over the
+    trajectory. cali_n: pictures at each of them. cond: keep both branches of guidance, with prompt and without.
+    data_path: ready data, of an earlier calibration or in Q-Diffusion's layout, in place of drawing it.
+    num_samples: take so many of all samples, at random (None: all).
+
+    preset: a key of PRESETS. batch_size: samples a step, over all processes. iters_w, lr_w, weight, b_start, b_end,
+    warmup: of AdaRound; iters_a, lr, p: of LSQ; sym: all as in ReconConfig. no_grad_ckpt: no gradient checkpointing,
+    which is faster and needs more memory. cache_gb: GiB of activations kept in memory, the rest goes to disk (None: 2).
+
+    seed: of the noise of picture 0 and of all random choices, in [0, 2**31). device: see `choose_device`; under
+    torchrun each process gives its own. outdir: the folder for all files. resume: go on with the interrupted
+    calibration in `outdir`. format: of the file, "dsdiff" or "qdiff" for Q-Diffusion's .pth.
+    Raises ValueError for a value out of range, and for an option that would have no effect.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    draw: DrawOptions = field(default_factory=DrawOptions)
+    merge: MergeOptions | None = None
+
+    weight_bit: int = 4
+    quant_act: bool = False
+    act_bit: int | None = None
+    sm_abit: int | None = None
+    split: bool = False
+    quant_mode: str = "qdiff"
+    running_stat: bool = False
+
+    prompts: Path | None = None
+    cali_st: int | None = None
+    cali_n: int | None = None
+    cond: bool = False
+    data_path: Path | None = None
+    num_samples: int | None = None
+
+    preset: str = "fast"
+    batch_size: int | None = None
+    iters_w: int | None = None
+    iters_a: int | None = None
+    lr_w: float | None = None
+    lr: float | None = None
+    p: float | None = None
+    weight: float | None = None
+    b_start: float | None = None
+    b_end: float | None = None
+    warmup: float | None = None
+    sym: bool = False
+    no_grad_ckpt: bool = False
+    cache_gb: float | None = None
+
+    seed: int = 42
+    device: str = "auto"
+    outdir: Path = Path("outputs/calibration")
+    resume: bool = False
+    format: str = "dsdiff"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("quant_mode", QUANT_MODES), ("preset", tuple(PRESETS)), ("format", FORMATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        for name in ("cali_st", "cali_n", "num_samples", "batch_size"):
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole("seed", self.seed, 0, 2**31 - 1)
+        if self.cache_gb is not None and not (math.isfinite(self.cache_gb) and self.cache_gb >= 0):
+            raise ValueError(f"cache_gb is {self.cache_gb!r}: it must be a finite number of 0 or more")
+        if self.draw.merge is not None:
+            raise ValueError("calibration data is drawn without merging: leave draw.merge out, and give merge")
+        self._refuse_without_effect()
+        self.quant_config()  # which checks the bits
+        self.recon_config()  # which checks the rest
+
+    # --- what the options mean ----------------------------------------------------------------------------
+
+    @property
+    def effort(self) -> Effort:
+        """The preset's values, replaced by those that are given."""
+        return replace(PRESETS[self.preset], **self._given([each.name for each in fields(Effort)]))
+
+    def quant_config(self) -> QuantConfig:
+        """Return what is quantized. Learning starts from ranges of least error; the baseline takes the extremes."""
+        method = "max" if self.quant_mode == "linear" else "mse"
+        return QuantConfig(
+            weight_bit=self.weight_bit,
+            quant_act=self.quant_act,
+            split=self.split,
+            scale_method=method,
+            act_scale_method=method,
+            **self._given(("act_bit", "sm_abit")),
+        )
+
+    def recon_config(self) -> ReconConfig | None:
+        """Return how units are learned; None for the baseline, which learns nothing."""
+        if self.quant_mode == "linear":
+            return None
+        effort = self.effort
+        return ReconConfig(
+            iters_w=effort.iters_w,
+            iters_a=effort.iters_a,
+            batch_size=effort.batch_size,
+            lr_w=effort.lr_w,
+            lr=effort.lr,
+            sym=self.sym,
+            grad_checkpoint=not self.no_grad_ckpt,
+            seed=self.seed,
+            **self._given(OF_RECON_CONFIG),
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """How many bytes of activations are kept in memory."""
+        return int((DEFAULT_CACHE_GB if self.cache_gb is None else self.cache_gb) * GIB)
+
+    @property
+    def target(self) -> Path:
+        """The file to write."""
+        return self.outdir / ("cali.pth" if self.format == "qdiff" else "cali.safetensors")
+
+    # --- options without effect ---------------------------------------------------------------------------
+
+    def _refuse_without_effect(self) -> None:
+        if self.quant_mode == "linear":
+            self._refuse(LEARNING, "--quant_mode linear learns nothing")
+        if self.data_path is not None:
+            self._refuse_drawing(self.data_path)
+        if self.iters_w == 0:
+            self._refuse(ROUNDING, "with --iters_w 0 weights are rounded to nearest")
+        if self.iters_a == 0:
+            self._refuse(STEP_SIZES, "with --iters_a 0 no step size is learned")
+        if not self.quant_act:
+            idle = ("act_bit", "sm_abit", "iters_a", *STEP_SIZES, "running_stat")
+            self._refuse(idle, "without --quant_act activations stay float")
+
+    def _refuse_drawing(self, data_path: Path) -> None:
+        """Raise ValueError for options of the drawing.
+
+        cali_st and cali_n choose a part of data in Q-Diffusion's layout; data of ours is taken as it is.
+        """
+        why = "with --data_path nothing is drawn"
+        ours = data_path.suffix == ".safetensors"
+        self._refuse(("prompts", "cond", *(("cali_st", "cali_n") if ours else ())), why)
+        if self.draw.sampler != "ddim":
+            raise ValueError(f"{why}, so a sampler has no effect: leave it out")
+        plain = DrawOptions()
+        names = [
+            each.name for each in fields(DrawOptions) if getattr(self.draw, each.name) != getattr(plain, each.name)
+        ]
+        flags = [DRAW_FLAGS.get(name, name) for name in names]
+        _refuse_flags([*flags, *(["tokenizer"] if self.model.tokenizer is not None else [])], why)
+
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        _refuse_flags([*self._given(names)], why)
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return those of the options `names` that are given, with their values. Defaults are None or False."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def _refuse_flags(flags: Sequence[str], why: str) -> None:
+    if flags:
+        raise ValueError(f"{why}, so {', '.join(f'--{flag}' for flag in flags)} has no effect: leave it out")
+
+
+def _check_whole(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limits = f"of {low} or more" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} is {value!r}: it must be a whole number {limits}")

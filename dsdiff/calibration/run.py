@@ -1,0 +1,253 @@
+"""Run a calibration: collect data, learn unit by unit, write the file and the report of all units."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import tomesd
+from dsdiff.calibration.data import calibration_data
+from dsdiff.calibration.estimate import check_estimate, estimate
+from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.environment import choose_device, precision_context, versions
+from dsdiff.models.spec import ModelSpec, find_model
+from dsdiff.options import MergeOptions
+from dsdiff.pipeline import Pipeline
+from ldm.fileio import check_writable, write_atomically
+from qdiff import calibrate as procedure
+from qdiff.calibration_set import CalibrationSet
+from qdiff.capture import Cache
+from qdiff.checkpoint import fingerprint, save_cali_ckpt
+from qdiff.config import QuantConfig, ReconConfig
+from qdiff.distributed import barrier, rank, world_size
+from qdiff.quant_model import QuantModel
+from qdiff.reconstruction import UnitReport
+from qdiff.resume import ProgressFolder
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that the result depends on. A calibration is gone on with only under the same settings.
+
+    fingerprint: of the float UNet's weights. data_sha256: of the calibration data. samples: how many it has.
+    processes: how many of torchrun share the work, in which sums are made in another order.
+    """
+
+    fingerprint: str
+    config: QuantConfig
+    recon: ReconConfig | None
+    quant_mode: str
+    running_stat: bool
+    merge: MergeOptions | None
+    data_sha256: str
+    samples: int
+    batch_size: int
+    seed: int
+    processes: int
+
+
+def calibrate(options: CalibrationOptions) -> Path:
+    """Calibrate a model; return the file written, which QuantizationOptions(cali_ckpt=...) draws with.
+
+    In options.outdir there are afterwards that file, report.json with the errors of each unit before and after, and the
+    calibration data. Under torchrun all processes call this, and share the work.
+    Raises ValueError or OSError for what cannot work, such as an unfinished calibration in the folder that is not to be
+    resumed. A KeyboardInterrupt leaves finished units there, and its text tells how to go on.
+    """
+    spec = find_model(options.model, accept_bundle=False)
+    logger.info("%s", spec)
+    check_writable(options.outdir)
+    qnn, data = _prepare(spec, options)
+    cache = Cache(options.cache_bytes, options.outdir / "cache")
+    cache.clear()
+    progress = ProgressFolder(options.outdir / "progress")
+    # Float targets are computed in whole float32, and with the same tokens merged as what is compared with them.
+    with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
+        _check_needs(qnn, data, cache, options)
+        settings = _settings(qnn, data, options)
+        begin_or_resume(progress, asdict(settings), options.resume)
+        reports = _learn(qnn, data, options, progress, cache)
+    barrier()  # all have read what is removed now
+    if rank() == 0:
+        _write(qnn, settings, reports, spec, data, options)
+        progress.remove()
+    for line in summary(reports):
+        logger.info("%s", line)
+    if rank() == 0:
+        logger.info("written to %s (%.2f MB)", options.target, options.target.stat().st_size / 1e6)
+    return options.target
+
+
+def ready_made(folder: Path, options: CalibrationOptions) -> Path:
+    """Return the file that these options make in `folder`: made if it is not there, gone on with if it was begun.
+
+    Under torchrun all processes call this.
+    """
+    begun = ProgressFolder(folder / "progress").begun
+    own = replace(options, outdir=folder, resume=begun)
+    there = own.target.exists()
+    barrier()  # all have looked
+    if not there:
+        logger.info("calibrating in %s", folder)
+        calibrate(own)
+        barrier()  # it is written
+    return own.target
+
+
+# --- preparations ------------------------------------------------------------------------------------------
+
+
+def _prepare(spec: ModelSpec, options: CalibrationOptions) -> tuple[QuantModel, CalibrationSet]:
+    """Return the quantized UNet, not calibrated yet, and its data. The model around the UNet is let go."""
+    pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer)
+    data = calibration_data(pipeline, options)
+    qnn = QuantModel(pipeline.model.model.diffusion_model, options.quant_config())
+    if options.merge is not None:
+        tomesd.apply_patch(qnn, **asdict(options.merge))
+    return qnn, data
+
+
+@contextmanager
+def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]:
+    """Within the block, merge the same tokens in each forward pass, if any are merged."""
+    if merge is None:
+        yield
+    else:
+        with tomesd.pinned(qnn, merge.seed):
+            yield
+
+
+def _check_needs(qnn: QuantModel, data: CalibrationSet, cache: Cache, options: CalibrationOptions) -> None:
+    needs = estimate(qnn, data, options.recon_config(), options.effort.batch_size, cache.limit)
+    check_estimate(needs, cache.limit, options.outdir, choose_device(options.device))
+
+
+def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions) -> Settings:
+    digest = hashlib.sha256()
+    for tensor in (data.x, data.t, data.context):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy())
+    return Settings(
+        fingerprint=fingerprint(qnn),
+        config=qnn.config,
+        recon=options.recon_config(),
+        quant_mode=options.quant_mode,
+        running_stat=options.running_stat,
+        merge=options.merge,
+        data_sha256=digest.hexdigest(),
+        samples=len(data),
+        batch_size=options.effort.batch_size,
+        seed=options.seed,
+        processes=world_size(),
+    )
+
+
+def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume: bool) -> None:
+    """Begin a calibration, or make sure that the one begun has the same settings. All processes call this.
+
+    Raises ValueError rather than lose unfinished work.
+    """
+    begun = folder.begun
+    barrier()  # no process may find what another has just begun
+    if begun and not resume:
+        raise ValueError(
+            f"{str(folder.folder)!r} holds an unfinished calibration: go on with --resume, or remove it or use another "
+            "--outdir to begin anew"
+        )
+    if begun:
+        folder.check(settings)
+    elif rank() == 0:
+        folder.begin(settings)
+    barrier()
+
+
+# --- learning ----------------------------------------------------------------------------------------------
+
+
+def _learn(
+    qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions, folder: ProgressFolder, cache: Cache
+) -> list[UnitReport]:
+    """Calibrate behind a bar of samples and iterations; return the reports of all units."""
+    recon = options.recon_config()
+    work = [procedure.step_work(step, recon, len(data)) for step in procedure.calibration_steps(qnn, recon)]
+    done = sum(work[: folder.finished()])
+    bar = tqdm(total=sum(work), initial=done, desc="calibration", unit="it", disable=rank() != 0)
+    reports: list[UnitReport] = []
+
+    def advance(step: procedure.Step, n: int) -> None:
+        bar.set_postfix_str(f"{step.phase} {step.unit.removeprefix('model.')}", refresh=False)
+        bar.update(n)
+
+    steps = procedure.calibrate(
+        qnn,
+        data,
+        recon,
+        cache=cache,
+        batch_size=options.effort.batch_size,
+        running=options.running_stat,
+        seed=options.seed,
+        folder=folder,
+        progress=advance,
+    )
+    try:
+        with bar:
+            for step, report in steps:
+                if step.unit:
+                    reports.append(UnitReport(**report))
+                    logger.debug("%s", describe(reports[-1]))
+    except KeyboardInterrupt:
+        way_on = f"{len(reports)} units finished in {options.outdir}; the same command with --resume goes on"
+        raise KeyboardInterrupt(way_on) from None
+    finally:
+        cache.clear()
+    return reports
+
+
+def describe(report: UnitReport) -> str:
+    """Return a report as a line."""
+    verdict = "" if report.improved else " (kept as it was)"
+    return (
+        f"{report.phase:<11} {report.unit.removeprefix('model.'):<45} "
+        f"{report.before:.3e} -> {report.after:.3e}{verdict} {report.seconds:.1f} s"
+    )
+
+
+def summary(reports: Sequence[UnitReport]) -> Iterator[str]:
+    """Yield a line for each phase: by how much the errors of its units fell."""
+    for phase in ("weights", "activations"):
+        units = [report for report in reports if report.phase == phase]
+        if units:
+            ratios = sorted(unit.after / unit.before if unit.before else 1.0 for unit in units)
+            yield (
+                f"{phase}: {sum(unit.improved for unit in units)} of {len(units)} units improved, error x "
+                f"{ratios[len(ratios) // 2]:.2f} (median), {sum(unit.seconds for unit in units):.0f} s"
+            )
+
+
+# --- the files ---------------------------------------------------------------------------------------------
+
+
+def _write(
+    qnn: QuantModel,
+    settings: Settings,
+    reports: Sequence[UnitReport],
+    spec: ModelSpec,
+    data: CalibrationSet,
+    options: CalibrationOptions,
+) -> None:
+    """Write the calibrated numbers, and the report."""
+    facts = {**asdict(settings), "preset": options.preset, "data": data.facts, "versions": versions()}
+    source = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes}
+    save_cali_ckpt(qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source)
+    content = json.dumps({"settings": facts, "units": [asdict(report) for report in reports]}, indent=2) + "\n"
+    write_atomically(options.outdir / REPORT_FILE, lambda path: path.write_text(content, encoding="utf-8"))

@@ -1,0 +1,107 @@
+"""The data of a calibration, drawn with a small model."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsdiff.calibration import data as module
+from dsdiff.calibration.data import calibration_data
+from dsdiff.models.spec import find_model
+from dsdiff.options import DrawOptions
+from dsdiff.pipeline import Pipeline
+from qdiff.calibration_set import CalibrationSet
+
+
+@pytest.fixture(scope="module")
+def pipeline(options):
+    return Pipeline(find_model(options.model), device="cpu")
+
+
+def test_the_data_holds_both_branches_of_each_step(pipeline, options, tmp_path):
+    data = calibration_data(pipeline, replace(options, outdir=tmp_path))
+    assert len(data) == 8 and data.x.shape[1:] == (4, 8, 8) and data.t.tolist() == [501] * 4 + [1] * 4
+    # The first half of a call is without prompt: its contexts are all the same.
+    without, red, blue = data.context[0], data.context[2], data.context[3]
+    assert torch.equal(without, data.context[1]) and torch.equal(without, data.context[4])
+    assert not torch.equal(red, without) and not torch.equal(red, blue) and torch.equal(red, data.context[6])
+    # Both branches are given the same picture; those of the first step are noise of their own seeds.
+    assert torch.equal(data.x[:2], data.x[2:4]) and not torch.equal(data.x[0], data.x[1])
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(options.seed + 1))
+    assert torch.equal(data.x[1], noise)
+
+
+def test_without_cond_only_the_branch_with_prompt_is_kept(pipeline, options, tmp_path):
+    both = calibration_data(pipeline, replace(options, outdir=tmp_path))
+    one = calibration_data(pipeline, replace(options, outdir=tmp_path, cond=False))
+    assert torch.equal(one.x, both.x[[2, 3, 6, 7]]) and torch.equal(one.context, both.context[[2, 3, 6, 7]])
+    free = replace(options, outdir=tmp_path, cond=False, draw=replace(options.draw, scale=1.0))
+    assert len(calibration_data(pipeline, free)) == 4
+
+
+def test_batches_make_no_difference(pipeline, options, tmp_path, monkeypatch):
+    one = replace(options, outdir=tmp_path / "one", cali_n=3, cond=False)
+    data = calibration_data(pipeline, one)
+    monkeypatch.setattr(module, "MAX_BATCH", 2)
+    parts = calibration_data(pipeline, replace(one, outdir=tmp_path / "parts"))
+    assert len(data) == 6 and torch.equal(data.t, parts.t)
+    assert torch.allclose(data.x, parts.x, atol=1e-4) and torch.equal(data.x[0], data.x[0])
+
+
+def test_data_is_kept_and_found_again(pipeline, options, tmp_path, monkeypatch):
+    own = replace(options, outdir=tmp_path)
+    data = calibration_data(pipeline, own)
+    (file,) = tmp_path.iterdir()
+    # Its name is the hash of what it depends on. Those facts must not change, or kept files are not found any more.
+    key = hashlib.sha256(json.dumps(data.facts, sort_keys=True).encode()).hexdigest()[:16]
+    assert file.name == f"data-{key}.safetensors"
+    sampling = {"height", "width", "sampler", "steps", "steps_taken", "eta", "scale", "negative_prompt", "precision"}
+    assert data.facts.keys() == {"ckpt_sha256", "config_sha256", "prompts", "prompts_sha256", "sampling", "seed"} | {
+        "cali_st",
+        "cali_n",
+        "cond",
+        "device",
+    }
+    assert data.facts["sampling"].keys() == sampling
+
+    def collect(*args):
+        raise AssertionError("collected again")
+
+    monkeypatch.setattr(module, "collect", collect)
+    again = calibration_data(pipeline, own)
+    assert torch.equal(data.x, again.x) and data.facts == again.facts
+    for other in ({"seed": 1}, {"cali_n": 3}, {"cond": False}, {"draw": DrawOptions(steps=2)}):
+        with pytest.raises(AssertionError, match="collected again"):
+            calibration_data(pipeline, replace(own, **other))
+
+
+def test_a_part_of_ready_data_is_drawn_by_the_seed(pipeline, options, tmp_path):
+    data = calibration_data(pipeline, replace(options, outdir=tmp_path))
+    (file,) = tmp_path.iterdir()
+    ready = replace(options, data_path=file, prompts=None, cond=False, cali_st=None, cali_n=None, draw=DrawOptions())
+    assert torch.equal(calibration_data(pipeline, ready).x, data.x)
+    part = calibration_data(pipeline, replace(ready, num_samples=3))
+    assert len(part) == 3 and all(any(torch.equal(x, y) for y in data.x) for x in part.x)
+    parts = [calibration_data(pipeline, replace(ready, num_samples=3, seed=seed)).x for seed in range(4)]
+    assert any(not torch.equal(parts[0], other) for other in parts[1:])
+
+
+def test_what_cannot_be_is_refused(pipeline, options, tmp_path):
+    CalibrationSet(torch.zeros(2, 4, 4, 4), torch.zeros(2), torch.zeros(2, 7, 9)).save(tmp_path / "other.safetensors")
+    (tmp_path / "empty.txt").write_text("\n")
+    ready = {"prompts": None, "cond": False, "cali_st": None, "cali_n": None, "draw": DrawOptions()}
+    cases = [
+        (ready | {"data_path": tmp_path / "other.safetensors"}, "a context of 9, the model 4 and 128"),
+        (ready | {"data_path": tmp_path / "none.safetensors"}, "No such file"),
+        ({"draw": DrawOptions(scale=1.0)}, "there is no branch without the prompt"),
+        ({"prompts": tmp_path / "none.txt"}, "No such file"),
+        ({"prompts": tmp_path / "empty.txt"}, "holds no prompts"),
+        ({"prompts": None}, "no prompts are known for small: give --prompts FILE or --data_path FILE"),
+    ]
+    for values, says in cases:
+        with pytest.raises((ValueError, OSError)) as error:
+            calibration_data(pipeline, replace(options, outdir=tmp_path / "out", **values))
+        assert says in str(error.value), (values, str(error.value))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,99 @@
+"""A whole calibration of a small model, interrupted and not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dsdiff.calibration import calibrate, ready_made, run
+from dsdiff.calibration.run import describe, summary
+from dsdiff.options import MergeOptions
+from qdiff.checkpoint import read_cali_header
+from qdiff.reconstruction import UnitReport
+from qdiff.resume import ProgressFolder
+
+
+@pytest.fixture(scope="module")
+def calibrated(options, tmp_path_factory):
+    """The file of an uninterrupted calibration."""
+    return calibrate(replace(options, outdir=tmp_path_factory.mktemp("calibrated")))
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Interrupts a calibration after five steps, once; a list of the numbers of all steps that were kept."""
+    plain, saved = ProgressFolder.save, []
+
+    def save(self, number, *args):
+        plain(self, number, *args)
+        saved.append(number)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressFolder, "save", save)
+    return saved
+
+
+def test_writes_the_file_the_report_and_the_data(calibrated):
+    names = sorted(path.name for path in calibrated.parent.iterdir())
+    assert len(names) == 3 and names[0] == calibrated.name == "cali.safetensors" and names[2] == "report.json"
+    assert names[1].startswith("data-")
+    header = read_cali_header(calibrated)
+    assert (header.config.weight_bit, header.config.act_bit, header.config.sm_abit) == (4, 8, 16)
+    assert header.config.quant_act and header.config.split and header.merge is None
+    assert header.calibration["samples"] == 8 and header.calibration["quant_mode"] == "qdiff"
+    assert header.calibration["processes"] == 1 and header.calibration["data"]["cond"]
+    assert header.source["ckpt"] == "small.safetensors" and header.source["config"] == "small.yaml"
+
+
+def test_no_unit_ends_worse_than_it_began(calibrated):
+    report = json.loads((calibrated.parent / "report.json").read_text())
+    assert report["settings"] == read_cali_header(calibrated).calibration
+    units = [UnitReport(**unit) for unit in report["units"]]
+    assert {unit.phase for unit in units} == {"weights", "activations"}
+    assert all(unit.after <= unit.before for unit in units)
+    assert any(unit.after < unit.before for unit in units)
+
+
+def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated, options, tmp_path, interrupted):
+    own = replace(options, outdir=tmp_path)
+    with pytest.raises(KeyboardInterrupt, match=r"4 units finished in .* with --resume goes on"):
+        calibrate(own)
+    with pytest.raises(ValueError, match="holds an unfinished calibration: go on with --resume"):
+        calibrate(own)
+    with pytest.raises(ValueError, match="other settings: recon"):
+        calibrate(replace(own, iters_w=3, resume=True))
+    assert calibrate(replace(own, resume=True)).read_bytes() == calibrated.read_bytes()
+    assert interrupted == list(range(len(interrupted)))  # each step once
+    assert not (tmp_path / "progress").exists()
+
+
+def test_a_ready_made_file_is_made_gone_on_with_and_found(calibrated, options, tmp_path, interrupted, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        ready_made(tmp_path / "a", options)
+    path = ready_made(tmp_path / "a", options)
+    assert path == tmp_path / "a" / "cali.safetensors" and path.read_bytes() == calibrated.read_bytes()
+    assert interrupted == list(range(len(interrupted)))
+    monkeypatch.setattr(run, "calibrate", lambda options: pytest.fail("made again"))
+    assert ready_made(tmp_path / "a", options) == path
+
+
+def test_merging_is_noted(options, tmp_path):
+    linear = {"quant_mode": "linear", "iters_w": None, "iters_a": None, "no_grad_ckpt": False}
+    own = replace(options, outdir=tmp_path, merge=MergeOptions(ratio=0.5), **linear)
+    header = read_cali_header(calibrate(own))
+    assert header.merge["ratio"] == 0.5 and header.calibration["quant_mode"] == "linear"
+    assert json.loads((tmp_path / "report.json").read_text())["units"] == []
+
+
+def test_reports_in_words():
+    common = {"phase": "weights", "before": 2.0, "seconds": 1.5}
+    reports = [
+        UnitReport(unit="model.a", after=1.0, improved=True, **common),
+        UnitReport(unit="model.b", after=2.0, improved=False, **common),
+        UnitReport(unit="model.c", after=1.0, improved=True, **common),
+    ]
+    assert describe(reports[0]).split() == ["weights", "a", "2.000e+00", "->", "1.000e+00", "1.5", "s"]
+    assert "(kept as it was)" in describe(reports[1])
+    assert list(summary(reports)) == ["weights: 2 of 3 units improved, error x 0.50 (median), 4 s"]
+    assert list(summary([])) == []
