@@ -159,13 +159,16 @@ class Pipeline:
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
+            logger.debug("weights read")
             install(model, qnn, self.quantization, precision)
             give_back_freed()
         else:
             model = load_model_from_config(self.spec.config, self.spec.ckpt, self.device, tokenizer=self.tokenizer)
             getattr(model.cond_stage_model, "tokenizer", None)  # read now: what it lacks is told before all else
+            logger.debug("weights read")
             if self.quantization is not None:
                 quantize(model, self.quantization, precision)
+        logger.debug("model ready")
         self._model, self._loaded_for = model, precision
         return model
 
