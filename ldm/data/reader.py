@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
@@ -137,16 +136,14 @@ class _PictureContext(nn.Module):
         return x + self.project(summary)[:, :, None, None]
 
 
-class ShapesReader(pl.LightningModule):
+class ShapesReader(nn.Module):
     """Detector of shapes, fully convolutional, trained at 128 x 128 pixels.
 
     width: channels of the trunk. features: channels of the last layer before the heads.
-    learning_rate: peak of a one-cycle schedule over the trainer's steps, with AdamW.
     """
 
-    def __init__(self, width: int = 64, features: int = 128, learning_rate: float = 4e-3) -> None:
+    def __init__(self, width: int = 64, features: int = 128) -> None:
         super().__init__()
-        self.learning_rate = learning_rate
         self.trunk = nn.Sequential(
             _conv(3, 24, stride=2),
             _conv(24, 48, stride=2),
@@ -213,21 +210,6 @@ class ShapesReader(pl.LightningModule):
         height, width = heat.shape[2:]
         score = heat[b, 0, row, column].item()
         return SeenObject(**classes, x=(column + 0.5 + dx) / width, y=(row + 0.5 + dy) / height, score=score)
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        losses = reader_losses(self(batch["image"]), batch)
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
-        return sum(losses.values())
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        losses = reader_losses(self(batch["image"]), batch)
-        self.log_dict({f"val/{name}": loss for name, loss in losses.items()})
-
-    def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-2)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps, pct_start=0.15)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def reader_losses(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,16 +8,20 @@ import torch.nn as nn
 
 
 class LitEma(nn.Module):
-    """Keeps a running average of all trainable parameters of a model, as buffers named without dots.
+    """Keep a running average of all trainable parameters of a model, in buffers whose names have no dots.
 
-    decay_t = min(decay, (1 + t) / (10 + t)), so that the first updates forget the initial weights quickly.
+    decay_t = min(decay, (1 + t) / (10 + t)), so that the first updates forget the initial weights quickly. Raises
+    ValueError unless `decay` lies in [0, 1].
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True):
+    decay: torch.Tensor
+    num_updates: torch.Tensor
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"EMA decay is {decay}: it must lie in [0, 1]")
-        self.buffer_names = {}
+        self.buffer_names: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
         for name, parameter in model.named_parameters():
@@ -27,7 +31,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Moves the average a step towards the model's present weights."""
+        """Move the average one step towards the model's present weights."""
         decay = self.decay.item()
         if self.num_updates >= 0:
             self.num_updates += 1
@@ -38,14 +42,14 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Writes the averaged weights into the model."""
+        """Write the averaged weights into the model."""
         parameters = dict(model.named_parameters())
         for name, buffer_name in self.buffer_names.items():
             parameters[name].copy_(getattr(self, buffer_name))
 
     @contextmanager
     def average_parameters(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model has the averaged weights; afterwards its own again."""
+        """Give the model the averaged weights within the block; restore its own afterwards."""
         parameters = dict(model.named_parameters())
         kept = {name: parameters[name].detach().clone() for name in self.buffer_names}
         self.copy_to(model)

@@ -1,0 +1,152 @@
+"""The options of a training run, and the contents of its config file. Nothing here imports torch."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dsdiff.models.spec import read_config
+from ldm.fileio import check_writable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to run the training that a config file describes.
+
+    config: a file such as those of configs/shapes.
+    outdir: the run's folder; None: runs/<name of the config>.
+    restart: begin anew although the folder holds a run.
+    max_steps: stop after so many steps, 1 or more; None: the config's number.
+    export: where to write the float16 weights; None: where the config says; "": nowhere.
+    export_only: do not train, but write the weights of the run's last checkpoint.
+    device: auto, cpu or cuda. devices: GPUs, or processes on the CPU, 1 or more.
+    seed: of weights, order and noise, in 0..2**31.
+
+    Raises ValueError for values out of range.
+    """
+
+    config: Path
+    outdir: Path | None = None
+    restart: bool = False
+    max_steps: int | None = None
+    export: str | None = None
+    export_only: bool = False
+    device: str = "auto"
+    devices: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}")
+        if self.devices < 1:
+            raise ValueError(f"devices must be 1 or more, got {self.devices}")
+        if not 0 <= self.seed <= 2**31:
+            raise ValueError(f"seed must be in 0..{2**31}, got {self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.outdir or Path("runs") / self.config.stem
+
+    @property
+    def last(self) -> Path:
+        """The run's last checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data sets of a training, as configs with `target` and `params`, and how they are read.
+
+    batch_size: pictures per step, on all devices together.
+    """
+
+    batch_size: int
+    train: Mapping[str, Any]
+    validation: Mapping[str, Any]
+    num_workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long and how a model is trained.
+
+    precision: as Lightning's Trainer takes it, such as 32-true or bf16-mixed.
+    gradient_clip_val: largest norm of the gradient; None: not clipped.
+    checkpoint_every, log_images_every: steps between checkpoints (with a validation) and between sample grids; 0
+        writes no grids.
+    export: where to write the float16 weights at the end; None: nowhere.
+    init_from: prefix of the model's keys -> a file with these weights, whose keys lack the prefix.
+    """
+
+    max_steps: int
+    checkpoint_every: int
+    precision: str = "32-true"
+    gradient_clip_val: float | None = None
+    log_images_every: int = 0
+    export: Path | None = None
+    init_from: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a config file says about a training: the model (`target` and `params`), its data, its trainer."""
+
+    model: Mapping[str, Any]
+    learning_rate: float
+    data: DataConfig
+    trainer: TrainerConfig
+
+
+def read_training_config(options: TrainingOptions) -> TrainingConfig:
+    """Read the config file, and change in it what the options say.
+
+    Raises OSError or ValueError, before anything is trained, for a file that describes no training, and for options
+    that cannot work with it.
+    """
+    content, source = read_config(options.config), str(options.config)
+    lacking = [part for part in ("model", "data", "trainer") if not isinstance(content.get(part), Mapping)]
+    if lacking:
+        raise ValueError(f"config {source!r} has no {', '.join(lacking)}: it does not describe a training")
+    if "base_learning_rate" not in content["model"]:
+        raise ValueError(f"config {source!r} has no base_learning_rate in its model: it does not describe a training")
+    trainer = _read_part(TrainerConfig, content["trainer"], f"trainer in config {source!r}")
+    trainer = replace(
+        trainer,
+        max_steps=options.max_steps or trainer.max_steps,
+        export=_export_path(options, trainer),
+        init_from={prefix: Path(path) for prefix, path in (trainer.init_from or {}).items()},
+    )
+    check_writable(options.folder)
+    return TrainingConfig(
+        model={name: value for name, value in content["model"].items() if name != "base_learning_rate"},
+        learning_rate=float(content["model"]["base_learning_rate"]),
+        data=_read_part(DataConfig, content["data"], f"data in config {source!r}"),
+        trainer=trainer,
+    )
+
+
+def _export_path(options: TrainingOptions, trainer: TrainerConfig) -> Path | None:
+    """Return where the weights are written, None for nowhere. Raise OSError or ValueError for what cannot be."""
+    target = trainer.export if options.export is None else options.export
+    if target and Path(target).suffix != ".safetensors":
+        raise ValueError(f"--export {target} must end in .safetensors")
+    if options.export_only and not target:
+        raise ValueError("--export_only has nowhere to write to: add --export FILE")
+    if options.export_only and not options.last.exists():
+        raise FileNotFoundError(f"no checkpoint at {str(options.last)!r}: train first")
+    return Path(target) if target else None
+
+
+def _read_part(kind: type[T], content: Mapping[str, Any], what: str) -> T:
+    """Make a dataclass from a part of a config. Raise ValueError for fields that are unknown or missing."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(map(str, content)) - known.keys())
+    if unknown:
+        raise ValueError(f"{what}: unknown {', '.join(unknown)} (known: {', '.join(known)})")
+    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - content.keys()):
+        raise ValueError(f"{what}: {', '.join(missing)} is missing")
+    return kind(**content)
