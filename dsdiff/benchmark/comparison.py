@@ -1,87 +1,146 @@
-"""How fast a UNet is beside another one, and how large."""
+"""Time a model's UNet against a baseline's, and tell the bytes of its weights: figures for the table of results."""
 
 import json
-import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsdiff.benchmark.source import inputs_of
-from dsdiff.benchmark.timing import machine, seconds_per_call
-from dsdiff.jobs import model_of, options_of
-from dsdiff.pipeline import SamplingOptions, choose_device, precision_context, versions
-from ldm.fileio import write_atomically
-from qdiff.checkpoint import unet_bytes
+from dsdiff.benchmark.figures import Spread
+from dsdiff.benchmark.report import write_text
+from dsdiff.benchmark.source import TIMESTEP, inputs_of
+from dsdiff.benchmark.timing import seconds_per_call
+from dsdiff.environment import machine, precision_context, usable_cores, versions
+from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
+from dsdiff.pipeline import DrawSettings, Pipeline
+from qdiff.checkpoint import quantized_bytes
+from qdiff.engine import step_cache
 from qdiff.quant_model import QuantModel
 
+SECONDS = 0.5  # a measurement is the mean of the calls that fit into this time
 
-def unet_figures(flags: Sequence[str], baseline: Sequence[str], kept: Path, repeats: int) -> dict[str, Any]:
-    """Size and speed of a UNet, batch 2 as of one picture with guidance, in turn with the baseline's, on all cores.
 
-    weight_bytes: see below. seconds: a call, median. speed: the baseline's seconds over ours, median, least and most of
-    the repeats. They are kept in the file `kept`, and taken from there if they were measured in the same way on the
-    same kind of machine. flags, baseline: see `model_of`.
+@dataclass(frozen=True, kw_only=True)
+class UNetFigures:
+    """The size and speed of a UNet. weight_bytes: see the function. seconds: of a call, the median of all repeats.
+    speed: the baseline's seconds over these, of the same repeat."""
+
+    weight_bytes: int
+    seconds: float
+    speed: Spread
+
+
+def unet_figures(
+    own: Pipeline, own_settings: DrawSettings, base: Pipeline, base_settings: DrawSettings, kept: Path, repeats: int
+) -> UNetFigures:
+    """Time the UNet of `own` in turn with that of the baseline, on all cores.
+
+    The batch is 2, as of one picture with guidance. The figures are written to the file `kept`, and taken from there if
+    they were measured in the same way on the same kind of machine.
     """
-    args, _, options = options_of(flags)
-    device = choose_device(args.device)
-    with all_cores(device):
-        facts = {"options": asdict(options), "repeats": repeats, "machine": machine(device), "versions": versions()}
-        facts = json.loads(json.dumps(facts, default=str))
-        if kept.exists() and (old := json.loads(kept.read_text(encoding="utf-8")))["facts"] == facts:
-            return old["figures"]
-        size = weight_bytes(flags)  # before the others: three models at once may be one too many
-        own, theirs = side_by_side(flags, baseline, repeats)
-    ratios = [b / s for b, s in zip(theirs, own, strict=True)]
-    speed = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    figures = {"weight_bytes": size, "seconds": statistics.median(own), "speed": speed}
-    content = json.dumps({"facts": facts, "figures": figures}, indent=2)
-    write_atomically(kept, lambda path: path.write_text(content, encoding="utf-8"))
+    with all_cores(own.device):
+        facts = _plain(
+            {
+                "own": {**own.spec.hashes, **asdict(own_settings)},
+                "base": {**base.spec.hashes, **asdict(base_settings)},
+                "repeats": repeats,
+                "machine": machine(own.device),
+                "versions": versions(),
+            }
+        )
+        if (figures := _read(kept, facts)) is not None:
+            return figures
+        size = weight_bytes(as_calibrated(own))  # before the others are read: three models may not fit into memory
+        seconds, others = side_by_side(own, own_settings, base, base_settings, repeats)
+    ratios = [theirs / ours for theirs, ours in zip(others, seconds, strict=True)]
+    figures = UNetFigures(weight_bytes=size, seconds=statistics.median(seconds), speed=Spread.over(ratios))
+    write_text(kept, json.dumps({"facts": facts, "figures": asdict(figures)}, indent=2))
     return figures
+
+
+def weight_bytes(pipeline: Pipeline) -> int:
+    """Return the size of a UNet's weights in bytes: in float32, or, of a quantized one, as they are stored, with
+    scales, biases and norms.
+
+    A quantized pipeline must have been made with the engine "calibration". Raises ValueError for a lowered one.
+    """
+    unet = pipeline.model.model.diffusion_model
+    if pipeline.quantization is None:
+        return sum(4 * parameter.numel() for parameter in unet.parameters())
+    if pipeline.quantization.engine is not None or not isinstance(unet, QuantModel):
+        raise ValueError('the bytes of weights are told of a pipeline with the engine "calibration"')
+    return quantized_bytes(unet)
+
+
+def as_calibrated(pipeline: Pipeline) -> Pipeline:
+    """Return a pipeline of the same quantized model that has the engine "calibration"; a float one itself."""
+    quantization = pipeline.quantization
+    if quantization is None or quantization.engine is None:
+        return pipeline
+    options = QuantizationOptions(
+        cali_ckpt=None if pipeline.spec.bundle else Path(quantization.cali_ckpt),
+        weight_bit=quantization.config.weight_bit,
+        quant_act=quantization.quant_act,
+        engine=CALIBRATION_ENGINE,
+    )
+    return Pipeline(pipeline.spec, device=pipeline.device, tokenizer=pipeline.tokenizer, quantization=options)
 
 
 @contextmanager
 def all_cores(device: torch.device) -> Iterator[None]:
-    """Within the block torch uses all cores of a CPU: torchrun gives each process one."""
+    """Let torch use all cores of a CPU within the block; torchrun gives each process one."""
     before = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(usable_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def side_by_side(flags: Sequence[str], baseline: Sequence[str], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds a call of both UNets, by turns, every second time the other way round."""
-    model, choice, options = model_of(flags)
-    other, _, other_options = (model, choice, options) if list(flags) == list(baseline) else model_of(baseline)
-    height, width = options.height // choice.factor, options.width // choice.factor
-    inputs = inputs_of(choice.config["model"]["params"], model.device)
-    inputs["x"] = torch.randn(2, choice.channels, height, width, generator=torch.Generator().manual_seed(0))
-    inputs["x"] = inputs["x"].to(model.device)
+def side_by_side(
+    own: Pipeline, own_settings: DrawSettings, base: Pipeline, base_settings: DrawSettings, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of a call of both UNets, for each repeat; the order changes from repeat to repeat."""
+    inputs = inputs_of(own.spec.config["model"]["params"], own.device)
+    shape = (2, own.spec.channels, own_settings.height // own.spec.factor, own_settings.width // own.spec.factor)
+    inputs["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own.device)
+    pairs = ((own, own_settings), (base, base_settings))
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(repeats):
         for turn in (0, 1) if i % 2 == 0 else (1, 0):
-            times[turn].append(seconds_of(*((model, options), (other, other_options))[turn], inputs))
+            times[turn].append(_seconds(*pairs[turn], inputs))
     return times
 
 
 @torch.no_grad()
-def seconds_of(model: nn.Module, options: SamplingOptions, inputs: dict[str, Tensor]) -> float:
-    unet = model.model.diffusion_model
-    with precision_context(model.device, options.precision):
-        return seconds_per_call(lambda: unet(**inputs), model.device)
+def _seconds(pipeline: Pipeline, settings: DrawSettings, inputs: Mapping[str, Tensor]) -> float:
+    """Time a call of a pipeline's UNet, as within a picture of these settings."""
+    unet = pipeline.prepare(settings).model.diffusion_model
+    with precision_context(pipeline.device, settings.precision), step_cache.walk(unet, [TIMESTEP]):
+        return seconds_per_call(lambda: unet(**inputs), pipeline.device, seconds=SECONDS)
 
 
-def weight_bytes(flags: Sequence[str]) -> int:
-    """Of the UNet that these flags mean, in float32, or quantized: packed, with its scales, biases and norms."""
-    unet = model_of(flags, packed=False)[0].model.diffusion_model
-    if isinstance(unet, QuantModel):
-        return unet_bytes(unet)
-    return sum(4 * parameter.numel() for parameter in unet.parameters())
+# --- the file ----------------------------------------------------------------------------------------------
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts as they are read back from JSON, so that the two can be compared."""
+    return json.loads(json.dumps(facts, default=str))
+
+
+def _read(kept: Path, facts: Mapping[str, Any]) -> UNetFigures | None:
+    """Return the figures in a file, if they have these facts; None if not, and without a file."""
+    if not kept.exists():
+        return None
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    if content["facts"] != facts:
+        return None
+    figures = content["figures"]
+    size, seconds = figures["weight_bytes"], figures["seconds"]
+    return UNetFigures(weight_bytes=size, seconds=seconds, speed=Spread(**figures["speed"]))

@@ -1,64 +1,59 @@
-"""The memory that an engine needs to run: measured in a process of its own, as all else there would be counted."""
+"""The memory that an engine needs to run, measured in a process of its own, where nothing else is counted."""
 
-import ctypes
-import gc
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+import time
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-import torch
+import psutil
 
-from dsdiff.benchmark.variants import Engine
-from dsdiff.pipeline import ROOT
+from dsdiff.benchmark.peers import start
+from dsdiff.benchmark.process import WorkerError
+from dsdiff.benchmark.source import Source
 
-
-def peak_alone(name: str, argv: Sequence[str]) -> int | None:
-    """`running_peak` of an engine, in a new process. argv: the flags of this command."""
-    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *argv, "--child", name]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        last = result.stderr.strip().rpartition("\n")[2] or f"it ended with status {result.returncode}"
-        raise ChildProcessError(f"the memory of {name} cannot be measured: {last.removeprefix('error: ')}")
-    return json.loads(result.stdout.rpartition("peak:")[2])
+INTERVAL = 0.001  # seconds between two looks at a process
 
 
-def tell_peak(engine: Engine) -> None:
-    """What the new process does: print the peak for `peak_alone`."""
-    print(f"peak:{json.dumps(running_peak(engine))}")
+def peak_alone(name: str, source: Source, *, weight_bit: int, outdir: Path, seconds: float) -> int:
+    """Return the most bytes that are held during calls of an engine or peer, without merging.
 
-
-def running_peak(engine: Engine) -> int | None:
-    """The most memory that is held during a call, without merging: of a GPU by torch, else by the whole process.
-
-    What was held before, to build the engine, does not count. None where the system does not tell.
+    On a GPU it is the memory that torch holds there, else the resident memory of the whole process. What was held
+    before, to build the engine, does not count. Raises WorkerError if the process fails.
     """
-    if not reset_peak(engine.device):
-        return None
-    with engine.running(0.0) as call:
-        call()
-    return peak_bytes(engine.device)
+    with start(source, weight_bit=weight_bit, outdir=outdir) as process:
+        try:
+            process.ask("build", name=name)
+            if source.device.type == "cuda":
+                return process.ask("gpu_peak")
+            with PeakMemory(process.pid) as peak:
+                process.ask("time", ratio=0.0, seconds=seconds, warm=False, profiled=False)
+        except WorkerError as error:
+            raise WorkerError(f"the memory of {name} cannot be measured: {error}") from error
+    return peak.bytes
 
 
-def reset_peak(device: torch.device) -> bool:
-    """Let peak_bytes begin with what is held now; False where the system cannot."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    with suppress(OSError, AttributeError):  # what was freed, but is still ours, goes back (glibc)
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5 is the high-water mark of resident memory (Linux)
-    except OSError:
-        return False
-    return True
+class PeakMemory:
+    """Watch another process within a `with` block; `bytes` is the most resident memory that it was seen to have."""
 
+    def __init__(self, pid: int):
+        self._process = psutil.Process(pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.bytes = 0
 
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self.bytes = max(self.bytes, self._process.memory_info().rss)
+            except psutil.Error:  # it has ended
+                return
+            time.sleep(INTERVAL)

@@ -1,8 +1,8 @@
-"""What a UNet call consists of: operations, and shares of its time, by kind.
+"""Count the operations of a UNet call, and split its time, by kind of operator.
 
-A kind is told by the name of the operator that was called, with all that happens within it: layout changes in a
-convolution count as convolution. Matching and merging of tokens is told by operators that occur nowhere else in the
-UNet, and lacks some that do, such as the division of a norm. Our kernels have names of their own, dsdiff::NAME.
+The kind follows from the name of the operator that was called, and covers all that happens within it: layout changes
+inside a convolution count as convolution. Merging of tokens is recognized by operators that occur nowhere else in the
+UNet; those that do, such as divisions, count as elementwise. Our kernels have names of their own, dsdiff::NAME.
 """
 
 import os
@@ -14,9 +14,9 @@ import torch
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it begins and ends
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from printing when it begins and ends
 
-# Kind -> parts of operators' names. The first that fits counts.
+# Kind -> parts of operators' names. The first kind that fits counts.
 KINDS = {
     "convolutions": ("conv",),
     "linear layers": ("linear", "addmm", "::mm"),
@@ -25,10 +25,11 @@ KINDS = {
     "elementwise": ("norm", "silu", "gelu", "geglu", "quantize", "mul", "add", "sub", "div", "round", "clamp"),
 }
 OTHER = "other"
-SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch does not count
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch's counter does not know it
 
 
 def kind_of(operator: str) -> str:
+    """Return the kind of an operator by its name, such as "aten::conv2d"."""
     return next((kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), OTHER)
 
 
@@ -36,8 +37,9 @@ def kind_of(operator: str) -> str:
 
 
 def operations(call: Callable[[], Any]) -> dict[str, int]:
-    """Multiplications and additions of a float UNet's call, by kind; of products alone."""
-    with FlopCounterMode(display=False, custom_mapping={SDPA: _of_attention}) as counter:
+    """Return the multiplications and additions of a float UNet's call, by kind. Only matrix products, convolutions and
+    attention are counted."""
+    with FlopCounterMode(display=False, custom_mapping={SDPA: _attention_operations}) as counter:
         call()
     found: Counter[str] = Counter()
     for operator, count in counter.get_flop_counts().get("Global", {}).items():
@@ -46,11 +48,13 @@ def operations(call: Callable[[], Any]) -> dict[str, int]:
 
 
 def _kind_of_product(operator: str) -> str:
-    """In the float UNet attention is one operator, and what is left of batched products is the matching."""
+    """Return the kind of a counted operator. The float UNet's attention is one operator, so that the other batched
+    products are those that match tokens."""
     return "merging" if "bmm" in operator else kind_of(operator.replace(".", "::"))
 
 
-def _of_attention(q: tuple, k: tuple, v: tuple, *args: Any, **kwargs: Any) -> int:
+def _attention_operations(q: tuple, k: tuple, v: tuple, *args: Any, **kwargs: Any) -> int:
+    """Return the operations of attention, from the shapes of q, k and v."""
     return sdpa_flop_count(q, k, v)
 
 
@@ -58,9 +62,9 @@ def _of_attention(q: tuple, k: tuple, v: tuple, *args: Any, **kwargs: Any) -> in
 
 
 def shares(call: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
-    """The share of each kind in the time of all operators of a call; None where others than PyTorch compute.
+    """Return each kind's share of the time of all operators; None where another library than PyTorch computes.
 
-    On a GPU it is the time of the kernels that they launch.
+    On a GPU the time is that of the kernels that the operators launch.
     """
     on_gpu = device.type == "cuda"
     with profile(use_device="cuda" if on_gpu else None) as found:

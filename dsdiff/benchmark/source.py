@@ -1,4 +1,4 @@
-"""The model that a benchmark measures: its UNet, of a checkpoint or with random weights, and the inputs of a call."""
+"""The model that a benchmark measures: its UNet, from a checkpoint or with random weights, and the inputs of a call."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsdiff.pipeline import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, read_config
+from dsdiff.models.registry import CHECKPOINTS
+from dsdiff.models.spec import read_config
 from ldm.checkpoint import averaged_weights, fill, read_weights
 from ldm.util import instantiate_from_config
 
-MODELS = {"embedded": EMBEDDED, "sd-v1": STABLE_DIFFUSION}  # name -> config
 UNET_PREFIX = "model.diffusion_model."
 CLIP_TOKENS = 77  # of a prompt, unless the config says otherwise
-STEPS = 50  # of a picture, likewise
+STEPS = 50  # of a picture, unless the config says otherwise
+TIMESTEP = 500  # of a measured call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where UNets come from. config: a yaml; params: its `model.params`. steps: calls that make a picture. ckpt: None
-    for random weights. device: where the UNets will be."""
+    """Where UNets come from. config: a yaml. params: its `model.params`. steps: UNet calls that make a picture. ckpt:
+    the checkpoint, None for random weights. device: where the UNets will be."""
 
     config: Path
     params: Mapping[str, Any]
@@ -31,8 +32,10 @@ class Source:
 
     @classmethod
     def read(cls, config: Path, random_weights: bool, device: torch.device) -> "Source":
-        """Raises OSError or ValueError for a config that is none, FileNotFoundError without a checkpoint."""
-        params, steps = read_params(config), read_steps(config)
+        """Read a config. Raises OSError or ValueError if it describes no model with text, and FileNotFoundError if
+        weights are wanted and there is no checkpoint."""
+        content = read_config(config)
+        params, steps = params_of(content, config), steps_of(content, config)
         ckpt = None if random_weights else existing(CHECKPOINTS[config])
         return cls(config=config, params=params, steps=steps, ckpt=ckpt, device=device)
 
@@ -41,23 +44,23 @@ class Source:
         return self.params["unet_config"]
 
     def unet(self) -> nn.Module:
-        """The UNet in float32, read or drawn anew, the same each time."""
+        """Return a new UNet in float32, with the same weights each time."""
         config = self.unet_config
         unet = random_unet(config) if self.ckpt is None else trained_unet(config, self.ckpt)
         return unet.to(self.device).eval()
 
     def parameters(self) -> int:
-        """How many the UNet has."""
+        """Return how many parameters the UNet has."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in instantiate_from_config(self.unet_config).parameters())
 
     def inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of a call, see `inputs_of`."""
         return inputs_of(self.params, self.device)
 
 
-def read_params(path: Path) -> dict[str, Any]:
-    """The `model.params` of a config. Raises OSError or ValueError if they cannot be read or describe no UNet."""
-    config = read_config(path)
+def params_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the `model.params` of a config that was read from `path`. Raises ValueError if they describe no UNet."""
     try:
         params = config["model"]["params"]
         if all(params[key] for key in ("image_size", "channels")) and params["unet_config"]["params"]["context_dim"]:
@@ -70,9 +73,9 @@ def read_params(path: Path) -> dict[str, Any]:
     )
 
 
-def read_steps(path: Path) -> int:
-    """The `sampling.steps` of a config. ValueError if it is no number of steps."""
-    sampling = read_config(path).get("sampling") or {}
+def steps_of(config: Mapping[str, Any], path: Path) -> int:
+    """Return the `sampling.steps` of a config that was read from `path`. Raises ValueError for anything but a count."""
+    sampling = config.get("sampling") or {}
     steps = sampling.get("steps", STEPS) if isinstance(sampling, dict) else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"config {str(path)!r}: sampling.steps must be a whole number of 1 or more")
@@ -80,7 +83,7 @@ def read_steps(path: Path) -> int:
 
 
 def existing(places: tuple[Path, ...]) -> Path:
-    """The first of the files that is there."""
+    """Return the first of these files that exists. Raises FileNotFoundError if none does."""
     ckpt = next((path for path in places if path.is_file()), None)
     if ckpt is None:
         missing = " or ".join(repr(str(path)) for path in places)
@@ -89,7 +92,8 @@ def existing(places: tuple[Path, ...]) -> Path:
 
 
 def random_unet(config: dict[str, Any]) -> nn.Module:
-    """A UNet with the weights that training begins with, noise in place of the zeros, which would end all signals."""
+    """Return a UNet as training begins with it, but with noise for the weights that are zero there and would end all
+    signals. The weights are the same each time."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         unet = instantiate_from_config(config)
@@ -100,7 +104,7 @@ def random_unet(config: dict[str, Any]) -> nn.Module:
 
 
 def trained_unet(config: dict[str, Any], ckpt: Path) -> nn.Module:
-    """The UNet alone, in float32, of a checkpoint. Errors are those of ldm.checkpoint."""
+    """Return the UNet of a checkpoint, in float32; nothing else is built. Errors are those of ldm.checkpoint."""
     tensors = read_weights(ckpt)
     tensors |= averaged_weights(tensors, str(ckpt))
     with torch.device("meta"):
@@ -111,14 +115,17 @@ def trained_unet(config: dict[str, Any], ckpt: Path) -> nn.Module:
 
 
 def inputs_of(params: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Noise as arguments of a UNet call: latents [2, C, h, w], timesteps [2], context [2, tokens, context_dim]."""
+    """Return noise as the arguments of a UNet call with guidance, from a config's `model.params`.
+
+    x [2, C, h, w], timesteps [2], context [2, tokens, context_dim].
+    """
     generator = torch.Generator().manual_seed(0)
     side = params["image_size"]
     encoder = (params.get("cond_stage_config") or {}).get("params") or {}
     width = params["unet_config"]["params"]["context_dim"]
     inputs = {
         "x": torch.randn(2, params["channels"], side, side, generator=generator),
-        "timesteps": torch.full((2,), 500),
+        "timesteps": torch.full((2,), TIMESTEP),
         "context": torch.randn(2, encoder.get("max_length", CLIP_TOKENS), width, generator=generator),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -1,40 +1,42 @@
-"""Seconds of UNet calls, by turns, and on what kind of machine."""
+"""Time UNet calls, by turns, and compare what belongs to the same repeat."""
 
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-import tomesd
-from dsdiff.benchmark.operations import shares
-from dsdiff.benchmark.variants import Engine
+from dsdiff.benchmark.figures import Setting, SettingFigures, Spread
+from dsdiff.benchmark.process import WorkerError
 
-MIN_SECONDS = 0.5  # a measurement is the mean of as many calls as fit, and of one at least
-SLOW_SECONDS = 10.0  # a call that takes longer needs no warm-up but the first
+SLOW_SECONDS = 10.0  # a call that takes longer is warmed up in the first repeat only
+BASELINE = Setting(engine="float32", ratio=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is measured. engine: its name; ratio: part of the tokens to merge, 0 is none."""
+class Timing:
+    """One measurement. seconds: of a call. tokens: the share of their tokens that the transformer blocks process.
+    shares: of the time, by kind of operator (see `operations`); None if not asked for, or not known."""
 
-    engine: str
-    ratio: float
+    seconds: float
+    tokens: float = 1.0
+    shares: dict[str, float] | None = None
 
 
-BASELINE = Setting(engine="float32", ratio=0.0)
+class Timeable(Protocol):
+    """A UNet that can be measured: ours (`variants.Engine`) or a peer in a process of its own (`peers.Peer`)."""
+
+    def time(self, ratio: float, *, seconds: float, warm: bool, profiled: bool) -> Timing:
+        """Measure calls with this part of the tokens merged. seconds, warm: as of `seconds_per_call`. profiled: measure
+        the shares of operators as well, by further calls."""
+        ...
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """A setting's figures. seconds: per call, one a repeat. tokens: share that the transformer blocks process of those
-    they get. shares: of kinds of operators in the time, see `benchmark_operations`."""
+    """The measurements of a setting: seconds, one a repeat; tokens and shares as in Timing."""
 
     seconds: list[float] = field(default_factory=list)
     tokens: float = 1.0
@@ -42,9 +44,7 @@ class Measured:
 
 
 def settings_of(engines: Sequence[str], ratios: Sequence[float], peers: Sequence[str] = ()) -> list[Setting]:
-    """The baseline, then all others; peers do not merge. ValueError for a ratio that cannot be merged."""
-    for ratio in ratios:
-        tomesd.MergeOptions(ratio=ratio)
+    """Return the baseline, then all engines with all ratios, then the peers, which do not merge."""
     wanted = [Setting(engine=engine, ratio=ratio) for engine in engines for ratio in ratios]
     return list(dict.fromkeys([BASELINE, *wanted, *(Setting(engine=peer, ratio=0.0) for peer in peers)]))
 
@@ -52,8 +52,11 @@ def settings_of(engines: Sequence[str], ratios: Sequence[float], peers: Sequence
 # --- time --------------------------------------------------------------------------------------------------
 
 
-def seconds_per_call(call: Callable[[], Any], device: torch.device, *, warm: bool = False) -> float:
-    """Mean over at least MIN_SECONDS, after one untimed call unless it is `warm` already."""
+def seconds_per_call(call: Callable[[], Any], device: torch.device, *, seconds: float, warm: bool = False) -> float:
+    """Return the mean time of the calls that fit into `seconds`, of one call at least.
+
+    An untimed call comes first, unless the UNet is `warm` already.
+    """
 
     def finished_call() -> None:
         call()
@@ -62,89 +65,66 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, *, warm: boo
 
     if not warm:
         finished_call()
-    start, calls, seconds = time.perf_counter(), 0, 0.0
-    while not calls or seconds < MIN_SECONDS:
+    start, calls, passed = time.perf_counter(), 0, 0.0
+    while not calls or passed < seconds:
         finished_call()
-        calls, seconds = calls + 1, time.perf_counter() - start
-    return seconds / calls
+        calls, passed = calls + 1, time.perf_counter() - start
+    return passed / calls
 
 
 def measure(
-    engines: Mapping[str, Engine], settings: Sequence[Setting], repeats: int, device: torch.device
-) -> dict[Setting, Measured]:
-    """All settings in turn, every second time backwards, so that a slow drift of the machine favours none.
+    engines: Mapping[str, Timeable], settings: Sequence[Setting], repeats: int, *, seconds: float
+) -> tuple[dict[Setting, Measured], dict[str, str]]:
+    """Measure all settings in turn; return the measurements, and for engines that failed the reasons.
 
-    Each begins with an untimed call; where one takes longer than SLOW_SECONDS, in the first repeat only. The last
-    repeat ends with one more measurement, under the profiler.
+    Every second repeat goes backwards, so that a slow drift of the machine favours none. Each measurement begins with
+    an untimed call; where calls take longer than SLOW_SECONDS, in the first repeat only. In the last repeat the shares
+    of operators are measured as well. A peer whose process fails is not measured again, and has no measurements.
     """
     found = {setting: Measured() for setting in settings}
+    failed: dict[str, str] = {}
     rounds = [setting for i in range(repeats) for setting in (settings if i % 2 == 0 else settings[::-1])]
     for setting in tqdm(rounds, unit="measurement"):
-        engine, of = engines[setting.engine], found[setting]
-        slow = bool(of.seconds) and of.seconds[-1] > SLOW_SECONDS
-        with engine.running(setting.ratio) as call:
-            of.seconds.append(seconds_per_call(call, device, warm=slow))
-            of.tokens = engine.tokens() if setting.ratio else 1.0
-            if len(of.seconds) == repeats:
-                of.shares = shares(lambda: seconds_per_call(call, device, warm=True), device)
-    return found
+        so_far = found[setting]
+        if setting.engine in failed:
+            continue
+        try:
+            timing = engines[setting.engine].time(
+                setting.ratio,
+                seconds=seconds,
+                warm=bool(so_far.seconds) and so_far.seconds[-1] > SLOW_SECONDS,
+                profiled=len(so_far.seconds) == repeats - 1,
+            )
+        except WorkerError as error:
+            failed[setting.engine] = str(error)
+            continue
+        so_far.seconds.append(timing.seconds)
+        so_far.tokens, so_far.shares = timing.tokens, timing.shares
+    return {setting: measured for setting, measured in found.items() if setting.engine not in failed}, failed
 
 
 # --- comparison --------------------------------------------------------------------------------------------
 
 
-def rows_of(found: Mapping[Setting, Measured]) -> list[dict[str, Any]]:
-    """Each setting's figures as plain values, with its speed against others; None where they were not measured.
-
-    speedup, speedup_bf16: against float32 and bf16 without merging; merging: against the same engine without.
-    """
+def figures_of(found: Mapping[Setting, Measured]) -> list[SettingFigures]:
+    """Return the figures of each setting, with its speed against others."""
     return [
-        {
+        SettingFigures(
             **asdict(setting),
-            "tokens": of.tokens,
-            "seconds": spread(of.seconds),
-            "seconds_by_repeat": of.seconds,
-            "speedup": speedup(found, BASELINE, of),
-            "speedup_bf16": speedup(found, Setting(engine="bf16", ratio=0.0), of),
-            "merging": speedup(found, Setting(engine=setting.engine, ratio=0.0), of) if setting.ratio else None,
-            "shares": of.shares,
-        }
-        for setting, of in found.items()
+            tokens=measured.tokens,
+            seconds=Spread.over(measured.seconds),
+            seconds_by_repeat=measured.seconds,
+            speedup=speedup(found, BASELINE, measured),
+            speedup_bf16=speedup(found, Setting(engine="bf16", ratio=0.0), measured),
+            merging=speedup(found, Setting(engine=setting.engine, ratio=0.0), measured) if setting.ratio else None,
+            shares=measured.shares,
+        )
+        for setting, measured in found.items()
     ]
 
 
-def speedup(found: Mapping[Setting, Measured], other: Setting, of: Measured) -> dict[str, float] | None:
-    """The other's seconds over these, within each repeat."""
+def speedup(found: Mapping[Setting, Measured], other: Setting, measured: Measured) -> Spread | None:
+    """Return the other's seconds over these, within each repeat; None where the other was not measured."""
     if other not in found:
         return None
-    return spread([theirs / own for theirs, own in zip(found[other].seconds, of.seconds, strict=True)])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-# --- where -------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What kind of machine this is; nothing that tells one from another of its kind."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = {
-        "cpu": cpu_model(),
-        "cores": usable,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": device.type,
-    }
-    return kind | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return Spread.over([theirs / own for theirs, own in zip(found[other].seconds, measured.seconds, strict=True)])

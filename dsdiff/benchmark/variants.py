@@ -1,7 +1,7 @@
-"""The engines that a benchmark compares: UNets that compute the same in different ways.
+"""Our engines: UNets that compute the same in different ways.
 
-float32, bf16: the float UNet, all of it in that dtype. simulate: quantized, whole numbers held as floats, in float32.
-int8: quantized, in integer kernels, what stands between them in bfloat16 where the hardware has it; int8-float32: in
+float32, bf16: the float UNet, all of it in that dtype. simulate: quantized, integers held as floats, in float32. int8:
+quantized, on integer kernels, with all else in bfloat16 where the hardware has it; int8-float32: with all else in
 float32. On a CPU all tensors are channels_last, in which convolutions are fastest.
 """
 
@@ -15,26 +15,31 @@ import torch
 from torch import Tensor, nn
 
 import tomesd
+from dsdiff.benchmark.operations import shares
+from dsdiff.benchmark.options import DEFAULT_ENGINES
 from dsdiff.benchmark.source import Source
-from dsdiff.pipeline import CALI_CKPTS, precision_context
-from qdiff.calibration_set import CalibrationSet, fit_activations
-from qdiff.checkpoint import load_cali_ckpt, unet_bytes
+from dsdiff.benchmark.timing import Timing, seconds_per_call
+from dsdiff.environment import precision_context
+from dsdiff.models.registry import CALI_CKPTS
+from qdiff.calibration_set import CalibrationSet
+from qdiff.checkpoint import load_cali_ckpt, quantized_bytes
 from qdiff.config import QuantConfig
-from qdiff.engine.backends.onednn import has_bfloat16
-from qdiff.engine.backends.simulated import ReferenceLayer
-from qdiff.engine.lower import kernels_for, pack
+from qdiff.engine import cpu, step_cache
+from qdiff.engine.backends.simulated import SimulatedLayer
+from qdiff.engine.lower import backend_for, lower
+from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
 
-FLOAT = {"float32": torch.float32, "bf16": torch.bfloat16}
-QUANTIZED = ("simulate", "int8", "int8-float32")
-ENGINES = (*FLOAT, *QUANTIZED)
-DEFAULT = ENGINES[:-1]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of the float engines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A UNet that is ready to be called. inputs: its arguments. weight_bytes: of what computes, as it would be stored.
-    precision: as precision_context has it."""
+    """A UNet that is ready to be called.
+
+    inputs: the arguments of a call. weight_bytes: size of its weights, as they would be stored. precision: of all that
+    is not in integers, "autocast" or "full" (see `precision_context`).
+    """
 
     unet: nn.Module
     inputs: Mapping[str, Any]
@@ -43,22 +48,40 @@ class Engine:
     precision: str = "full"
 
     @contextmanager
-    def running(self, ratio: float) -> Iterator[Callable[[], Tensor]]:
-        """Gives the call; while open, this part of the tokens is merged. Afterwards the UNet is as it was.
+    def running(self, ratio: float) -> Iterator[Callable[[], Any]]:
+        """Merge this part of the tokens within the block, and give the function that calls the UNet.
 
-        It is one context for all calls of a measurement, as for all steps of a picture.
+        It is one context for all calls of a measurement, as for all steps of a picture: what a lowered UNet keeps
+        within a picture, it keeps here. Afterwards the UNet is as it was.
         """
         if ratio:
             tomesd.apply_patch(self.unet, ratio=ratio)
         try:
-            with torch.no_grad(), precision_context(self.device, self.precision):
+            with torch.no_grad(), precision_context(self.device, self.precision), self._walk():
                 yield lambda: self.unet(**self.inputs)
         finally:
             if ratio:
                 tomesd.remove_patch(self.unet)
 
-    def tokens(self) -> float:
-        """The share of their tokens that the transformer blocks processed in the last call; while some are merged."""
+    def time(self, ratio: float, *, seconds: float, warm: bool, profiled: bool) -> Timing:
+        """Measure calls, see `timing.Timeable`."""
+        with self.running(ratio) as call:
+
+            def measure(warm: bool) -> float:
+                return seconds_per_call(call, self.device, seconds=seconds, warm=warm)
+
+            return Timing(
+                seconds=measure(warm),
+                tokens=self._tokens() if ratio else 1.0,
+                shares=shares(lambda: measure(True), self.device) if profiled else None,
+            )
+
+    def _walk(self) -> Any:
+        timesteps = self.inputs.get("timesteps")
+        return step_cache.walk(self.unet, [] if timesteps is None else timesteps[:1].tolist())
+
+    def _tokens(self) -> float:
+        """Return the share of their tokens that the transformer blocks processed in the last call, while merging."""
         counts = tomesd.token_report(self.unet)
         return sum(count.tokens_processed for count in counts) / sum(count.tokens_in for count in counts)
 
@@ -66,35 +89,40 @@ class Engine:
 # --- which can run -----------------------------------------------------------------------------------------
 
 
+def quant_config(weight_bit: int) -> QuantConfig:
+    """Return the config of the quantized engines: activations of 8 bits, softmax outputs of 16."""
+    return QuantConfig(weight_bit=weight_bit, act_bit=8, quant_act=True, split=True, sm_abit=16)
+
+
 def choose_engines(
     wanted: Sequence[str] | None, config: QuantConfig, device: torch.device
 ) -> tuple[list[str], dict[str, str]]:
-    """The engines to measure, and of those that are left out the reasons.
+    """Return the engines to measure, and for those that are left out the reasons.
 
-    wanted: None for all that can run; ValueError for one that cannot.
+    wanted: None for all that can run. Raises ValueError if one of them cannot.
     """
-    reasons = {name: reason for name in wanted or DEFAULT if (reason := why_not(name, config, device))}
+    reasons = {name: reason for name in wanted or DEFAULT_ENGINES if (reason := why_not(name, config, device))}
     if wanted and reasons:
         name, reason = next(iter(reasons.items()))
-        raise ValueError(f"--engine {name}: {reason}; leave it out")
-    return [name for name in dict.fromkeys(wanted or DEFAULT) if name not in reasons], reasons
+        raise ValueError(f"engine {name} cannot run: {reason}; leave it out")
+    return [name for name in dict.fromkeys(wanted or DEFAULT_ENGINES) if name not in reasons], reasons
 
 
 def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:
-    """Why an engine cannot run here; None if it can."""
+    """Return why an engine cannot run here; None if it can."""
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "this GPU has no bfloat16"
     if name.startswith("int8"):
         try:
-            kernels_for(config, device)
+            backend_for(config, device)
         except ValueError as error:
             return str(error)
     return None
 
 
 def rest_precision(name: str, device: torch.device) -> str:
-    """In what a quantized engine computes all that is not in whole numbers."""
-    fast = device.type != "cpu" or has_bfloat16()
+    """Return the precision of all that a quantized engine does not compute in integers."""
+    fast = device.type != "cpu" or cpu.has_bfloat16()
     return "autocast" if name == "int8" and fast else "full"
 
 
@@ -102,15 +130,17 @@ def rest_precision(name: str, device: torch.device) -> str:
 
 
 def build(name: str, source: Source, config: QuantConfig) -> Engine:
-    """One of ENGINES, with a UNet of its own."""
-    return float_engine(source.unet(), source.inputs(), FLOAT[name]) if name in FLOAT else _packed(name, source, config)
+    """Build one of ENGINES, with a UNet of its own."""
+    if name in DTYPES:
+        return float_engine(source.unet(), source.inputs(), DTYPES[name])
+    return _quantized_engine(name, source, config)
 
 
 def float_engine(unet: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Engine:
-    """A float UNet, ours or another's, in `dtype` as a whole."""
+    """Make a float UNet, ours or another library's, an engine that computes in `dtype` throughout."""
     unet = unet.to(dtype)
     if next(unet.parameters()).device.type == "cpu":
-        unet = unet.to(memory_format=torch.channels_last)
+        unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Engine(
         unet=unet,
         inputs={name: suited(value, dtype) for name, value in inputs.items()},
@@ -120,21 +150,21 @@ def float_engine(unet: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype)
 
 
 def suited(value: Any, dtype: torch.dtype) -> Any:
-    """An argument as the engines like it: numbers in `dtype`, on a CPU feature maps in channels_last order."""
+    """Return an argument as engines take it fastest: floats in `dtype`, on a CPU feature maps in channels_last."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     last = value.ndim == 4 and value.device.type == "cpu"
     return value.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
 
-def _packed(name: str, source: Source, config: QuantConfig) -> Engine:
+def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
     qnn = QuantModel(source.unet(), config)
     fit(qnn, source)
-    size = unet_bytes(qnn)
+    size = quantized_bytes(qnn)
     if name == "simulate":
-        pack(qnn, ReferenceLayer, fast=False)
+        lower(qnn, SimulatedLayer, blocks=False)
     else:
-        pack(qnn, kernels_for(config, source.device))
+        lower(qnn, backend_for(config, source.device))
     return Engine(
         unet=qnn,
         inputs={name: suited(value, torch.float32) for name, value in source.inputs().items()},
@@ -145,7 +175,7 @@ def _packed(name: str, source: Source, config: QuantConfig) -> Engine:
 
 
 def fit(qnn: QuantModel, source: Source) -> None:
-    """Give all quantizers their ranges: those of the cali_ckpt that comes with the model, else of one noise."""
+    """Give all quantizers their ranges: those of the model's own cali_ckpt, else those of one input of noise."""
     shipped = shipped_ranges(source, qnn.config)
     if shipped is not None:
         load_cali_ckpt(qnn, shipped)
@@ -157,6 +187,6 @@ def fit(qnn: QuantModel, source: Source) -> None:
 
 
 def shipped_ranges(source: Source, config: QuantConfig) -> Path | None:
-    """The cali_ckpt that comes with the model; None without."""
-    path = CALI_CKPTS.get(source.ckpt, {}).get(config.weight_bit)
+    """Return the cali_ckpt that comes with the model; None without one."""
+    path = None if source.ckpt is None else CALI_CKPTS.get(source.ckpt, {}).get(config.weight_bit)
     return path if path is not None and path.is_file() else None

@@ -1,0 +1,95 @@
+"""The options of a benchmark, as a frozen value that checks itself. Nothing here imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsdiff.models.registry import CONFIGS, EMBEDDED
+from tomesd.options import MergeOptions
+
+FLOAT_ENGINES = ("float32", "bf16")
+QUANTIZED_ENGINES = ("simulate", "int8", "int8-float32")
+ENGINES = (*FLOAT_ENGINES, *QUANTIZED_ENGINES)
+DEFAULT_ENGINES = ("float32", "bf16", "simulate", "int8")
+
+DIFFUSERS = ("diffusers-float32", "diffusers-bf16")
+OPENVINO = ("openvino-float32", "openvino-bf16", "openvino-int8", "openvino-int8-float32")
+PEERS = (*DIFFUSERS, *OPENVINO)
+
+WEIGHT_BITS = (4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Which UNet is measured, and how.
+
+    model: a key of CONFIGS (None: the embedded model, unless `config` is given). config: the yaml of any other model.
+    random_weights: build the UNet without a checkpoint. engines: some of ENGINES (None: those of DEFAULT_ENGINES that
+    run here). peers: some of PEERS. ratios: parts of the tokens to merge; 0 merges none. weight_bit: of quantized
+    engines, one of WEIGHT_BITS. memory: measure peak memory, too. repeats: how often each setting is measured.
+    seconds: a measurement is the mean of the calls that fit into this time, of one call at least. device: auto, cpu,
+    cuda or cuda:N. threads: of the CPU (None: as many as torch uses). outdir: the folder of all files that are written.
+    startup: measure how long the commands take to start, in place of UNet calls.
+    Raises ValueError for a value out of range and for options that contradict each other.
+    """
+
+    model: str | None = None
+    config: Path | None = None
+    random_weights: bool = False
+    engines: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
+    ratios: tuple[float, ...] = (0.0, 0.3, 0.5)
+    weight_bit: int = 4
+    memory: bool = False
+    repeats: int = 5
+    seconds: float = 0.5
+    device: str = "auto"
+    threads: int | None = None
+    outdir: Path = Path("outputs/benchmark")
+    startup: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices("model", [] if self.model is None else [self.model], list(CONFIGS))
+        _check_choices("engine", self.engines or (), ENGINES)
+        _check_choices("peer", self.peers, PEERS)
+        if self.weight_bit not in WEIGHT_BITS:
+            raise ValueError(f"weight_bit is {self.weight_bit}: it must be one of {', '.join(map(str, WEIGHT_BITS))}")
+        for ratio in self.ratios:
+            if ratio:  # MergeOptions tells what is out of range
+                MergeOptions(ratio=ratio)
+        for name in ("repeats", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be a whole number of 1 or more")
+        if self.seconds < 0:
+            raise ValueError(f"seconds is {self.seconds}: it must be 0 or more")
+        self._check_weights()
+        self._check_startup()
+
+    @property
+    def config_path(self) -> Path:
+        """The yaml of the model."""
+        return self.config or (EMBEDDED if self.model is None else CONFIGS[self.model])
+
+    def _check_weights(self) -> None:
+        if self.config is not None and self.model is not None:
+            raise ValueError(f"config {str(self.config)!r} and model {self.model!r} name two models: leave out one")
+        if self.startup:  # which makes its own file of Stable Diffusion v1
+            return
+        if self.config is not None and not self.random_weights:
+            raise ValueError("a config of your own comes without a checkpoint: add --random_weights")
+        if self.random_weights and self.config_path == EMBEDDED:
+            raise ValueError("--random_weights contradicts the embedded model, which has weights: leave it out")
+
+    def _check_startup(self) -> None:
+        if not self.startup:
+            return
+        idle = [name for name in ("config", "engines", "peers", "random_weights", "memory") if getattr(self, name)]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} has no effect on the time to start: leave it out")
+
+
+def _check_choices(name: str, values: Sequence[str], choices: Sequence[str]) -> None:
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown: it must be one of {', '.join(choices)}")

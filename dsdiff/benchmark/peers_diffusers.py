@@ -1,0 +1,52 @@
+"""diffusers' UNet of the same sizes, with weights of its own. Runs in a worker only (see `worker`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from dsdiff.benchmark.source import Source
+from dsdiff.benchmark.variants import Engine, float_engine
+
+
+def build(source: Source, dtype: torch.dtype) -> Engine:
+    """Build diffusers' UNet in this dtype. Raises ValueError, with the reason, where it has none like ours."""
+    params = source.unet_config["params"]
+    check_sizes(source)
+    x, timesteps, context = source.inputs().values()
+    inputs = {"sample": x, "timestep": timesteps, "encoder_hidden_states": context, "return_dict": False}
+    return float_engine(make_unet(params).to(source.device).eval(), inputs, dtype)
+
+
+def check_sizes(source: Source) -> None:
+    """Raise ValueError unless diffusers' UNet has as many parameters as ours."""
+    try:
+        with torch.device("meta"):
+            theirs = sum(parameter.numel() for parameter in make_unet(source.unet_config["params"]).parameters())
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"its UNet cannot have these sizes: {error}") from error
+    ours = source.parameters()
+    if theirs != ours:
+        raise ValueError(f"its UNet of these sizes has {theirs} parameters, in place of {ours}")
+
+
+def make_unet(params: Mapping[str, Any]) -> nn.Module:
+    """Make a UNet2DConditionModel of the sizes of a UNetModel with these params."""
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every change of dtype
+    mult = params["channel_mult"]
+    attends = [2**level in params["attention_resolutions"] for level in range(len(mult))]
+    down, up = ([f"CrossAttn{way}Block2D" if on else f"{way}Block2D" for on in attends] for way in ("Down", "Up"))
+    with torch.random.fork_rng(devices=[]):
+        return diffusers.UNet2DConditionModel(
+            in_channels=params["in_channels"],
+            out_channels=params["out_channels"],
+            block_out_channels=tuple(params["model_channels"] * factor for factor in mult),
+            layers_per_block=params["num_res_blocks"],
+            down_block_types=tuple(down),
+            up_block_types=tuple(reversed(up)),
+            cross_attention_dim=params["context_dim"],
+            attention_head_dim=params["num_heads"],  # diffusers' name for it
+            norm_num_groups=params.get("norm_groups", 32),
+        )
