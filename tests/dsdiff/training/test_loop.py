@@ -1,0 +1,116 @@
+"""Training, interrupting, resuming and exporting, on networks of a few channels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dsdiff.training.loop import initialise, run
+from dsdiff.training.options import TrainingOptions
+from ldm.data.reader import ShapesReader
+from ldm.util import load_model_from_config
+
+COMMAND = Path(__file__).resolve().parents[3] / "scripts/train.py"
+
+
+def trained(config, **options):
+    """Run a training on the CPU; return the file of exported weights."""
+    return run(TrainingOptions(config=Path(config), device="cpu", **options))
+
+
+def last_checkpoint(folder):
+    return torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_both_stages_end_in_a_model_that_loads(configs):
+    assert trained("autoencoder.yaml") == Path("autoencoder.safetensors")
+    assert trained("txt2img.yaml") == Path("model.safetensors")
+    model = load_model_from_config(OmegaConf.load("txt2img.yaml"), "model.safetensors")
+    stored = load_file("autoencoder.safetensors")
+    weight = model.first_stage_model.encoder.conv_in.weight
+    assert torch.equal(weight.half(), stored["encoder.conv_in.weight"])
+    assert not any(name.startswith(("model_ema.", "cond_stage_ema.")) for name in load_file("model.safetensors"))
+    grids = sorted(path.name for path in (configs / "runs" / "txt2img" / "samples").iterdir())
+    assert grids == ["000002-samples.png"]
+    with safe_open("model.safetensors", "pt") as file:
+        assert file.metadata() == {"config": "txt2img.yaml", "steps": "2"}
+    # The checkpoint of the run has the same names, and the averages that were exported.
+    again = load_model_from_config(OmegaConf.load("txt2img.yaml"), "runs/txt2img/checkpoints/last.ckpt")
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value.half(), model.model.state_dict()[name].half()), name
+
+
+def test_the_reader_is_trained_and_loads(configs):
+    trained("reader.yaml")
+    reader = ShapesReader.from_file("reader.safetensors", width=8, features=8)
+    assert reader.features(torch.zeros(1, 3, 64, 64)).shape == (1, 8)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(configs):
+    options = {"outdir": Path("run")}
+    assert trained("autoencoder.yaml", max_steps=3, export="", **options) is None
+    assert not (configs / "autoencoder.safetensors").exists()
+    first = last_checkpoint("run")
+    assert first["global_step"] == 3  # although checkpoints are written every second step
+    trained("autoencoder.yaml", max_steps=3, export="again.safetensors", **options)
+    again = last_checkpoint("run")
+    assert all(torch.equal(first["state_dict"][name], again["state_dict"][name]) for name in first["state_dict"])
+    trained("autoencoder.yaml", max_steps=4, **options)
+    last = last_checkpoint("run")
+    assert last["global_step"] == 4
+    steps = [state["step"].item() for state in last["optimizer_states"][0]["state"].values()]
+    assert set(steps) == {4.0}  # Adam's count went on as well
+    moved = [(last["state_dict"][name] - first["state_dict"][name]).abs().max() for name in first["state_dict"]]
+    assert 0 < max(moved) < 0.01  # one step of Adam away, not begun anew
+    assert [path.name for path in (configs / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_restart_begins_anew_and_replaces_the_old_run(configs):
+    options = {"outdir": Path("run")}
+    trained("autoencoder.yaml", max_steps=4, export="old.safetensors", **options)
+    trained("autoencoder.yaml", restart=True, seed=1, max_steps=2, export="new.safetensors", **options)
+    trained("autoencoder.yaml", export_only=True, export="exported.safetensors", **options)
+    new, exported = load_file("new.safetensors"), load_file("exported.safetensors")
+    assert last_checkpoint("run")["global_step"] == 2
+    assert all(torch.equal(new[name], exported[name]) for name in new)
+
+
+def test_weights_of_a_run_can_be_exported_later(configs):
+    trained("autoencoder.yaml", export="at_end.safetensors")
+    trained("autoencoder.yaml", export_only=True, export="later.safetensors")
+    at_end, later = load_file("at_end.safetensors"), load_file("later.safetensors")
+    assert all(torch.equal(at_end[name], later[name]) for name in at_end)
+
+
+def test_a_part_is_filled_by_its_whole_file_only(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    weights = {name: value.detach().clone() + 1 for name, value in model["a"].state_dict().items()}
+    torch.save(weights, tmp_path / "a.pt")
+    initialise(model, {"a.": tmp_path / "a.pt"})
+    assert torch.equal(model["a"].weight, weights["weight"])
+    for bad in ({"weight": weights["weight"]}, weights | {"more": torch.zeros(1)}):
+        torch.save(bad, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=r"bad\.pt does not fit the part 'a\.' of ModuleDict"):
+            initialise(model, {"a.": tmp_path / "bad.pt"})
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_weights(configs):
+    """All in processes of their own: what this one has imported must not matter to them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for arguments in (["autoencoder.yaml"], ["txt2img.yaml", "--devices", "2", "--export", "two.safetensors"]):
+        line = [sys.executable, COMMAND, "--device", "cpu", "--config", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    model = load_model_from_config(OmegaConf.load("txt2img.yaml"), "two.safetensors")
+    state = last_checkpoint("runs/txt2img")
+    assert state["global_step"] == 2
+    weight = state["state_dict"]["first_stage_model.encoder.conv_in.weight"]
+    assert torch.equal(model.first_stage_model.encoder.conv_in.weight, weight)

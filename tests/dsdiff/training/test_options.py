@@ -1,0 +1,43 @@
+"""The options of a run and its config, refused before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dsdiff.training.options import TrainingOptions, read_training_config
+
+
+def test_the_config_and_what_the_options_change_in_it(configs):
+    config = read_training_config(TrainingOptions(config=Path("autoencoder.yaml")))
+    assert (config.learning_rate, config.trainer.max_steps, config.data.batch_size) == (1e-3, 2, 4)
+    assert config.trainer.export == Path("autoencoder.safetensors") and not config.trainer.init_from
+    assert set(config.model) == {"target", "params"}
+    options = TrainingOptions(config=Path("txt2img.yaml"), max_steps=7, export="")
+    config = read_training_config(options)
+    assert (config.trainer.max_steps, config.trainer.export) == (7, None)
+    assert config.trainer.init_from == {"first_stage_model.": Path("autoencoder.safetensors")}
+    assert options.last == Path("runs/txt2img/checkpoints/last.ckpt")
+
+
+def test_a_bad_config_is_told_in_one_line(configs):
+    good = OmegaConf.to_container(OmegaConf.load("autoencoder.yaml"))
+    for part, change, message in (
+        ("trainer", {"max_step": 5}, "trainer in config 'bad.yaml': unknown max_step "),
+        ("data", {"batchsize": 5}, "data in config 'bad.yaml': unknown batchsize "),
+        ("model", {"base_learning_rate": None}, "no base_learning_rate"),
+        ("trainer", {"max_steps": None}, "trainer in config 'bad.yaml': max_steps is missing"),
+        ("data", {"train": None}, "data in config 'bad.yaml': train is missing"),
+        ("trainer", {"export": "weights.ckpt"}, r"--export weights\.ckpt must end in \.safetensors"),
+    ):
+        changed = {name: value for name, value in (good[part] | change).items() if value is not None}
+        OmegaConf.save(good | {part: changed}, "bad.yaml")
+        with pytest.raises(ValueError, match=message) as error:
+            read_training_config(TrainingOptions(config=Path("bad.yaml")))
+        assert "\n" not in str(error.value), message
+
+
+def test_bad_options_are_refused():
+    for options, message in (({"max_steps": 0}, "max_steps"), ({"devices": 0}, "devices"), ({"seed": -1}, "seed")):
+        with pytest.raises(ValueError, match=f"{message} must be"):
+            TrainingOptions(config=Path("a.yaml"), **options)
