@@ -51,7 +51,10 @@ def test_everything_imported_is_required_and_everything_required_is_used(imports
     paths = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
     imported = {name.split(".")[0] for path in paths for name in imports_of(path)} - {*OURS, *sys.stdlib_module_names}
     by_tests = set().union(*(loaded_by_name(path) for path in (ROOT / "tests").rglob("*.py")))
-    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {"ruff", "pyright"}  # run by `make lint`
+    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {
+        "ruff",
+        "pyright",
+    }  # run by `make lint`
     required = pins((ROOT / "requirements.txt").read_text().splitlines()).keys()
     assert used - required == set(), "imported, not required"
     assert required - used == set(), "required, not used"
@@ -75,12 +78,102 @@ def test_ci_runs_the_readme_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_readme_links_exist():
-    readme = (ROOT / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
-    assert len(links) > 10
-    for link in links:
-        assert (ROOT / link).exists(), link
+# --- documents ---------------------------------------------------------------------------------------------
+
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "scripts").glob("*.md"),
+        *(ROOT / "tests/goldens").glob("*.md"),
+    ]
+)
+MOST_LINES = 120  # of the README
+NO_DOCSTRING_OPENS_WITH = ("Of", "What", "Those", "Whether")
+
+
+def prose(text: str) -> str:
+    """Return a document without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    """Return the links to files of this repository, each as path ("" for the document itself) and anchor."""
+    found = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if "://" not in link]
+    return [(path, anchor) for path, _, anchor in (link.partition("#") for link in found)]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Return the command lines in a document's blocks of shell code: the script's name, and the flags."""
+    blocks = re.findall(r"^```sh$(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.partition("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    calls = [re.search(r"scripts/(\w+\.py)(.*)", line) for line in lines]
+    return [(call[1], re.findall(r"(?<=\s)--([\w-]+)", call[2])) for call in calls if call]
+
+
+def test_links_and_anchors_of_documents_exist():
+    count = 0
+    for document in DOCUMENTS:
+        for path, anchor in links(document.read_text(encoding="utf-8")):
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.relative_to(ROOT)}: {path}"
+            if anchor:
+                found = anchors(target.read_text(encoding="utf-8"))
+                assert anchor in found, f"{document.relative_to(ROOT)}: {path}#{anchor}"
+            count += 1
+    assert count > 50
+
+
+def test_flags_in_documents_exist():
+    shared = (ROOT / "dsdiff/cli/flags.py").read_text(encoding="utf-8")
+    count = 0
+    for document in DOCUMENTS:
+        for script, flags in commands(document.read_text(encoding="utf-8")):
+            assert (ROOT / "scripts" / script).is_file(), f"{document.relative_to(ROOT)}: {script}"
+            known = re.findall(r'"--([\w-]+)"', shared + (ROOT / "scripts" / script).read_text(encoding="utf-8"))
+            unknown = [flag for flag in flags if flag.removeprefix("no-") not in known]
+            assert not unknown, f"{document.relative_to(ROOT)}: {script} has no {unknown}"
+            count += len(flags)
+    assert count > 50
+
+
+def test_documents_are_read_as_meant():
+    code = "```sh\n# h\npython scripts/i.py --j 1 \\\n --k # --l\n```\n"
+    text = f"# One two\n[a](b.md#c-d) [e](https://f) [g](#one-two)\n{code}"
+    assert links(text) == [("b.md", "c-d"), ("", "one-two")]
+    assert anchors(text) == {"one-two"}
+    assert commands(text) == [("i.py", ["j", "k"])]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_each_command_has_its_line():
+    text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`(\w+\.py)`\]", text, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "scripts").glob("*.py") if path.name != "__init__.py")
+
+
+def test_no_docstring_opens_as_a_riddle():
+    riddles = []
+    for path in (path for folder in OURS if folder != "tests" for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = (ast.get_docstring(node) or "").split()
+                if words and words[0] in NO_DOCSTRING_OPENS_WITH:
+                    line = getattr(node, "lineno", 1)
+                    riddles.append(f"{path.relative_to(ROOT)}:{line}: {' '.join(words[:8])}")
+    assert not riddles, "\n".join(riddles)
+
+
+# --- commands and files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "train", "bench"])
