@@ -1,135 +1,141 @@
-"""The blocks of a packed UNet: those of a quantized one, with fewer passes over memory below float32.
+"""The blocks of a lowered UNet: those of a quantized one, with fewer passes over memory below float32.
 
-Under autocast the packed UNet runs in its dtype as a whole, residual streams included; only norms, activation functions
-and sums compute in float32 within. In float32 blocks do what they inherit.
+Each stands in the slot of the block from which it is built (`qdiff.exchange`). Under autocast the lowered UNet runs as
+a whole in autocast's dtype, residual streams included; norms, activation functions and sums compute in float32 inside.
+In float32 the blocks compute what they inherit.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.modules.attention import FeedForward, SpatialTransformer
-from ldm.modules.diffusionmodules.openaimodel import UNetModel, timestep_embedding
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer
+from qdiff.engine.step_cache import StepCache, TimeLayer
+from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
 
-STEPS_KEPT = 64  # of time embeddings
-PART = 512  # tokens that go through a feed-forward layer together
+PART = 512  # tokens that go through a feed-forward layer together, so that all between its layers stays in the cache
 
 
-class PackedUNet(UNetModel):
-    """Its dtype is that of autocast, else float32. The embedding of a time is computed once, and kept."""
+class LoweredUNet(Exchanged, UNetModel):
+    """A UNet whose features have autocast's dtype, or float32 without autocast.
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    step_cache: what it keeps from step to step within `step_cache.walk`.
+    """
+
+    FIELDS = (
+        "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions",
+        "dropout", "channel_mult", "conv_resample", "dims", "num_classes", "use_checkpoint", "num_heads",
+        "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown",
+        "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim", "legacy",
+        "norm_groups",
+    )  # fmt: skip
+
+    def __init__(self, original: UNetModel, step_cache: StepCache):
+        super().__init__(original)
+        self.step_cache = step_cache
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """As UNetModel.forward. dtype: of the features, where not that of autocast."""
         kind = x.device.type
-        self._dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        with torch.autocast(kind, enabled=False):
-            return super().forward(x, timesteps, context, y)
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        if not torch.is_grad_enabled() and bool((timesteps == timesteps[:1]).all()):
+            timesteps = timesteps[:1]  # its embedding is the same for the whole batch
+        # With labels y an embedding is no longer that of the time alone.
+        times = timesteps if y is None else timesteps[:0]
+        with torch.autocast(kind, enabled=False), self.step_cache.at(times):
+            return super().forward(x, timesteps, context, y, dtype=dtype)
 
-    def working_dtype(self) -> torch.dtype:
-        return self._dtype
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B] -> [B, emb_channels] in float32, whatever `dtype` the features have."""
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        return self.step_cache.of_time(self, lambda: self.time_embed(embedding))
 
-    def embed_time(self, timesteps: Tensor) -> Tensor:
-        """[B] -> [B, emb_channels], or [1, emb_channels] where all are the same; in float32."""
-        same = bool((timesteps == timesteps[0]).all())
-        if not same or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        kept = vars(self).setdefault("_embeddings", OrderedDict())
-        one = timesteps[:1]
-        return _kept(kept, one.item(), lambda: self.time_embed(timestep_embedding(one, self.model_channels)))
-
-
-class OncePerStep(nn.Module):
-    """A layer of the time embedding: computed once for each that PackedUNet keeps."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-        self._outputs: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # id of an embedding -> it, the output
-
-    def forward(self, emb: Tensor) -> Tensor:
-        if len(emb) > 1 or torch.is_grad_enabled() or emb.is_inference():
-            return self.layer(emb)
-        # Embeddings are held, so that no other one gets their id while it is here.
-        return _kept(self._outputs, id(emb), lambda: (emb, self.layer(emb)))[1]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoweredUNet":
+        self.step_cache.clear()  # of the device that the model leaves
+        super()._apply(fn, recurse)
+        return self
 
 
-def _kept(kept: OrderedDict, key: object, compute: Callable[[], Any]) -> Any:
-    if key not in kept:
-        kept[key] = compute()
-        if len(kept) > STEPS_KEPT:
-            kept.popitem(last=False)
-    return kept[key]
+class LoweredResBlock(QuantResBlock):
+    """A ResBlock whose norm, SiLU and quantization are one pass, as is the addition of the time embedding."""
 
-
-class PackedResBlock(QuantResBlock):
-    """Norm, SiLU and quantization are one pass, as is the addition of the time embedding."""
+    def __init__(self, original: QuantResBlock, step_cache: StepCache):
+        Exchanged.__init__(self, original)
+        self.emb_layers = TimeLayer(self.emb_layers, step_cache)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if x.dtype == torch.float32 or self.updown or self.use_scale_shift_norm or x.ndim != 4:
             return super()._forward(x, emb)
         first, second = self.in_layers[2], self.out_layers[3]
-        h = first.product(fused_ops.group_norm(self.in_layers[0], x, first, silu=True), x.dtype)
+        codes = fused_ops.group_norm(self.in_layers[0], x, first.params, silu=True)
+        h = first.to_float(codes, x.dtype)
         added = self.emb_layers(emb).expand(len(x), -1)
-        h = second.product(fused_ops.group_norm(self.out_layers[0], h, second, added=added, silu=True), x.dtype)
-        return h.add_(self.skip_connection(x))
+        codes = fused_ops.group_norm(self.out_layers[0], h, second.params, added=added, silu=True)
+        return second.to_float(codes, x.dtype).add_(self.skip_connection(x))
 
 
-class PackedTransformer(SpatialTransformer):
-    """Its tokens are the feature map in channels_last order, as it is."""
+class LoweredSpatialTransformer(Exchanged, SpatialTransformer):
+    """A SpatialTransformer that takes the feature map as tokens without a copy: in channels_last order it is that."""
+
+    FIELDS = ("in_channels",)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if x.dtype == torch.float32 or not isinstance(self.proj_in, CodesLayer):
             return super().forward(x, context)
         height, width = x.shape[2:]
-        tokens = self.proj_in.product(fused_ops.group_norm(self.norm, x, self.proj_in), x.dtype)
+        tokens = self.proj_in.to_float(fused_ops.group_norm(self.norm, x, self.proj_in.params), x.dtype)
         tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context=context)
         return self.proj_out(tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)).add_(x)
 
 
-class PackedTransformerBlock(QuantBasicTransformerBlock):
-    """Sums are added in place. Tokens are merged by hooks of attn1, attn2 and ff, which are called as modules."""
+class LoweredTransformerBlock(QuantBasicTransformerBlock):
+    """A transformer block that adds in place.
+
+    attn1, attn2 and ff are called as modules, so that the hooks of token merging see them.
+    """
+
+    def __init__(self, original: QuantBasicTransformerBlock):
+        Exchanged.__init__(self, original)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if x.dtype == torch.float32:
             return super()._forward(x, context)
         x = self.attn1(fused_ops.layer_norm(self.norm1, x)).add_(x)
         x = self.attn2(fused_ops.layer_norm(self.norm2, x), context=context).add_(x)
-        h = fused_ops.layer_norm(self.norm3, x)
-        if self.ff._forward_hooks:  # which want its output alone
-            return self.ff(h).add_(x)
-        return self.ff(h, residual=x)
+        return self.ff(fused_ops.layer_norm(self.norm3, x), residual=x)
 
 
-class PackedFeedForward(FeedForward):
-    """A part of the tokens at a time, from codes to codes; what is between stays in the cache."""
+class LoweredFeedForward(Exchanged, FeedForward):
+    """A feed-forward layer that processes PART tokens at a time, from codes to codes."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """residual: of x's shape, to which the output is added in place."""
+        """x [B, N, dim] -> [B, N, dim_out]. residual: of the output's shape; the output is added to it, in place."""
         proj, out = getattr(self.net[0], "proj", None), self.net[2]
         if x.dtype == torch.float32 or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
         codes = proj.quantize(x).flatten(0, -2).split(PART)
-        outputs = (out.product(fused_ops.geglu(proj.product(part, x.dtype), out), x.dtype) for part in codes)
+        outputs = (out.to_float(fused_ops.geglu(proj.to_float(part, x.dtype), out.params), x.dtype) for part in codes)
         if residual is None:
             return torch.cat(list(outputs)).view(*x.shape[:-1], -1)
         residual = residual.contiguous()
         for part, output in zip(residual.flatten(0, -2).split(PART), outputs, strict=True):
             part.add_(output)
         return residual
-
-
-PACKED = {
-    UNetModel: PackedUNet,
-    QuantResBlock: PackedResBlock,
-    SpatialTransformer: PackedTransformer,
-    QuantBasicTransformerBlock: PackedTransformerBlock,
-    FeedForward: PackedFeedForward,
-}

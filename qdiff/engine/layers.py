@@ -1,52 +1,51 @@
-"""A layer on integers, apart from what computes it.
+"""Integer layers: a linear layer or a convolution of whole numbers, apart from what multiplies.
 
-With the codes c of an input (0..2^b - 1, zero point Z, step D) and the codes q of its weight (zero point z and step d
-of each output channel), a layer is
+Let c be the codes of the input (0..2^b - 1, zero point Z, step D) and q those of the weight (zero point z and step d of
+each output channel). A layer computes
 
-    y = D d sum (c - Z) (q - z) + bias          summed over the inputs of an output
+    y = D d sum (c - Z) (q - z) + bias          with the sum over the inputs of an output
 
-in whole numbers up to the last product: the sum is exact in 32 bits. Zero padding of a convolution is c = Z.
+The sum is exact in 32 bits. A convolution pads with c = Z, which stands for 0.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.engine import fused_ops
-from qdiff.engine.fused_ops import Codes, Range
+from qdiff.engine.fused_ops import QuantParams
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """A layer, as numbers.
+    """The numbers of an integer layer, from which a backend makes one.
 
-    weight: int8 [outputs, inputs / groups, *kernel], q - z. step: float32 [outputs], d. bias: float32 [outputs] or
-    None. delta, zero_point, high: D, Z and 2^b - 1 of the input. options: stride, padding, dilation and groups of a
-    convolution, None for a linear layer.
+    weight: q - z, int8 [outputs, inputs / groups, *kernel]. step: d, float32 [outputs]. bias: float32 [outputs] or
+    None. params: the quantizer of the input. options: a convolution's stride, padding, dilation and groups; None for a
+    linear layer.
     """
 
     weight: Tensor
     step: Tensor
     bias: Tensor | None
-    delta: float
-    zero_point: int
-    high: int
+    params: QuantParams
     options: dict[str, Any] | None = None
 
 
-def range_of(quantizer: Quantizer) -> Range:
-    """Of a quantizer with one range. Codes start at 0, signed ones are moved up."""
+def params_of(quantizer: Quantizer) -> QuantParams:
+    """Return the numbers of a quantizer that has one range. Signed codes are shifted so that the lowest is 0."""
     low = quantizer.low
-    return Range(delta=float(quantizer.delta), zero_point=int(quantizer.zero_point) - low, high=quantizer.high - low)
+    return QuantParams(
+        delta=float(quantizer.delta), zero_point=int(quantizer.zero_point) - low, high=quantizer.high - low
+    )
 
 
 class _FixedDtypes(nn.Module):
-    """`.half()` and the like move its tensors, but do not cast them: steps would lose their precision."""
+    """A module whose buffers keep their dtypes: `.half()` and the like move them, but a step must not be rounded."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FixedDtypes":
         before = dict(self.named_buffers(recurse=False))
@@ -57,42 +56,43 @@ class _FixedDtypes(nn.Module):
 
 
 class CodesLayer(_FixedDtypes):
-    """A layer whose float input is quantized first: `range`: of that input."""
+    """A layer that computes from the codes of its input. params: the quantizer of that input."""
 
-    def __init__(self, range: Codes):
+    def __init__(self, params: QuantParams):
         super().__init__()
-        self.delta, self.zero_point, self.high = range.delta, range.zero_point, range.high
+        self.params = params
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x in any float dtype, in its dtype."""
-        return self.product(self.quantize(x), x.dtype)
+        """Quantize x, of any float dtype, and return the layer's output in that dtype."""
+        return self.to_float(self.quantize(x), x.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The codes of x, uint8: those of UniformAffineQuantizer, bit for bit, of finite x. NaN has no code."""
-        return fused_ops.quantize(x, self)[0]
+        """Return the codes of x, uint8; see `fused_ops.quantize`."""
+        return fused_ops.quantize(x, self.params)[0]
 
-    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer's output in `dtype`, of the codes of its input."""
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the layer's output in `dtype`. codes: of its input, uint8."""
         raise NotImplementedError
 
-    def requantized(self, codes: Tensor, to: Range) -> Tensor:
-        """The layer's output as codes for what follows, of the codes of its input. It is not rounded in between.
+    def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
+        """Return the layer's output as codes by `params`, which are those of what follows. codes: of its input.
 
-        As kernels do it, with a product by 1 / delta; codes may differ from those of a division where that is a tie.
+        As in oneDNN's kernels the output, in float32, is multiplied by 1 / delta, where `quantize` divides: codes may
+        differ from those of `quantize` where a division ends near a tie.
         """
-        scaled = self.product(codes, torch.float32).mul_(1 / to.delta).add_(to.zero_point)
-        return scaled.round_().clamp_(0, to.high).to(torch.uint8)
+        scaled = self.to_float(codes, torch.float32).mul_(1 / params.delta).add_(params.zero_point)
+        return scaled.round_().clamp_(0, params.high).to(torch.uint8)
 
 
 class IntegerLayer(CodesLayer):
-    """What an engine makes of a LayerSpec: the product is one of whole numbers."""
+    """A layer that a backend made of a LayerSpec."""
 
 
 MakeLayer = Callable[[LayerSpec], IntegerLayer]
 
 
 class SplitIntegerLayer(nn.Module):
-    """The sum of two layers, of the first `split` channels of their input and of the rest."""
+    """The sum of two layers: one of the first `split` channels of the input, one of the others."""
 
     def __init__(self, first: nn.Module, second: nn.Module, split: int):
         super().__init__()
@@ -103,21 +103,22 @@ class SplitIntegerLayer(nn.Module):
 
 
 class OffsetIntegerLayer(CodesLayer):
-    """For weights of which q - z does not fit into a byte: q - 128 does, and 128 - z times the sum of c - Z is added.
+    """A layer of 8-bit weights, of which q - z may not fit into a byte.
 
-    That sum is one more output, with a weight of ones.
+    `layer` has the weights q - 128, which do fit, and one output more, whose weights are ones: the sum of c - Z. That
+    sum times (128 - z) d, the `offsets`, is added.
     """
 
     offsets: Tensor
 
     def __init__(self, layer: IntegerLayer, offsets: Tensor, dim: int):
-        super().__init__(layer)
+        super().__init__(layer.params)
         self.layer, self.dim = layer, dim
         self.register_buffer("offsets", offsets)
 
-    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        # In float32: two large numbers may differ by a small one.
-        outputs, sums = self.layer.product(codes, torch.float32).split([len(self.offsets), 1], dim=self.dim)
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        # In float32, since the result may be a small difference of two large numbers.
+        outputs, sums = self.layer.to_float(codes, torch.float32).split([len(self.offsets), 1], dim=self.dim)
         shape = [-1 if axis == self.dim % codes.ndim else 1 for axis in range(codes.ndim)]
         return torch.addcmul(outputs, sums, self.offsets.view(shape)).to(dtype)
 
@@ -126,28 +127,29 @@ class OffsetIntegerLayer(CodesLayer):
 
 
 def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
-    """`layer` in whole numbers; `make` makes the layers of an engine. Raises ValueError for what does not fit."""
+    """Return `layer` in whole numbers, made by the backend `make`. Raises ValueError for what bytes do not hold."""
     parts = [_part(layer, name, make) for name in layer.weight_parts()]
     return SplitIntegerLayer(*parts, layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
 
 
 def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
+    """Return the integer layer of one weight quantizer; a split layer has two."""
     quantizer, act = getattr(layer, name), getattr(layer, name.replace("weight", "act"))
     if not isinstance(act, UniformAffineQuantizer):
         raise ValueError("activations are float: there is nothing to compute in whole numbers")
     if max(act.n_bits, quantizer.n_bits) > 8:
         raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: 8 bits are the most that do")
-    if not isinstance(quantizer, FrozenQuantizer):
-        quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[name])
     if isinstance(layer.options.get("padding"), str):
         raise ValueError(f"padding {layer.options['padding']!r}: there is no integer layer for it, give numbers")
-    bias = layer.bias if name == "weight_quantizer" else None  # of a split layer, the first part has it
+    if not isinstance(quantizer, FrozenQuantizer):
+        quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[name])
+    bias = layer.bias if name == "weight_quantizer" else None  # a split layer's first part has it
     spec = LayerSpec(
         weight=quantizer.codes() - quantizer.zero_point,
         step=quantizer.delta.flatten().clone(),
         bias=None if bias is None else bias.detach().float().clone(),
+        params=params_of(act),
         options=layer.options or None,
-        **asdict(range_of(act)),
     )
     if spec.weight.min() >= -128 and spec.weight.max() <= 127:
         return make(replace(spec, weight=spec.weight.to(torch.int8)))

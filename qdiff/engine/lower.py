@@ -1,49 +1,47 @@
-"""Packed models: integer weights, integer kernels.
+"""Lower a calibrated UNet: put integer layers, and blocks made for them, into the slots of its quantized ones.
 
-`pack` replaces the layers of a calibrated QuantModel by integer ones of the kernels at hand. There is one interface
-(`layers.IntegerLayer`), a reference in plain PyTorch, and one implementation a kind of hardware. In float32 they agree
-bit for bit, but for large attention (see `attention`): sums are exact, and all else is the same code on the same
-numbers in the same order.
+There is one interface (`layers.IntegerLayer`) and one implementation of it a kind of hardware, a backend: oneDNN on
+CPUs, torch._int_mm on GPUs, and the simulation in plain PyTorch. In float32 the simulation and oneDNN agree bit for
+bit, but for large attention (see `attention.can_fuse`): sums are exact, and all else is the same arithmetic in the same
+order.
 """
+
+from functools import partial
 
 import torch
 
-from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.diffusionmodules.openaimodel import ResBlock
+from ldm.modules.attention import FeedForward, SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from qdiff.config import QuantConfig
-from qdiff.engine import attention, blocks
-from qdiff.engine.attention import OncePerContext
+from qdiff.engine.attention import LoweredAttentionBlock, LoweredCrossAttention
 from qdiff.engine.backends import onednn
-from qdiff.engine.backends.expanding import low_memory
 from qdiff.engine.backends.int_mm import int_matmul_layer
-from qdiff.engine.backends.onednn import OneDNNLayer, has_bfloat16
-from qdiff.engine.backends.simulated import ReferenceLayer
-from qdiff.engine.blocks import OncePerStep
+from qdiff.engine.backends.onednn import OneDNNLayer
+from qdiff.engine.backends.simulated import SimulatedLayer
+from qdiff.engine.blocks import (
+    LoweredFeedForward,
+    LoweredResBlock,
+    LoweredSpatialTransformer,
+    LoweredTransformerBlock,
+    LoweredUNet,
+)
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, integer_layer
-from qdiff.quant_model import QuantModel, put_module
-
-PACKED = blocks.PACKED | attention.PACKED  # class of a block -> its class when packed
-
-__all__ = [
-    "IntegerLayer",
-    "LayerSpec",
-    "OneDNNLayer",
-    "ReferenceLayer",
-    "fits_bytes",
-    "has_bfloat16",
-    "kernels_for",
-    "low_memory",
-    "pack",
-]
+from qdiff.engine.step_cache import ContextLayer, StepCache
+from qdiff.exchange import check_unmerged, exchange, put_module
+from qdiff.quant_block import QuantAttentionBlock, QuantBasicTransformerBlock, QuantCrossAttention, QuantResBlock
+from qdiff.quant_model import QuantModel
 
 
 def fits_bytes(config: QuantConfig) -> bool:
-    """Whether weights and activations are whole numbers of 8 bits at most: for those there are integer layers."""
+    """Return whether weights and activations have at most 8 bits: for those there are integer layers."""
     return config.quant_act and max(config.weight_bit, config.act_bit) <= 8
 
 
-def kernels_for(config: QuantConfig, device: torch.device) -> MakeLayer:
-    """The layers that run a model of this config on this device. ValueError, with the reason, if there are none."""
+def backend_for(config: QuantConfig, device: torch.device) -> MakeLayer:
+    """Return the backend that runs a model of this config on this device.
+
+    Raises ValueError, with the reason, if there is none, or none that is exact.
+    """
     if not config.quant_act:
         raise ValueError("it computes in whole numbers, and these activations are float")
     if not fits_bytes(config):
@@ -52,39 +50,66 @@ def kernels_for(config: QuantConfig, device: torch.device) -> MakeLayer:
         return int_matmul_layer
     if device.type != "cpu":
         raise ValueError(f"there are no kernels for {device.type}: they run on the CPU and on CUDA")
-    if not onednn.works():
+    largest = onednn.largest_exact_weight()
+    if largest == 0:
         raise ValueError("this CPU, or this build of PyTorch, has no exact integer kernels")
-    return OneDNNLayer
+    if largest < onednn.LARGEST and 2**config.weight_bit - 1 > largest:
+        raise ValueError(
+            f"this CPU has no exact integer kernels for weights of {config.weight_bit} bits: its sums of 16 bits "
+            "overflow (it has no VNNI instructions); 6 bits are the most"
+        )
+    return OneDNNLayer if largest == onednn.LARGEST else small_weight_layer
 
 
-def pack(qnn: QuantModel, make: MakeLayer, *, fast: bool = True) -> None:
-    """Replace all layers of a calibrated model by integer ones, in place. No float weight is left but biases and norms.
+def small_weight_layer(spec: LayerSpec) -> IntegerLayer:
+    """Return a OneDNNLayer for a CPU without VNNI; a SimulatedLayer where its sums would overflow.
 
-    fast: make its blocks packed ones, too: what is the same in all steps is computed once, large attention by the fused
-    kernel, and under autocast norms, activation functions and quantization together (see `blocks`). Tokens are merged
-    afterwards (`tomesd.apply_patch`). There is no way back: load the model anew. Raises ValueError, and leaves the
-    model as it is, if a layer cannot be packed.
+    Weights of 6 bits or less fit, unless a zero point lies outside of the codes.
+    """
+    fits = bool((spec.weight.short().abs() <= onednn.LARGEST_IN_16_BITS).all())
+    return OneDNNLayer(spec) if fits else SimulatedLayer(spec)
+
+
+def lower(qnn: QuantModel, backend: MakeLayer, *, blocks: bool = True) -> None:
+    """Replace all layers of a calibrated model by integer ones of `backend`, in place.
+
+    blocks: replace the blocks, too. What is the same in all steps is then computed once (see `step_cache`), large
+    attention is fused, and under autocast norms, activation functions and quantization are one pass (see `blocks`).
+
+    It drops all that holds float weights; biases and norms stay float. So there is no way back: load the model anew.
+    Merge tokens afterwards (`tomesd.apply_patch`). Raises ValueError, and leaves the model as it is, if a layer cannot
+    be lowered, tokens are merged, or the model is lowered already.
     """
     qnn.check_float()
+    check_unmerged(qnn)
     layers = {}
     for name, layer in qnn.layers().items():
         try:
-            layers[name] = integer_layer(layer, make)
+            layers[name] = integer_layer(layer, backend)
         except ValueError as error:
             raise ValueError(f"{name.removeprefix('model.')}: {error}") from error
     for name, layer in layers.items():
         put_module(qnn, name, layer)
+    if blocks:
+        _lower_blocks(qnn)
     qnn.forget_float()
-    if fast:
-        _pack_blocks(qnn)
 
 
-def _pack_blocks(qnn: QuantModel) -> None:
-    for block in list(qnn.modules()):
-        if isinstance(block, BasicTransformerBlock):
-            for name in ("to_k", "to_v"):
-                setattr(block.attn2, name, OncePerContext(getattr(block.attn2, name)))
-        if isinstance(block, ResBlock):
-            block.emb_layers = OncePerStep(block.emb_layers)
-        if type(block) in PACKED:
-            block.__class__ = PACKED[type(block)]
+def _lower_blocks(qnn: QuantModel) -> None:
+    cache = StepCache()
+    exchange(
+        qnn,
+        {
+            UNetModel: partial(LoweredUNet, step_cache=cache),
+            QuantResBlock: partial(LoweredResBlock, step_cache=cache),
+            SpatialTransformer: LoweredSpatialTransformer,
+            QuantBasicTransformerBlock: LoweredTransformerBlock,
+            QuantCrossAttention: LoweredCrossAttention,
+            QuantAttentionBlock: LoweredAttentionBlock,
+            FeedForward: LoweredFeedForward,
+        },
+    )
+    for block in qnn.modules():
+        if isinstance(block, LoweredTransformerBlock):  # its second attention is over the context
+            block.attn2.to_k = ContextLayer(block.attn2.to_k, cache)
+            block.attn2.to_v = ContextLayer(block.attn2.to_v, cache)

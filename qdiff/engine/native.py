@@ -1,6 +1,8 @@
-"""Our kernels in C: compiled on first use by the system's compiler, kept in the user's cache, called by ctypes.
+"""Compile our C kernels on first use, keep the library in the user's cache, and call it by ctypes.
 
-It takes a few seconds, once a version and kind of CPU. Without a compiler all works, slower: see `fused_ops`.
+Compiling takes a few seconds, once a version, a compiler and a kind of CPU. Where there is no compiler everything works
+without the kernels, but slower (see `fused_ops`). CC names another compiler than the system's; CC=/bin/false, which
+compiles nothing, switches the kernels off. DSDIFF_MAX_CPU_ISA makes them those of an older CPU (see `cpu`).
 """
 
 import ctypes
@@ -8,126 +10,210 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from qdiff.engine import cpu
 
 SOURCES = Path(__file__).parent / "kernels"
-# Vectors of 512 bits where there are any; no errno and no floating point traps, for which loops would stay scalar.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_SECONDS = 120  # a compiler that takes longer is given up
+
+# Without errno and floating point traps: loops that could set them stay scalar.
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = "-mprefer-vector-width=512"
-COMPILE_SECONDS = 120  # after which a compiler is given up
+NATIVE = ("-march=native",)
+# The compiler's options for an instruction set that is capped; "" is a CPU below all of cpu.ISAS.
+ARCHITECTURES = {
+    "": ("-march=x86-64-v2",),
+    "AVX2": ("-march=x86-64-v3",),
+    "AVX2_VNNI": ("-march=x86-64-v3", "-mavxvnni"),
+    "AVX512_CORE": ("-march=x86-64-v4",),
+    "AVX512_CORE_VNNI": ("-march=x86-64-v4", "-mavx512vnni"),
+    "AVX512_CORE_BF16": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+    "AVX512_CORE_AMX": (
+        "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"
+    ),
+}  # fmt: skip
+SEAL = struct.Struct("<Q32s")  # at the end of a library's file: the length of what is before it, and its SHA-256
 
 logger = logging.getLogger(__name__)
 
 
-class Range(ctypes.Structure):
-    """How a number becomes a code."""
+# --- what the kernels take ---------------------------------------------------------------------------------
+
+
+class Params(Protocol):
+    """The numbers of a quantizer, as `fused_ops.QuantParams` has them."""
+
+    @property
+    def delta(self) -> float: ...
+    @property
+    def zero_point(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+
+
+class QuantParams(ctypes.Structure):
+    """The struct QuantParams of kernels/rows.h."""
 
     _fields_ = (("delta", ctypes.c_float), ("zero_point", ctypes.c_float), ("high", ctypes.c_float))
 
 
-def ranges(of: Sequence) -> ctypes.Array:
-    """Of things with delta, zero_point and high."""
-    return (Range * len(of))(*(Range(one.delta, one.zero_point, one.high) for one in of))
+class _ParamsArray:
+    """The type of an argument `const QuantParams *`: a sequence of Params is given."""
+
+    @classmethod
+    def from_param(cls, value: Sequence[Params]) -> ctypes.Array:
+        return (QuantParams * len(value))(*(QuantParams(one.delta, one.zero_point, one.high) for one in value))
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had, with a line in the log if they should be there."""
-    if sys.platform == "darwin" or not torch.backends.openmp.is_available():  # whose OpenMP would be a second one
-        return None
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
-    if compiler is None:
-        logger.warning("no C compiler found: the integer engine works, but slower (install gcc)")
-        return None
-    try:
-        path = _compiled(compiler)
-    except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
-        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        logger.warning("kernels do not compile, the integer engine works slower: %s", output[0] if output else error)
-        return None
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        path.unlink(missing_ok=True)  # damaged, maybe: the next run makes it anew
-        logger.warning("kernels cannot be loaded, the integer engine works slower: %s", error)
-        return None
+class _Data:
+    """The type of a pointer argument: a tensor is given, or None for NULL."""
+
+    @classmethod
+    def from_param(cls, value: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+
+
+_INT, _FLOAT = ctypes.c_int64, ctypes.c_float
+
+# Each C function: what it returns, and its arguments in the order of kernels/*.c.
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    # x, bfloat16, rows, width, stride, params, outputs, out
+    "quantize": (None, (_Data, _INT, _INT, _INT, _INT, _ParamsArray, _INT, _Data)),
+    # x, bfloat16, rows, width, weight, bias, eps, out
+    "layer_norm": (None, (_Data, _INT, _INT, _INT, _Data, _Data, _FLOAT, _Data)),
+    "group_norm": (
+        None,
+        # x, bfloat16, samples, size, channels, added, groups, weight, bias, eps
+        (_Data, _INT, _INT, _INT, _INT, _Data, _INT, _Data, _Data, _FLOAT)
+        # with_silu, params, slices, sums, lines, out
+        + (_INT, _ParamsArray, _INT, _Data, _Data, _Data),
+    ),
+    # x, bfloat16, rows, width, params, out
+    "geglu": (None, (_Data, _INT, _INT, _INT, _ParamsArray, _Data)),
+    "has_attention": (_INT, ()),
+    # heads, keys, width
+    "attention_bytes": (_INT, (_INT, _INT, _INT)),
+    "attention": (
+        None,
+        # q, k, v, batch, heads, queries, keys, width
+        (_Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT)
+        # scale, zero_of_q, zero_of_v, params, workspace, out
+        + (_FLOAT, _FLOAT, _FLOAT, _ParamsArray, _Data, _Data),
+    ),
+}
+
+
+# --- calling them ------------------------------------------------------------------------------------------
+
+
+def call(name: str, *arguments: object) -> Any:
+    """Run a kernel, with the arguments that FUNCTIONS declares; return what it returns."""
+    with torch.profiler.record_function(f"dsdiff::{name}"):
+        return _function(name)(*arguments)
 
 
 @functools.cache
 def has_attention() -> bool:
-    """Whether the library has attention for this CPU."""
-    return library() is not None and bool(library().has_attention())
+    """Return whether the library has attention for this CPU."""
+    return library() is not None and bool(_function("has_attention")())
 
 
-def attention_bytes(heads: int, keys: int, width: int) -> int:
-    """Of the workspace that attention needs."""
-    library().attention_bytes.restype = ctypes.c_int64
-    return library().attention_bytes(*map(ctypes.c_int64, (heads, keys, width)))
+@functools.cache
+def _function(name: str) -> Any:
+    kernel = getattr(library(), name)
+    kernel.restype, kernel.argtypes = FUNCTIONS[name]
+    return kernel
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's file, made if it is not there."""
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None, with a line in the log, where they cannot be had.
+
+    They are for Linux: elsewhere a second OpenMP beside PyTorch's would be loaded.
+    """
+    if not sys.platform.startswith("linux") or not torch.backends.openmp.is_available():
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        logger.warning("no C compiler found: the integer engine works, but slower (install gcc)")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning("no kernels, the integer engine works slower: %s", output[0] if output else error)
+        return None
+
+
+# --- making the library ------------------------------------------------------------------------------------
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """Return the command of the C compiler: what CC says if that is found, else the system's."""
+    for command in (os.environ.get("CC", ""), *COMPILERS):
+        words = command.split()
+        path = shutil.which(words[0]) if words else None
+        if path is not None:
+            return (path, *words[1:])
+    return None
+
+
+def _compiled(compiler: Sequence[str]) -> Path:
+    """Return the library's file, made anew unless a whole one is there."""
     files = sorted(SOURCES.glob("*.[ch]"))
+    architecture = NATIVE if cpu.cap() is None else ARCHITECTURES[cpu.isa()]
     digest = hashlib.sha256()
-    for part in (compiler, *FLAGS, WIDE, _cpu(), *(file.read_text(encoding="utf-8") for file in files)):
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    for part in (*compiler, *FLAGS, WIDE, *architecture, cpu.fingerprint(), *texts):
         digest.update(part.encode() + b"\0")
     path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
     if path.exists() and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022):
         raise PermissionError(f"{path} may have been written by somebody else: remove it")
+    if path.exists() and not _is_whole(path):
+        logger.warning("the compiled kernels in %s are damaged: compiling them anew", path)
+        path.unlink(missing_ok=True)
     if not path.exists():
         logger.info("compiling kernels for this CPU, once")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         sources = [str(file) for file in files if file.suffix == ".c"]
-        write_atomically(path, lambda temporary: _compile(compiler, sources, temporary))
+        write_atomically(path, lambda temporary: _make(compiler, (*architecture, *FLAGS), sources, temporary))
+        path.chmod(0o700)  # whatever the umask is: files that others may write are refused above
     return path
 
 
-def _compile(compiler: str, sources: Sequence[str], target: Path) -> None:
-    command = [compiler, *FLAGS, *sources, "-lm", "-o", str(target)]
-    wide = [*command[:1], WIDE, *command[1:]]
-    options = {"capture_output": True, "text": True, "timeout": COMPILE_SECONDS}
-    if subprocess.run(wide, **options).returncode:  # a compiler, or a CPU, without that option
-        subprocess.run(command, check=True, **options)
+def _make(compiler: Sequence[str], flags: Sequence[str], sources: Sequence[str], target: Path) -> None:
+    """Compile the sources into a library, and seal it."""
+    command = [*compiler, *flags, *sources, "-lm", "-o", str(target)]
+    wide = [*compiler, WIDE, *command[len(compiler) :]]
+    if _run(wide).returncode:  # not every compiler, nor every CPU, knows WIDE
+        _run(command).check_returncode()
+    content = target.read_bytes()
+    with open(target, "ab") as file:  # a loader does not look beyond the last section
+        file.write(SEAL.pack(len(content), hashlib.sha256(content).digest()))
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a library has the length and the hash of its seal. To load one that was cut kills the process."""
+    content = path.read_bytes()
+    library, seal = content[: -SEAL.size], content[-SEAL.size :]
+    return len(seal) == SEAL.size and SEAL.unpack(seal) == (len(library), hashlib.sha256(library).digest())
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsdiff"
-
-
-def _cpu() -> str:
-    """What tells CPUs apart that need other instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def call(name: str, *arguments: object) -> None:
-    """Run a kernel of the library. Whole numbers are passed as 64 bits, floats as 32, tensors by their address."""
-    kernel = getattr(library(), name)
-    kernel.restype = None
-    with torch.profiler.record_function(f"dsdiff::{name}"):
-        kernel(*(_argument(value) for value in arguments))
-
-
-def _argument(value: object) -> object:
-    if isinstance(value, Tensor) or value is None:
-        return pointer(value)
-    if isinstance(value, bool | int):
-        return ctypes.c_int64(value)
-    return ctypes.c_float(value) if isinstance(value, float) else value

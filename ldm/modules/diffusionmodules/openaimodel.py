@@ -383,19 +383,22 @@ class UNetModel(nn.Module):
         timesteps: torch.Tensor,
         context: torch.Tensor | None = None,
         y: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """x [B, in_channels, H, W], timesteps [B] (may be fractional), context [B, M, context_dim], labels y [B].
 
-        Returns [B, out_channels, H, W]. Raises ValueError where labels and `num_classes` do not go together, or
-        where H, W do not suit `resblock_updown`, which can only double.
+        dtype: of the features between the layers; without one, that of the norms' weights. Returns
+        [B, out_channels, H, W]. Raises ValueError where labels and `num_classes` do not go together, or where H, W do
+        not suit `resblock_updown`, which can only double.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y are for class-conditional models (num_classes), and needed by them")
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resblock_updown and any(n % factor for n in x.shape[2:]):
             raise ValueError(f"latents of {tuple(x.shape[2:])} are not multiples of {factor}, as this UNet needs")
-        dtype = self.working_dtype()
-        emb = self.embed_time(timesteps)
+        dtype = dtype or self.out[0].weight.dtype
+        emb = self.embed_time(timesteps, dtype)
         if y is not None:
             emb = emb + self.label_emb(y)
         skips = []
@@ -410,10 +413,6 @@ class UNetModel(nn.Module):
             h = module(h, emb, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
 
-    def working_dtype(self) -> torch.dtype:
-        """Of the features between its layers."""
-        return self.out[0].weight.dtype  # of a norm: other layers may be packed
-
-    def embed_time(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """[B] -> [B, emb_channels]."""
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.working_dtype()))
+    def embed_time(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B] -> [B, emb_channels] in `dtype`."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))

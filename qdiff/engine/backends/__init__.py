@@ -1,1 +1,1 @@
-"""Layers by what multiplies: oneDNN, torch._int_mm, plain PyTorch; and one that expands packed weights as it runs."""
+"""What multiplies: oneDNN on CPUs, torch._int_mm on GPUs, plain PyTorch; and a wrapper that saves memory."""

@@ -1,7 +1,7 @@
 """Integer layers by `torch._int_mm`, the product of int8 matrices, on GPUs (and on CPUs, where tests run it).
 
-A convolution becomes a product of its input's patches. What is odd about the sizes that the product takes is filled up
-with zeros, which add nothing.
+A convolution becomes the product of the patches of its input. Matrices are padded with zeros to the sizes that the
+product takes.
 """
 
 from itertools import product
@@ -10,32 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdiff.engine.backends.simulated import ReferenceLayer
+from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 
-MULTIPLE = 8  # of the inputs and outputs of a product
-ROWS = 32  # at least, of the input
+MULTIPLE = 8  # of which the inputs and the outputs of a product must be multiples
+ROWS = 32  # the least number of rows of a product
 
 
 class IntMatmulLayer(IntegerLayer):
-    """Codes c go in as c - 128, which is a signed byte; (128 - Z) times the sum of an output's weights is added."""
+    """An integer layer by a product of signed bytes.
+
+    Codes c go in as c - 128. Then (128 - Z) times the sum of an output's weights, the `shift`, is added.
+    """
 
     weight: Tensor
     step: Tensor
     shift: Tensor
+    bias: Tensor | None
 
     def __init__(self, spec: LayerSpec):
-        super().__init__(spec)
+        super().__init__(spec.params)
         self.options, self.kernel = spec.options, tuple(spec.weight.shape[2:])
         rows = spec.weight.flatten(1)
         self.outputs = len(rows)
         padding = (0, -rows.shape[1] % MULTIPLE, 0, -len(rows) % MULTIPLE)
         self.register_buffer("weight", F.pad(rows, padding))
-        self.register_buffer("step", spec.step * spec.delta)
-        self.register_buffer("shift", (128 - spec.zero_point) * rows.sum(1, dtype=torch.int32))
+        self.register_buffer("step", spec.step * spec.params.delta)
+        self.register_buffer("shift", (128 - spec.params.zero_point) * rows.sum(1, dtype=torch.int32))
         self.register_buffer("bias", spec.bias)
 
-    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         rows, shape = self._rows((codes ^ 128).view(torch.int8))
         padding = (0, self.weight.shape[1] - rows.shape[1], 0, max(0, ROWS - len(rows)) or -len(rows) % MULTIPLE)
         sums = torch._int_mm(F.pad(rows, padding), self.weight.t())[: len(rows), : self.outputs]
@@ -45,12 +49,12 @@ class IntMatmulLayer(IntegerLayer):
         return outputs if self.options is None else outputs.movedim(-1, 1)  # in channels_last order
 
     def _rows(self, codes: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """[rows, inputs] of signed codes, and the shape of their outputs, channels left out."""
+        """Return the rows of the product, [rows, inputs] of signed codes, and the output's shape without channels."""
         if self.options is None:
             return codes.flatten(0, -2), codes.shape[:-1]
         padding, stride, dilation = (self.options[name] for name in ("padding", "stride", "dilation"))
         around = [side for n in reversed(padding) for side in (n, n)]
-        codes = F.pad(codes, around, value=self.zero_point - 128) if any(padding) else codes
+        codes = F.pad(codes, around, value=self.params.zero_point - 128) if any(padding) else codes
         sizes = [
             (n - d * (k - 1) - 1) // s + 1
             for n, d, k, s in zip(codes.shape[2:], dilation, self.kernel, stride, strict=True)
@@ -60,7 +64,8 @@ class IntMatmulLayer(IntegerLayer):
         return rows.reshape(-1, codes.shape[1] * len(patches)), (len(codes), *sizes)
 
     def _at(self, codes: Tensor, place: tuple[int, ...], sizes: list[int]) -> Tensor:
-        """What the kernel's entry at `place` is multiplied with: [B, C, *sizes]."""
+        """Return the codes [B, C, *sizes] that the kernel's entry at `place` is multiplied with."""
+        assert self.options is not None
         for dim, (k, size) in enumerate(zip(place, sizes, strict=True), start=2):
             stride = self.options["stride"][dim - 2]
             start = k * self.options["dilation"][dim - 2]
@@ -69,7 +74,7 @@ class IntMatmulLayer(IntegerLayer):
 
 
 def int_matmul_layer(spec: LayerSpec) -> IntegerLayer:
-    """IntMatmulLayer, or the reference for what it does not do: groups, and zero points that are no byte."""
-    if (spec.options and spec.options["groups"] > 1) or not 0 <= spec.zero_point <= 255:
-        return ReferenceLayer(spec)
+    """Return an IntMatmulLayer; a SimulatedLayer for groups, and for zero points outside of the bytes."""
+    if (spec.options and spec.options["groups"] > 1) or not 0 <= spec.params.zero_point <= 255:
+        return SimulatedLayer(spec)
     return IntMatmulLayer(spec)

@@ -1,102 +1,146 @@
-"""Integer layers by oneDNN, on CPUs: unsigned activations, signed weights, sums of 32 bits, steps and bias fused."""
+"""Integer layers by oneDNN, on CPUs: unsigned activations, signed weights, sums of 32 bits, steps and bias fused.
 
+Without VNNI instructions, sums of two products saturate at 16 bits: there weights are exact up to 64 only, see
+`largest_exact_weight`. Instruction sets also differ in how they multiply a sum by the two steps, see `step_order`.
+"""
+
+import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from qdiff.engine.layers import IntegerLayer, LayerSpec, Range
+from qdiff.engine.fused_ops import QuantParams
+from qdiff.engine.layers import IntegerLayer, LayerSpec
 
-OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels write
+OUTPUTS = (torch.float32, torch.bfloat16)  # the float dtypes that the kernels write
+LARGEST = 128  # the largest absolute weight of a byte
+LARGEST_IN_16_BITS = 64  # 2 * 255 * 64 is below 2^15
+
+StepOrder = Literal["one by one", "together"]
 
 
 class OneDNNLayer(IntegerLayer):
-    """The weight is laid out for the kernel once. A Conv1d is a Conv2d of height 1."""
+    """An integer layer whose weight is laid out for oneDNN's kernels once. A Conv1d runs as a Conv2d of height 1."""
 
     packed: Tensor
     step: Tensor
     zeros: Tensor
+    bias: Tensor | None
 
     def __init__(self, spec: LayerSpec):
-        super().__init__(spec)
+        super().__init__(spec.params)
         self.register_buffer("step", spec.step)
         self.register_buffer("zeros", torch.zeros(len(spec.step), dtype=torch.int32))
         self.register_buffer("bias", spec.bias)
         self.one_dimensional = spec.weight.ndim == 3
+        self.geometry: list[Any] | None = None  # a convolution's stride, padding, dilation and groups
         if spec.options is None:
-            self.options = None
             packed = torch.ops.onednn.qlinear_prepack(spec.weight.contiguous(), None)
         else:
             names = ("stride", "padding", "dilation")
-            self.options = [_pair(spec.options[name], self.one_dimensional, name) for name in names]
-            self.options.append(spec.options["groups"])
+            sizes = [_pair(spec.options[name], self.one_dimensional, name) for name in names]
+            self.geometry = [*sizes, spec.options["groups"]]
             weight = spec.weight.unsqueeze(2) if self.one_dimensional else spec.weight
-            stride, padding, dilation, groups = self.options
             packed = torch.ops.onednn.qconv_prepack(
-                weight, spec.step, spec.delta, spec.zero_point, stride, padding, dilation, groups, None
+                weight, spec.step, spec.params.delta, spec.params.zero_point, *self.geometry, None
             )
-        self.packed = packed  # of a layout of the kernel's own
+        self.packed = packed  # not a buffer: only the kernels know its layout
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneDNNLayer":
         super()._apply(fn, recurse)
         if self.step.device.type != "cpu":
-            raise NotImplementedError("a model packed for the CPU cannot be moved: load it on the other device")
+            raise NotImplementedError("a model lowered for the CPU cannot be moved: load it on the other device")
         return self
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        raise NotImplementedError("a packed model cannot be saved: its cali_ckpt holds it")
+        raise NotImplementedError("a lowered model cannot be saved: its cali_ckpt holds it")
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        raise NotImplementedError("weights cannot be loaded into a packed model: load, then pack")
+        raise NotImplementedError("weights cannot be loaded into a lowered model: load, then lower")
 
     def __deepcopy__(self, memo: dict) -> "OneDNNLayer":
-        raise NotImplementedError("a packed model cannot be copied: load it anew")
+        raise NotImplementedError("a lowered model cannot be copied: load it anew")
 
-    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         out = dtype if dtype in OUTPUTS else torch.float32
-        weight = (self.delta, self.zero_point, self.packed, self.step, self.zeros, self.bias)
-        if self.options is None:
-            return torch.ops.onednn.qlinear_pointwise(codes, *weight, 1.0, 0, out, "none", [], "").to(dtype)
+        if self.geometry is None:
+            return self._linear(codes, 1.0, 0, out).to(dtype)
         codes = codes.unsqueeze(2) if self.one_dimensional else codes
         codes = codes.contiguous(memory_format=torch.channels_last)
-        result = torch.ops.onednn.qconv_pointwise(codes, *weight, *self.options, 1.0, 0, out, "none", [], "").to(dtype)
+        arguments = (*self._numbers(), *self.geometry, 1.0, 0, out, "none", [], "")
+        result = torch.ops.onednn.qconv_pointwise(codes, *arguments).to(dtype)
         return result.squeeze(2).contiguous() if self.one_dimensional else result
 
-    def requantized(self, codes: Tensor, to: Range) -> Tensor:
-        if self.options is not None or to.high != 255 or not 0 <= to.zero_point <= 255:  # the kernel saturates there
-            return super().requantized(codes, to)
-        weight = (self.delta, self.zero_point, self.packed, self.step, self.zeros, self.bias)
-        to_codes = (to.delta, to.zero_point, torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(codes, *weight, *to_codes, "none", [], "")
+    def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
+        saturates = params.high == 255 and 0 <= params.zero_point <= 255  # at the ends of a byte, as the kernel does
+        if self.geometry is not None or not saturates:
+            return super().to_codes(codes, params)
+        return self._linear(codes, params.delta, params.zero_point, torch.uint8)
+
+    def _linear(self, codes: Tensor, delta: float, zero_point: int, out: torch.dtype) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise(codes, *self._numbers(), delta, zero_point, out, "none", [], "")
+
+    def _numbers(self) -> tuple[Any, ...]:
+        return self.params.delta, self.params.zero_point, self.packed, self.step, self.zeros, self.bias
 
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:
     return [0 if name == "padding" else 1, *value] if one_dimensional else list(value)
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16 by itself."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags))
+# --- what the kernels do on this CPU -----------------------------------------------------------------------
 
 
-def works() -> bool:
-    """Whether these kernels are there, and exact on this CPU: without VNNI instructions, sums of 16 bits saturate."""
-    spec = LayerSpec(
-        weight=torch.full((16, 64), 127, dtype=torch.int8),
-        step=torch.ones(16),
-        bias=None,
-        delta=1.0,
-        zero_point=0,
-        high=255,
-    )
+@functools.cache
+def largest_exact_weight() -> int:
+    """Return the largest |q - z| of which this CPU's sums are exact: 128, 64 without VNNI, 0 without kernels."""
+    for largest in (LARGEST, LARGEST_IN_16_BITS):
+        for weight in (-largest, largest - 1):
+            layer = _probe(torch.full((16, 64), weight, dtype=torch.int8))
+            result = None if layer is None else layer.to_float(torch.full((4, 64), 255).byte(), torch.float32)
+            if result is None or not bool((result == 255 * weight * 64).all()):
+                break
+        else:
+            return largest
+    return 0
+
+
+@functools.cache
+def step_order(dtype: torch.dtype) -> StepOrder | None:
+    """Return how oneDNN multiplies a sum by the steps D of the input and d of the weight, with an output in `dtype`.
+
+    "one by one": (sum * D) * d + bias. "together": sum * (D * d) + bias. None if it is neither, or without kernels;
+    then layers agree with the simulation within 2e-7 of their largest output. It is found by trying, as it depends on
+    oneDNN's version and on what oneDNN knows of the CPU. With PyTorch 2.14 it is
+
+        AVX2_VNNI, AVX512_CORE, AVX512_CORE_VNNI, AVX512_CORE_BF16      one by one
+        AVX2                        together in float32, one by one in bfloat16
+        AVX512_CORE_AMX                                                 together
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-7, 8, (512, 64), generator=generator, dtype=torch.int8)
+    codes = torch.randint(0, 256, (154, 64), generator=generator, dtype=torch.uint8)
+    step, bias = torch.rand(2, 512, generator=generator)
+    layer = _probe(weight, step, bias)
+    if layer is None:
+        return None
+    sums, delta = codes.float() @ weight.float().T, torch.tensor(layer.params.delta)
+    result = layer.to_float(codes, dtype)
+    if torch.equal(result, (sums * delta * step + bias).to(dtype)):
+        return "one by one"
+    return "together" if torch.equal(result, (sums * (delta * step) + bias).to(dtype)) else None
+
+
+def _probe(weight: Tensor, step: Tensor | None = None, bias: Tensor | None = None) -> OneDNNLayer | None:
+    """Return a linear layer to try; None if PyTorch was built without these kernels, or they do not run here."""
+    plain = step is None
+    params = QuantParams(delta=1.0 if plain else 0.0137, zero_point=0, high=255)
+    spec = LayerSpec(weight=weight, step=torch.ones(len(weight)) if plain else step, bias=bias, params=params)
     try:
-        result = OneDNNLayer(spec).product(torch.full((4, 64), 255, dtype=torch.uint8), torch.float32)
-    except (RuntimeError, AttributeError):  # not built in
-        return False
-    return bool((result == 255 * 127 * 64).all())
+        layer = OneDNNLayer(spec)
+        layer.to_float(torch.zeros(1, weight.shape[1], dtype=torch.uint8), torch.float32)
+    except (RuntimeError, AttributeError):
+        return None
+    return layer

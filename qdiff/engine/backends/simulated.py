@@ -1,37 +1,47 @@
-"""Integer layers in plain PyTorch, for any device: what the simulation runs, and what the others are tested against."""
+"""Integer layers in plain PyTorch, for any device: the simulation, and the reference for the other backends."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdiff.engine.backends import onednn
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 
-EXACT = 2**24  # up to which float32 holds all whole numbers
+EXACT = 2**24  # float32 holds all whole numbers up to this one
 
 
-class ReferenceLayer(IntegerLayer):
-    """Whole numbers as floats. Sums are exact, in float32 or, where they may become too large for it, in float64."""
+class SimulatedLayer(IntegerLayer):
+    """An integer layer that holds whole numbers as floats.
+
+    Sums are exact: in float32, or in float64 where they may become too large for it. On a CPU they are multiplied by
+    the steps in the order of oneDNN's kernels there, so that a simulated layer and one of OneDNNLayer are equal bit
+    for bit wherever `onednn.step_order` knows that order.
+    """
 
     weight: Tensor
     step: Tensor
+    bias: Tensor | None
 
     def __init__(self, spec: LayerSpec):
-        super().__init__(spec)
+        super().__init__(spec.params)
         self.options = spec.options
-        furthest = max(abs(spec.zero_point), abs(spec.high - spec.zero_point))
+        furthest = max(abs(spec.params.zero_point), abs(spec.params.high - spec.params.zero_point))
         largest = spec.weight.flatten(1).abs().sum(1, dtype=torch.int64).max() * furthest
         self.exact = torch.float32 if largest < EXACT else torch.float64
         self.register_buffer("weight", spec.weight)
-        self.register_buffer("step", spec.step * spec.delta)
+        self.register_buffer("step", spec.step)
         self.register_buffer("bias", spec.bias)
 
-    def product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         shape = (-1,) if self.options is None else (-1, *[1] * (self.weight.ndim - 2))
-        with torch.autocast(codes.device.type, enabled=False):  # whole numbers are not to be rounded
-            sums = self._sums(codes.to(self.exact) - self.zero_point, self.weight.to(self.exact)).round()
-        outputs = sums.float() * self.step.view(shape)
+        with torch.autocast(codes.device.type, enabled=False):  # which would round whole numbers
+            sums = self._sums(codes.to(self.exact) - self.params.zero_point, self.weight.to(self.exact)).round()
+        if codes.device.type == "cpu" and onednn.step_order(dtype) == "one by one":
+            outputs = sums.float() * self.params.delta * self.step.view(shape)
+        else:
+            outputs = sums.float() * (self.step * self.params.delta).view(shape)
         outputs = outputs if self.bias is None else outputs + self.bias.view(shape)
-        if outputs.ndim == 4:  # as the kernels lay them out: a norm that follows sums in the order of memory
+        if outputs.ndim == 4:  # the kernels' order of memory: a norm that follows sums in it
             outputs = outputs.contiguous(memory_format=torch.channels_last)
         return outputs.to(dtype)
 

@@ -1,14 +1,14 @@
-/* Attention on codes, for CPUs with matrix tiles (Intel AMX): no matrix of scores is ever in memory.
+/* Attention on codes by matrix tiles (Intel AMX). The matrix of scores is never in memory.
  *
- * With codes c, zero points Z and steps D the scores of a query i and a key j are, up to what is the same for all keys
- * and so drops out of the softmax,
+ * Let c be codes, Z zero points and D steps. The score of a query i and a key j is
  *
  *     D_q D_k / sqrt(d) (sum_d c_q c_k - Z_q sum_d c_k)
  *
- * The first sum is one of bytes in tiles, exact in 32 bits. Probabilities are rounded to bfloat16 and multiplied by
- * c_v - Z_v, which bfloat16 holds exactly; sums are float32. Keys come in parts of PART; of those before, a running
- * maximum and a running sum are kept (Milakov and Gimelshein 2018). */
-#include "rest.h"
+ * up to terms that are the same for all keys of a query: these drop out of the softmax. The first sum is a product of
+ * byte tiles, exact in 32 bits. Probabilities are rounded to bfloat16 and multiplied by c_v - Z_v, which bfloat16 holds
+ * exactly; these sums are float32. Keys are processed in parts of PART. A running maximum and a running sum combine the
+ * parts (Milakov and Gimelshein 2018, online softmax). */
+#include "rows.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__) && \
     defined(__linux__)
@@ -17,12 +17,12 @@
 #include <unistd.h>
 
 enum {
-    TILE = 16,              /* rows of a tile, and numbers of 32 bits in one */
-    ROWS = 2 * TILE,        /* queries worked on at a time */
-    PART = 256,             /* keys worked on at a time */
-    MAX_WIDTH = 256,        /* of a head: beyond, sums of bytes might not fit into float32 */
-    REQUEST = 0x1023,       /* arch_prctl: ARCH_REQ_XCOMP_PERM ... */
-    TILE_DATA = 18,         /* ... for the state of tiles */
+    TILE = 16,         /* a tile has 16 rows of 16 numbers of 32 bits */
+    ROWS = 2 * TILE,   /* queries processed at a time */
+    PART = 256,        /* keys processed at a time */
+    MAX_WIDTH = 256,   /* of a head; wider ones might have sums of bytes that float32 does not hold exactly */
+    REQUEST = 0x1023,  /* arch_prctl's ARCH_REQ_XCOMP_PERM: ask the kernel for a feature */
+    TILE_DATA = 18,    /* the feature: tile registers */
 };
 
 typedef struct {
@@ -31,30 +31,36 @@ typedef struct {
     uint8_t rows[16];
 } __attribute__((packed)) TileConfig;
 
+/* Round n up to a multiple of `to`. */
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-/* Whether this process may use tiles. */
+/* Return 1 if this process may use tiles. Linux has to be asked once. */
 int64_t has_attention(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
 
-/* A head's part of the workspace: its keys, its values as pairs of bfloat16, and what each key adds to its scores. */
+/* The workspace of one head: keys and values in tile layout, and the constant that each key adds to its scores.
+ * Values are pairs of bfloat16. */
 typedef struct {
     uint8_t *keys;
     uint32_t *values;
     float *added;
 } Head;
 
+/* Return the bytes of a Head. */
 static int64_t head_bytes(int64_t keys, int64_t width) {
     return up(keys, 2 * TILE) * (up(width, 64) + 2 * up(width, 2 * TILE) + sizeof(float));
 }
 
+/* Place a Head into its part of the workspace. */
 static Head head_of(uint8_t *workspace, int64_t keys, int64_t width) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
     return (Head){workspace, (uint32_t *)(workspace + all * deep), (float *)(workspace + all * (deep + 2 * wide))};
 }
 
+/* Return the bytes of the workspace that `attention` needs; heads: batch times heads. */
 int64_t attention_bytes(int64_t heads, int64_t keys, int64_t width) { return heads * head_bytes(keys, width); }
 
-/* The keys of a head as tiles want them, 16 side by side, four bytes of each in turn; and what each adds. */
+/* Lay out the keys of a head for tiles: 16 keys side by side, four bytes of each in turn. added[key] is factor times
+ * the sum of its codes. Keys that only fill up a tile get a probability of 0. */
 static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t stride, float factor, uint8_t *packed,
                       float *added) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64);
@@ -65,11 +71,11 @@ static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t str
         if (key < keys) memcpy(row, k + key * stride, width);
         for (int64_t i = 0; i < deep; i++) sum += row[i];
         for (int64_t i = 0; i < deep / 4; i++) memcpy(to + i * 64, row + i * 4, 4);
-        added[key] = key < keys ? factor * sum : -1e30f; /* the probability of those that fill up is 0 */
+        added[key] = key < keys ? factor * sum : -1e30f;
     }
 }
 
-/* The values of a head as tiles want them: pairs of keys side by side, for 16 numbers in turn. */
+/* Lay out the values of a head for tiles: the bfloat16 numbers of two keys side by side, 16 such pairs in a row. */
 static void pack_values(const uint8_t *v, int64_t keys, int64_t width, int64_t stride, float zero_point,
                         uint32_t *packed) {
     int64_t all = up(keys, 2 * TILE), wide = up(width, 2 * TILE);
@@ -80,13 +86,14 @@ static void pack_values(const uint8_t *v, int64_t keys, int64_t width, int64_t s
             for (int64_t i = 0; i < width; i++) pair[k][i] = v[(key + k) * stride + i] - zero_point;
         for (int64_t at = 0; at < wide; at += TILE) {
             uint32_t *to = packed + key / 32 * TILE * wide + at * TILE + key % 32 / 2 * TILE;
-            for (int64_t i = 0; i < TILE; i++) /* whole numbers of 9 bits: cutting them off rounds nothing */
+            for (int64_t i = 0; i < TILE; i++) /* whole numbers of 9 bits: truncation to bfloat16 is exact */
                 to[i] = to_bits(pair[0][at + i]) >> 16 | (to_bits(pair[1][at + i]) & 0xffff0000u);
         }
     }
 }
 
-/* scores[ROWS][PART] of `count` keys, a multiple of 32; q is [ROWS][deep]. Four sums at a time hide each other's delay. */
+/* Multiply q [ROWS][deep] with `count` keys, a multiple of 32, into scores [ROWS][PART]. Four tiles of sums at a time
+ * hide each other's latency. */
 static void multiply_scores(const uint8_t *q, const uint8_t *packed_k, int64_t count, int64_t deep, int32_t *scores) {
     for (int64_t key = 0; key < count; key += 2 * TILE) {
         _tile_zero(0);
@@ -110,7 +117,7 @@ static void multiply_scores(const uint8_t *q, const uint8_t *packed_k, int64_t c
     }
 }
 
-/* 2^x within 1e-4, relative, for x <= 0: 2^floor(x) times a polynomial of the rest. */
+/* Return 2^x for x <= 0 with a relative error below 1e-4: 2^floor(x) times a polynomial in x - floor(x). */
 static inline __m512 power_of_2(__m512 x) {
     __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
     __m512 p = _mm512_set1_ps(0.07802291f);
@@ -120,13 +127,13 @@ static inline __m512 power_of_2(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
-/* 16 scores, times the scale, with what their keys add. */
+/* Return 16 logits: scores times the scale, plus the constants of their keys. */
 static inline __m512 logits(const int32_t *scores, const float *added, __m512 scale) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scores)), scale, _mm512_loadu_ps(added));
 }
 
-/* One row of `count` scores, a multiple of 32, -> probabilities, not normalised. Returns the factor that makes those of
- * the parts before comparable with them. */
+/* Turn one row of `count` scores, a multiple of 32, into probabilities that are not normalised yet. Update the row's
+ * running maximum and total. Return the factor by which the results of earlier parts must be multiplied. */
 static float exponentials(const int32_t *scores, const float *added, int64_t count, float scale, float *highest,
                           float *total, uint16_t *out) {
     __m512 scales = _mm512_set1_ps(scale), top = _mm512_set1_ps(*highest), sums = _mm512_setzero_ps();
@@ -145,7 +152,7 @@ static float exponentials(const int32_t *scores, const float *added, int64_t cou
     return factor;
 }
 
-/* output[ROWS][wide] += probabilities[ROWS][PART] values, of `count` keys, a multiple of 32; wide is one of 32. */
+/* Add probabilities [ROWS][PART] times values to output [ROWS][wide]. `count` keys and `wide` are multiples of 32. */
 static void add_values(const uint16_t *probabilities, const uint32_t *packed_v, int64_t count, int64_t wide,
                        float *output) {
     int64_t bytes = wide * sizeof(float);
@@ -171,9 +178,9 @@ static void add_values(const uint16_t *probabilities, const uint32_t *packed_v, 
     }
 }
 
-/* `rows` queries of a head, from q on. */
+/* Compute `rows` queries of a head, of which the first is at q, and quantize the result. */
 static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, int64_t stride, float scale,
-                   Head head, Range range, uint8_t *out) {
+                   Head head, QuantParams params, uint8_t *out) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
     _Alignas(64) uint8_t queries[ROWS * MAX_WIDTH];
     _Alignas(64) int32_t scores[ROWS * PART];
@@ -201,22 +208,23 @@ static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, 
     }
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t i = 0; i < width; i++) output[row * wide + i] /= total[row];
-        quantize_row(output + row * wide, width, range, out + row * stride);
+        quantize_row(output + row * wide, width, params, out + row * stride);
     }
 }
 
-/* Codes [batch, queries, heads * width] of softmax(q k^T scale) (v - zero_of_v), of codes q of that shape, and k and v
- * [batch, keys, heads * width]. scale: D_q D_k / sqrt(d), times 1 / ln 2. */
+/* Quantize softmax(q k^T) (v - zero_of_v).
+ * q, out: codes [batch, queries, heads * width]. k, v: codes [batch, keys, heads * width]. scale: D_q D_k / sqrt(d),
+ * divided by ln 2 as exponentials are powers of 2. workspace: attention_bytes(batch * heads, keys, width) bytes. */
 void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, int64_t batch, int64_t heads, int64_t queries,
-               int64_t keys, int64_t width, float scale, float zero_of_q, float zero_of_v, const Range *range,
+               int64_t keys, int64_t width, float scale, float zero_of_q, float zero_of_v, const QuantParams *params,
                uint8_t *workspace, uint8_t *out) {
     int64_t stride = heads * width, blocks = (queries + ROWS - 1) / ROWS, bytes = head_bytes(keys, width);
 #pragma omp parallel
     {
         TileConfig before, own = {.palette = 1};
         for (int i = 0; i < 8; i++) own.rows[i] = TILE, own.bytes[i] = 64;
-        __asm__ volatile("" ::: "memory"); /* the intrinsics do not tell compilers what they read */
-        _tile_storeconfig(&before); /* other libraries rely on theirs */
+        __asm__ volatile("" ::: "memory"); /* compilers do not see what tile instructions read */
+        _tile_storeconfig(&before); /* restored below: oneDNN relies on its own configuration */
         _tile_loadconfig(&own);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < batch * heads; i++) {
@@ -230,7 +238,8 @@ void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, int64_t bat
             int64_t head = i / blocks, first = i % blocks * ROWS;
             int64_t at = (head / heads * queries + first) * stride + head % heads * width;
             int64_t rows = queries - first < ROWS ? queries - first : ROWS;
-            attend(q + at, rows, keys, width, stride, scale, head_of(workspace + head * bytes, keys, width), *range, out + at);
+            attend(q + at, rows, keys, width, stride, scale, head_of(workspace + head * bytes, keys, width), *params,
+                   out + at);
         }
         _tile_loadconfig(&before);
     }
@@ -238,6 +247,7 @@ void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, int64_t bat
 
 #else
 
+/* This CPU has no tiles: PyTorch computes attention. */
 int64_t has_attention(void) { return 0; }
 
 #endif
