@@ -9,7 +9,7 @@ Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes ar
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -17,25 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.engine import native
+from qdiff.engine.quant_params import QuantParams
 
 MAX_HEAD_WIDTH = 256  # the attention kernel's limit
 SLICE = 256  # pixels of a feature map whose sums one thread computes in a group norm
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantParams:
-    """How a number x becomes a code of at most 8 bits: clamp(round(x / delta) + zero_point, 0, high).
-
-    delta: above 0. zero_point: whole; it may lie outside of the codes. high: 2^bits - 1, at most 255.
-    """
-
-    delta: float
-    zero_point: int
-    high: int
-
-    def __post_init__(self):
-        if not self.delta > 0 or not 1 <= self.high <= 255:
-            raise ValueError(f"{self} is no quantizer of bytes: delta must be above 0, and high in 1..255")
 
 
 def quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.engine import fused_ops
-from qdiff.engine.fused_ops import QuantParams
+from qdiff.engine.quant_params import QuantParams
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
 

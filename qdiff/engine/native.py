@@ -16,13 +16,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.fileio import write_atomically
 from qdiff.engine import cpu
+from qdiff.engine.quant_params import QuantParams
 
 SOURCES = Path(__file__).parent / "kernels"
 COMPILERS = ("cc", "gcc", "clang")
@@ -52,29 +53,18 @@ logger = logging.getLogger(__name__)
 # --- what the kernels take ---------------------------------------------------------------------------------
 
 
-class Params(Protocol):
-    """The numbers of a quantizer, as `fused_ops.QuantParams` has them."""
-
-    @property
-    def delta(self) -> float: ...
-    @property
-    def zero_point(self) -> int: ...
-    @property
-    def high(self) -> int: ...
-
-
-class QuantParams(ctypes.Structure):
+class _Params(ctypes.Structure):
     """The struct QuantParams of kernels/rows.h."""
 
     _fields_ = (("delta", ctypes.c_float), ("zero_point", ctypes.c_float), ("high", ctypes.c_float))
 
 
 class _ParamsArray:
-    """The type of an argument `const QuantParams *`: a sequence of Params is given."""
+    """The type of an argument `const QuantParams *`: a sequence of QuantParams is given."""
 
     @classmethod
-    def from_param(cls, value: Sequence[Params]) -> ctypes.Array:
-        return (QuantParams * len(value))(*(QuantParams(one.delta, one.zero_point, one.high) for one in value))
+    def from_param(cls, value: Sequence[QuantParams]) -> ctypes.Array:
+        return (_Params * len(value))(*(_Params(each.delta, each.zero_point, each.high) for each in value))
 
 
 class _Data:
@@ -93,26 +83,22 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "quantize": (None, (_Data, _INT, _INT, _INT, _INT, _ParamsArray, _INT, _Data)),
     # x, bfloat16, rows, width, weight, bias, eps, out
     "layer_norm": (None, (_Data, _INT, _INT, _INT, _Data, _Data, _FLOAT, _Data)),
-    "group_norm": (
-        None,
-        # x, bfloat16, samples, size, channels, added, groups, weight, bias, eps
-        (_Data, _INT, _INT, _INT, _INT, _Data, _INT, _Data, _Data, _FLOAT)
-        # with_silu, params, slices, sums, lines, out
-        + (_INT, _ParamsArray, _INT, _Data, _Data, _Data),
-    ),
+    # x, bfloat16, samples, size, channels, added, groups, weight, bias, eps,
+    # with_silu, params, slices, sums, lines, out
+    "group_norm": (None, (
+        _Data, _INT, _INT, _INT, _INT, _Data, _INT, _Data, _Data, _FLOAT,
+        _INT, _ParamsArray, _INT, _Data, _Data, _Data,
+    )),
     # x, bfloat16, rows, width, params, out
     "geglu": (None, (_Data, _INT, _INT, _INT, _ParamsArray, _Data)),
     "has_attention": (_INT, ()),
     # heads, keys, width
     "attention_bytes": (_INT, (_INT, _INT, _INT)),
-    "attention": (
-        None,
-        # q, k, v, batch, heads, queries, keys, width
-        (_Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT)
-        # scale, zero_of_q, zero_of_v, params, workspace, out
-        + (_FLOAT, _FLOAT, _FLOAT, _ParamsArray, _Data, _Data),
-    ),
-}
+    # q, k, v, batch, heads, queries, keys, width, scale, zero_of_q, zero_of_v, params, workspace, out
+    "attention": (None, (
+        _Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _ParamsArray, _Data, _Data,
+    )),
+}  # fmt: skip
 
 
 # --- calling them ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.engine.fused_ops import QuantParams
+from qdiff.engine.quant_params import QuantParams
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from qdiff.bitpack import pack, unpack
-from qdiff.engine.fused_ops import QuantParams
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer
+from qdiff.engine.quant_params import QuantParams
 
 BYTE = 8  # bits
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qdiff.engine.fused_ops import QuantParams
 from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.quant_params import QuantParams
 
 OUTPUTS = (torch.float32, torch.bfloat16)  # the float dtypes that the kernels write
 LARGEST = 128  # the largest absolute weight of a byte
