@@ -1,15 +1,11 @@
-"""Write the tokenizer of the embedded model: a CLIP byte-pair vocabulary that knows one small language.
+"""Learn the vocabulary of the embedded model's tokenizer, and write the files of the tokenizer.
 
-    python scripts/make_tokenizer.py [--outdir models/ldm/shapes/tokenizer]
-
-Byte-pair encoding (Sennrich et al. 2016, algorithm 1) is run over the words of the caption grammar until every
-word is one token, and no further. The 256 byte letters stay in the vocabulary, each within a word and at its
-end (`</w>`), so that any text can be encoded. The result depends on the grammar alone, not on chance.
+Byte-pair encoding (Sennrich et al. 2016, algorithm 1) is run over the words of the caption grammar until every word is
+one token, and no further. The 256 byte letters stay in the vocabulary, each inside a word and at its end (`</w>`), so
+that any text can be encoded. The result depends on the grammar alone, not on chance.
 """
 
-# ruff: noqa: E402
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -17,29 +13,29 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
-
-from dsdiff.cli.console import ArgumentParser, command
 from ldm.data.shapes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES
 from ldm.fileio import check_writable, write_atomically
+from ldm.modules.encoders.tokenizer import (
+    CONFIG_FILE,
+    END_OF_WORD,
+    SPECIAL_FILE,
+    SPECIAL_TOKENS,
+    VOCABULARY_FILES,
+)
 
-END_OF_WORD = "</w>"
-START, END = "<|startoftext|>", "<|endoftext|>"
-OUTDIR = ROOT / "models/ldm/shapes/tokenizer"
 CONTEXT = 77  # tokens per prompt, start and end included
 
 Pair = tuple[str, str]
 
 
 def grammar_words() -> list[str]:
-    """Every word that `ldm.data.shapes.caption` can write, sorted."""
+    """Return every word that `ldm.data.shapes.caption` can write, sorted."""
     terms = (*SHAPES, *COLORS, *SIZES, *TEXTURES, *RELATIONS, "a an on to gradient background")
     return sorted({word for term in terms for word in term.split()})
 
 
 def merge_pair(symbols: list[str], pair: Pair) -> list[str]:
-    """`symbols` with each occurrence of `pair`, from the left, joined into one symbol."""
+    """Return `symbols` with each occurrence of `pair`, from the left, joined into one symbol."""
     merged: list[str] = []
     for symbol in symbols:
         if merged and (merged[-1], symbol) == pair:
@@ -50,7 +46,10 @@ def merge_pair(symbols: list[str], pair: Pair) -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[Pair]:
-    """Join the most frequent pair (the first in alphabetical order among equals) until each word is one symbol."""
+    """Return the pairs to join, in order, until each word is one symbol.
+
+    Each is the most frequent pair of its time, or among equally frequent ones the first in alphabetical order.
+    """
     splits = [[*word[:-1], word[-1] + END_OF_WORD] for word in sorted(set(words))]
     merges: list[Pair] = []
     while counts := Counter(pair for split in splits for pair in pairwise(split)):
@@ -61,39 +60,36 @@ def learn_merges(words: Iterable[str]) -> list[Pair]:
 
 
 def build_vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
-    """Token -> id in CLIP's order: bytes, bytes at a word's end, merges, start, end."""
+    """Return token -> id in CLIP's order: bytes, bytes at a word's end, merges, start, end."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *map("".join, merges), START, END]
+    tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *map("".join, merges)]
+    tokens += [SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
 def tokenizer_files(words: Iterable[str]) -> dict[str, str]:
-    """File name -> text of the files from which `CLIPTokenizer.from_pretrained(directory)` is built."""
+    """Return file name -> text, of the files from which `ClipTokenizer` and transformers' CLIPTokenizer read."""
     merges = learn_merges(words)
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, **special}
+    vocabulary = json.dumps(build_vocabulary(merges), ensure_ascii=False, indent=0) + "\n"
+    pairs = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, **SPECIAL_TOKENS}
     return {
-        "vocab.json": json.dumps(build_vocabulary(merges), ensure_ascii=False, indent=0) + "\n",
-        "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges),
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        **dict(zip(VOCABULARY_FILES, (vocabulary, pairs), strict=True)),
+        CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+        SPECIAL_FILE: json.dumps(dict(SPECIAL_TOKENS), indent=2) + "\n",
     }
 
 
-@command
-def main(argv: list[str]) -> None:
-    parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--outdir", type=Path, default=OUTDIR, metavar="DIR", help="for its files (default: %(default)s)"
-    )
-    outdir = parser.parse_args(argv).outdir
-    check_writable(outdir)
-    outdir.mkdir(parents=True, exist_ok=True)
+def write_tokenizer(directory: Path) -> int:
+    """Write the files of the embedded model's tokenizer into a folder; return the number of tokens.
+
+    Raises ValueError if the folder cannot be created or written to.
+    """
+    check_writable(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     files = tokenizer_files(grammar_words())
     for name, text in files.items():
-        write_atomically(outdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n"))
-    print(f"{outdir}: {len(json.loads(files['vocab.json']))} tokens")
-
-
-if __name__ == "__main__":
-    main()
+        write_atomically(
+            directory / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n")
+        )
+    return len(json.loads(files[VOCABULARY_FILES[0]]))
