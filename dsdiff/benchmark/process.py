@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from dsdiff.models.registry import ROOT
 
+PATIENCE = 10.0  # seconds that a process has to end by itself
+
 
 class WorkerError(ChildProcessError):
     """A worker refused a request, or ended; the message says why, in one line."""
@@ -59,7 +61,7 @@ class WorkerProcess:
                 with suppress(OSError):  # the process is gone, and cannot take what was not written yet
                     pipe.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tomesd
 from dsdiff.benchmark.operations import shares
-from dsdiff.benchmark.options import DEFAULT_ENGINES
+from dsdiff.benchmark.options import DEFAULT_ENGINES, ENGINES, QUANTIZED_ENGINES
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.timing import Timing, seconds_per_call
 from dsdiff.environment import precision_context
@@ -130,9 +130,11 @@ def rest_precision(name: str, device: torch.device) -> str:
 
 
 def build(name: str, source: Source, config: QuantConfig) -> Engine:
-    """Build one of ENGINES, with a UNet of its own."""
+    """Build one of ENGINES, with a UNet of its own. Raises ValueError for another name."""
     if name in DTYPES:
         return float_engine(source.unet(), source.inputs(), DTYPES[name])
+    if name not in QUANTIZED_ENGINES:
+        raise ValueError(f"engine {name!r} is unknown: it must be one of {', '.join(ENGINES)}")
     return _quantized_engine(name, source, config)
 
 
