@@ -15,6 +15,7 @@ from dsdiff.models.quantized import cali_ckpt_of
 from dsdiff.models.registry import STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model, read_config
 from dsdiff.options import ModelOptions
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import for_inference, instantiate_from_config, load_model_from_config
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, split_layers
 from qdiff.config import QuantConfig
@@ -69,7 +70,7 @@ def export_random(file: Path) -> None:
     _write(file, network, whole, CaliHeader(config=config, splits=split_layers(qnn), source={"random_weights": True}))
 
 
-def _write(file: Path, network: torch.nn.Module, config: Mapping[str, Any], header: CaliHeader) -> None:
+def _write(file: Path, network: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_bundle(network, config, header, file)
     logger.info("written to %s (%.4g MB)", file, file.stat().st_size / 1e6)

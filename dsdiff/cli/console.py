@@ -101,17 +101,18 @@ class Log:
     """The log file of a run. Lines wait in memory until `open`, so that a run that never begins leaves no file."""
 
     def __init__(self) -> None:
-        self.handler: logging.Handler = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
+        self._waiting = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1)
+        self.handler: logging.Handler = self._waiting
 
     def open(self, path: Path) -> None:
         """Append all lines so far, and those to come, to the file `path`."""
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        waiting, self.handler = self.handler, file
+        self.handler = file
         logging.getLogger().addHandler(file)
-        logging.getLogger().removeHandler(waiting)
-        waiting.setTarget(file)
-        waiting.close()
+        logging.getLogger().removeHandler(self._waiting)
+        self._waiting.setTarget(file)
+        self._waiting.close()
 
 
 class _Console(logging.Handler):

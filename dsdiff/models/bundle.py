@@ -70,7 +70,7 @@ def _check_targets(config: Any, source: str) -> None:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def save_bundle(model: nn.Module, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
+def save_bundle(model: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
     """Write a LatentDiffusion whose UNet is a calibrated QuantModel.
 
     config: the whole config of the model, plain. header: of the calibration. The file is complete or not there.
@@ -99,7 +99,7 @@ def float_parameters(qnn: QuantModel) -> dict[str, nn.Parameter]:
     }
 
 
-def tokenizer_files(model: nn.Module) -> dict[str, Tensor]:
+def tokenizer_files(model: LatentDiffusion) -> dict[str, Tensor]:
     """Return the files of the model's tokenizer as bytes, by name; none for an encoder without a tokenizer."""
     tokenizer = getattr(model.cond_stage_model, "tokenizer", None)
     if tokenizer is None:
@@ -113,13 +113,15 @@ def tokenizer_files(model: nn.Module) -> dict[str, Tensor]:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def load_bundle(path: Path, device: torch.device) -> tuple[nn.Module, QuantModel]:
+def load_bundle(path: Path, device: torch.device) -> tuple[LatentDiffusion, QuantModel]:
     """Return the LatentDiffusion of a bundle, and its calibrated UNet, which is not in its place yet.
 
     The file is mapped. The float UNet is never built: its weights have shapes and no numbers. Raises ValueError for a
     damaged file.
     """
     source, config, header = str(path), bundle_config(path), read_cali_header(path)
+    if config is None:
+        raise ValueError(f"{source!r} is no bundle: scripts/export.py makes one")
     try:
         with torch.device("meta"):
             model = instantiate_from_config(for_inference(config_for_drawing(config)["model"]))
@@ -172,7 +174,7 @@ def fill_unet(qnn: QuantModel, path: Path, header: CaliHeader, device: torch.dev
     qnn.set_quant_state(True, qnn.config.quant_act)
 
 
-def place_tokenizer(model: nn.Module, files: Mapping[str, Tensor], source: str) -> None:
+def place_tokenizer(model: LatentDiffusion, files: Mapping[str, Tensor], source: str) -> None:
     """Give the text encoder the tokenizer that these bytes are."""
     if not hasattr(model.cond_stage_model, "set_tokenizer"):
         return

@@ -11,6 +11,7 @@ from torch import nn
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
 from ldm.fileio import file_sha256
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from qdiff.checkpoint import CaliHeader, check_settings, load_cali_ckpt, read_cali_header
 from qdiff.config import QuantConfig
 from qdiff.engine.backends.expanding import expanding
@@ -182,14 +183,14 @@ def _in_short(config: QuantConfig, quant_act: bool) -> str:
 # --- putting it in place -----------------------------------------------------------------------------------
 
 
-def quantize(model: nn.Module, quantization: Quantization, precision: str = "full") -> None:
+def quantize(model: LatentDiffusion, quantization: Quantization, precision: str = "full") -> None:
     """Quantize a LatentDiffusion's UNet, in place. precision: autocast or full, in which it will draw."""
     qnn = QuantModel(model.model.diffusion_model, quantization.config)
     load_cali_ckpt(qnn, quantization.cali_ckpt)
     install(model, qnn, quantization, precision)
 
 
-def install(model: nn.Module, qnn: QuantModel, quantization: Quantization, precision: str) -> None:
+def install(model: LatentDiffusion, qnn: QuantModel, quantization: Quantization, precision: str) -> None:
     """Make a calibrated UNet the model's, run by the engine that was chosen. precision: autocast or full."""
     if quantization.cond and model.model.conditioning_key is None:
         raise ValueError("--cond is given, but the model takes no condition: leave it out")
