@@ -1,11 +1,11 @@
-"""What other people's configs say and we do not need."""
+"""Arguments of other people's configs that have no effect in this project."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def check_neutral(cls: type, given: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each argument in `given` is known and has the value at which it changes nothing."""
+    """Raise ValueError unless each argument in `given` is in `neutral`, with the value at which it changes nothing."""
     for name, value in given.items():
         if name not in neutral:
             raise ValueError(f"{cls.__name__} has no argument {name!r}: take it out of the config")

@@ -1,4 +1,4 @@
-"""Weights that stay in half precision in memory, of networks that compute in float32."""
+"""Keep the weights of a network in half precision in memory while it computes in float32."""
 
 import ctypes
 import functools
@@ -8,22 +8,22 @@ import sys
 import torch
 from torch import Tensor, nn
 
-PAGE_OUT = 21  # madvise: these pages are not needed soon. What is mapped is read again when it is
+PAGE_OUT = 21  # advice to the system that pages are not needed soon; those of a file are read again when used
 
 
 def keep_in_half(network: nn.Module) -> nn.Module:
-    """Store the network's weights in float16 and compute in float32, in place; returns it.
+    """Store the network's weights in float16 and compute in float32, in place; return the network.
 
-    Each layer's weights are float32 while it runs, and no longer: the network needs half the memory, and some time for
-    the conversion. Weights that are float16 already are used where they lie; after each use the system is told that
-    their pages are not needed soon, so that those of a mapped file take no memory.
+    A layer's weights are float32 only while it runs. The network needs half the memory, and some time to convert.
+    Weights that are float16 already are not copied. After each use the system is told that their pages are not needed
+    soon, so that weights in a mapped file take no memory.
     """
     network.requires_grad_(False)
     for layer in network.modules():
         own = list(layer.parameters(recurse=False))
         for parameter in own:
             parameter.data = parameter.data.to(torch.float16)
-        if isinstance(layer, nn.Embedding):  # few of its rows are needed
+        if isinstance(layer, nn.Embedding):  # only a few of its rows are read: it converts its output
             layer.register_forward_hook(lambda layer, args, output: output.float())
         elif own:
             layer.register_forward_pre_hook(_widen)
@@ -32,31 +32,34 @@ def keep_in_half(network: nn.Module) -> nn.Module:
 
 
 def _widen(layer: nn.Module, args: tuple) -> None:
+    """Before a layer runs: replace its weights by float32 copies and remember the stored ones."""
     layer._stored = [parameter.data for parameter in layer.parameters(recurse=False)]
     for parameter, stored in zip(layer.parameters(recurse=False), layer._stored, strict=True):
-        # In the order in which convolutions need no copies of their large inputs and outputs.
+        # With weights in channels_last, convolutions make no copies of their large inputs and outputs.
         layout = torch.channels_last if stored.ndim == 4 else torch.preserve_format
         parameter.data = stored.to(torch.float32, memory_format=layout)
 
 
 def _narrow(layer: nn.Module, args: tuple, output: object) -> None:
+    """After a layer has run, or failed: put its stored weights back."""
     for parameter, stored in zip(layer.parameters(recurse=False), vars(layer).pop("_stored", ()), strict=False):
         parameter.data = stored
         _give_back(stored)
 
 
 def _give_back(weight: Tensor) -> None:
+    """Tell the system that the pages of a weight on the CPU are not needed soon."""
     advise = _madvise()
     if advise is None or weight.device.type != "cpu":
         return
-    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages alone
+    start = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # only whole pages
     size = (weight.data_ptr() + weight.numel() * weight.element_size() - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(size), PAGE_OUT)  # an advice: that it fails does no harm
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(size), PAGE_OUT)  # only advice, so a failure does no harm
 
 
 def give_back_freed() -> None:
-    """Return memory that was freed, as after loading a model, to the system (glibc keeps much of it otherwise)."""
+    """Return freed memory to the system, as after loading a model; glibc would keep much of it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

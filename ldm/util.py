@@ -1,4 +1,4 @@
-"""From configs to objects: the `target:` / `params:` convention of CompVis's yaml files, and the model loader."""
+"""Make objects from configs, by the `target:` / `params:` convention of CompVis's yaml files, and load models."""
 
 import importlib
 import inspect
@@ -22,21 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def exists(value: Any) -> bool:
-    """True unless `value` is None. Kept for third-party code written against CompVis's package."""
+    """Tell whether `value` is not None. Third-party code written for CompVis's package calls it."""
     return value is not None
 
 
 def default(value: T | None, fallback: T | Callable[[], T]) -> T:
-    """`value`, or when it is None the fallback (called first if it is a function). Kept like `exists`."""
+    """Return `value`, or the fallback if it is None (what the fallback returns, if it is a function)."""
     if value is not None:
         return value
     return fallback() if callable(fallback) else fallback
 
 
 def get_obj_from_str(path: str) -> Any:
-    """The class or function that a dotted path names, e.g. "torch.nn.Identity".
+    """Return the class or function that a dotted path names, such as "torch.nn.Identity".
 
-    Raises ValueError when the path is not dotted, its module cannot be found, or it lacks that name.
+    Raises ValueError if the path has no dot, or the module does not exist or does not have that name.
     """
     module_name, _, name = str(path).rpartition(".")
     if not module_name:
@@ -51,11 +51,11 @@ def get_obj_from_str(path: str) -> Any:
 
 
 def instantiate_from_config(config: Mapping[str, Any]) -> Any:
-    """Call `config["target"]` with the keyword arguments `config["params"]`.
+    """Call `config["target"]` with the keyword arguments `config["params"]`, and return the result.
 
-    `config` is an OmegaConf node or a dict; `params` may be absent or empty. Nested nodes are passed on as
-    they are. Raises ValueError without a target, for a target that cannot be imported, for params that are
-    not a mapping, and for params that the target refuses by name.
+    `config` is a dict or an OmegaConf node; `params` may be absent or empty. Nested configs are passed on as they
+    are. Raises ValueError without a target, for a target that cannot be imported, for params that are no mapping,
+    and for params whose names do not fit the target.
     """
     if not isinstance(config, Mapping) and not hasattr(config, "keys"):
         raise ValueError(f"a config with 'target' and 'params' is expected, got {type(config).__name__}")
@@ -74,7 +74,7 @@ def instantiate_from_config(config: Mapping[str, Any]) -> Any:
 def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(target)
-    except ValueError:  # some builtin types have none
+    except ValueError:  # some builtin types have no signature
         return
     try:
         signature.bind(**arguments)
@@ -92,22 +92,22 @@ def load_model_from_config(
     use_ema: bool = True,
     verbose: bool = False,
 ) -> "LatentDiffusion":
-    """The LatentDiffusion of `config`, filled from the checkpoint `ckpt`, on `device`, in eval mode.
+    """Return the LatentDiffusion of `config`, filled from the checkpoint `ckpt`, on `device`, in eval mode.
 
     config: a whole config, or its `model` node.
-    dtype: of the weights (None: float32). Tensors of the file that have it already are used where they lie in the
-        memory-mapped file; others are converted one by one. The noise schedule is computed from the config.
-    tokenizer: directory of the tokenizer's files; None: `tokenizer/` beside the checkpoint, or its own directory,
-        or else what the text encoder's version names.
-    use_ema: take the averaged weights (EMA) of a network where the file has a full set of them.
-    verbose: log what was left out of the file at INFO.
+    dtype: type of the weights (None: float32). Tensors of that type are used where they are in the memory-mapped
+        file; others are converted one by one. The noise schedule is computed from the config.
+    tokenizer: directory of the tokenizer's files. None: the folder `tokenizer` beside the checkpoint, or the
+        checkpoint's own, or else the hub's files for the text encoder's version.
+    use_ema: use the averaged weights (EMA) of a network if the file has all of them.
+    verbose: log the names of unused entries at INFO.
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, unreadable, hostile or of another
     model; see `ldm.checkpoint`.
     """
     source = str(ckpt)
     tensors = read_weights(ckpt)
-    with torch.device("meta"):  # no memory for weights that the file brings; the schedule is computed all the same
+    with torch.device("meta"):  # the weights come from the file and need no memory here; the schedule is computed
         model = instantiate_from_config(for_inference(config.get("model", config)))
     _place_tokenizer(model, Path(ckpt), tokenizer)
     if use_ema:
@@ -118,13 +118,13 @@ def load_model_from_config(
     except ValueError as error:
         raise ValueError(f"{error}{_written_for(ckpt, config)}") from error
     logger.log(logging.INFO if verbose else logging.DEBUG, "%s: ignored %s", source, ", ".join(ignored) or "nothing")
-    for part in model.children():  # the networks; the schedule stays float32
+    for part in model.children():  # the networks alone, because the schedule stays float32
         part.to(device=device, dtype=dtype or torch.float32)
     return model.to(device).eval()
 
 
 def for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model node `config`, without a second set of weights to average."""
+    """Return the model node `config` without averaged weights, which only training needs."""
     params = config.get("params") or {}
     target = {"target": config["target"]} if "target" in config else {}
     return target | {"params": {key: params[key] for key in params} | {"use_ema": False}}
@@ -146,7 +146,7 @@ def _check_schedule(model: nn.Module, tensors: Mapping[str, Tensor], source: str
         return
     if not is_plain(stored) or not stored.is_floating_point():
         raise ValueError(f"checkpoint {source!r} is damaged: its alphas_cumprod are no floating-point numbers")
-    if stored.shape != own.shape or not (stored.float() - own).abs().max() <= 0.01:  # not: NaN differs too
+    if stored.shape != own.shape or not (stored.float() - own).abs().max() <= 0.01:  # "not", so that NaN is refused
         raise ValueError(
             f"checkpoint {source!r} was trained with another noise schedule than the config's: "
             f"check timesteps, linear_start, linear_end and beta_schedule"
@@ -154,7 +154,7 @@ def _check_schedule(model: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def _written_for(ckpt: str | Path, config: Mapping[str, Any]) -> str:
-    """A hint at the config that the file's header names, unless it is `config`; empty without one."""
+    """Return the end of an error message that names the config in the file's header, unless it is `config`."""
     name = read_metadata(ckpt).get("config")
     if not name or _is_config(name, config):
         return ""
@@ -162,14 +162,14 @@ def _written_for(ckpt: str | Path, config: Mapping[str, Any]) -> str:
 
 
 def _is_config(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether the file at `path` describes the same networks and schedule as `config`."""
+    """Tell whether the file at `path` describes the same networks and schedule as `config`."""
     if not path.endswith(".yaml") or not os.path.isfile(path):
         return False
     from omegaconf import OmegaConf  # only to explain an error: not worth its time at every start
 
     try:
         theirs, ours = OmegaConf.load(path).model.params, config.get("model", config)["params"]
-        networks = {*theirs, *ours} - {"cond_stage_config"}  # whose tokenizer may have been looked for since
+        networks = {*theirs, *ours} - {"cond_stage_config"}  # its tokenizer's directory may have been replaced
         return all(theirs[key] == ours[key] for key in networks)
-    except Exception:  # the header is not ours to trust: whatever it leads to is not the config
+    except Exception:  # the header may name any file: one that raises is not the config
         return False

@@ -1,4 +1,4 @@
-"""Random crops of another data set's pictures."""
+"""A data set of random crops of another data set's pictures."""
 
 import torch
 from torch.utils.data import Dataset
@@ -7,9 +7,10 @@ from ldm.util import instantiate_from_config
 
 
 class RandomCrops(Dataset):
-    """Square crops of `size` pixels of the pictures [H, W, 3] of a data set given as a config.
+    """Square crops, `size` pixels wide, of the pictures [H, W, 3] of the data set that the config `dataset` describes.
 
-    An autoencoder is convolutional: it learns from crops what it needs for whole pictures, at a quarter of the cost.
+    An autoencoder is convolutional, so that crops teach it what it needs for whole pictures, at a quarter of the cost.
+    Raises ValueError for a picture smaller than a crop.
     """
 
     def __init__(self, dataset: dict, size: int, image_key: str = "image"):

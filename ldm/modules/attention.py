@@ -1,4 +1,4 @@
-"""Transformer blocks over the pixels of a feature map, with the prompt as context."""
+"""Transformer blocks over the pixels of a feature map, with the prompt as their context."""
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two-layer perceptron of a transformer block: [B, N, dim] -> [B, N, dim_out]."""
+    """The two-layer perceptron of a transformer block: [B, N, dim] -> [B, N, dim_out]."""
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0):
         super().__init__()
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x over context (over x itself where no context is given)."""
+    """Multi-head attention of x over a context, or over x itself if there is none."""
 
     def __init__(
         self,
@@ -57,7 +57,10 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [B, N, query_dim], context [B, M, context_dim], mask bool [B, M] (False hides) -> [B, N, query_dim]."""
+        """Return [B, N, query_dim] for x [B, N, query_dim] and the context [B, M, context_dim].
+
+        mask: bool [B, M], False for the parts of the context that no query sees.
+        """
         context = x if context is None else context
         q, k, v = (
             rearrange(projected, "b n (h d) -> b h n d", h=self.heads)
@@ -71,12 +74,12 @@ class CrossAttention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """softmax(q k^T scale) v on [B, heads, N, dim_head], without keeping the N x M matrix."""
+        """Return softmax(scale q k^T) v of q, k, v [B, heads, N, dim_head]; the N x M matrix is not stored."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual addition."""
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and added to its input."""
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class BasicTransformerBlock(nn.Module):
         self.checkpoint = checkpoint
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
+        """Return [B, N, dim] for x [B, N, dim] and the context [B, M, context_dim]."""
         return checkpoint(self._forward, (x, context), self.checkpoint and self.training)
 
     def _forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,7 +140,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Conv2d(inner, in_channels, kernel_size=1))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x [B, in_channels, H, W], context [B, M, context_dim] -> [B, in_channels, H, W]."""
+        """Return [B, in_channels, H, W] for x [B, in_channels, H, W] and the context [B, M, context_dim]."""
         height = x.shape[2]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:

@@ -1,4 +1,4 @@
-"""Encoder and decoder of the autoencoder."""
+"""The encoder and the decoder of the autoencoder."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ from ldm.modules.diffusionmodules.util import NORM_GROUPS, normalization
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by nearest neighbour, then convolves."""
+    """Double height and width by nearest neighbour, then convolve."""
 
     def __init__(self, in_channels: int, with_conv: bool):
         super().__init__()
@@ -23,7 +23,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width."""
+    """Halve height and width, by a strided convolution or by averaging."""
 
     def __init__(self, in_channels: int, with_conv: bool):
         super().__init__()
@@ -34,12 +34,12 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.with_conv:
             return F.avg_pool2d(x, kernel_size=2, stride=2)
-        # Padding on the right and the bottom only: what the published weights were trained with.
+        # Padding on the right and at the bottom only, with which the published weights were trained.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class ResnetBlock(nn.Module):
-    """Residual block of two convolutions."""
+    """A residual block of two convolutions."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ResnetBlock(nn.Module):
             self.add_module(self.shortcut_name, nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        in_place = not torch.is_grad_enabled()  # at a picture's size a copy is 270 MB
+        in_place = not torch.is_grad_enabled()  # at the size of a picture of Stable Diffusion, a copy takes 270 MB
         h = self.conv1(F.silu(self.norm1(x), inplace=in_place))
         h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=in_place)))
         return h + (x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x))
@@ -91,7 +91,13 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or the decoder: residual blocks, their attention, a change of resolution."""
+    """One resolution of the encoder or the decoder: residual blocks, each with attention if `attention` is set.
+
+    The owner adds `downsample` or `upsample`, which leads to the next resolution.
+    """
+
+    downsample: Downsample
+    upsample: Upsample
 
     def __init__(self, widths: Sequence[int], attention: bool, dropout: float, norm_groups: int):
         super().__init__()
@@ -110,7 +116,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The lowest resolution: a residual block, attention, a residual block."""
+    """The blocks at the lowest resolution: a residual block, attention, a residual block."""
 
     def __init__(self, channels: int, dropout: float, norm_groups: int):
         super().__init__()
@@ -125,7 +131,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pictures [B, in_channels, H, W] -> moments [B, 2 z_channels (z_channels unless double_z), H/f, W/f].
 
-    f = 2 ** (len(ch_mult) - 1). `resolution` is the nominal picture size: it decides where `attn_resolutions` are.
+    f = 2 ** (len(ch_mult) - 1). `resolution` is the nominal size of pictures, to which `attn_resolutions` refer.
+    Raises ValueError for pictures whose sides are not multiples of f.
     """
 
     def __init__(
@@ -172,7 +179,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> pictures [B, out_ch, f h, f w]. Arguments as in Encoder."""
+    """Latents [B, z_channels, h, w] -> pictures [B, out_ch, f h, f w]. The arguments are those of Encoder."""
 
     def __init__(
         self,
@@ -202,12 +209,13 @@ class Decoder(nn.Module):
             if i != 0:
                 level.upsample = Upsample(width, resamp_with_conv)
             levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))  # up.0 is the full resolution, as in the checkpoints
+        self.up = nn.ModuleList(reversed(levels))  # in the checkpoints, up.0 has the full resolution
         self.norm_out = normalization(width, 1e-6, norm_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     @property
     def last_layer(self) -> nn.Parameter:
+        """The weight of the last convolution, to which adversarial losses scale their gradients."""
         return self.conv_out.weight
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:

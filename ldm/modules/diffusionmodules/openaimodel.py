@@ -1,4 +1,4 @@
-"""The U-Net that predicts the noise: residual blocks and attention at several resolutions, joined by skips."""
+"""The UNet that predicts the noise: residual blocks and attention at several resolutions, with skip connections."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands each layer what its type asks for: the embedding, the context or an output size."""
+    """A sequence that gives each layer the further input of its type: the embedding, the context or an output size."""
 
     def forward(
         self,
@@ -46,7 +46,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by nearest neighbour, then convolves."""
+    """Double height and width by nearest neighbour, then convolve."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1):
         super().__init__()
@@ -57,9 +57,10 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=padding)
 
     def forward(self, x: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """[B, C, h, w] -> [B, C', 2h, 2w], or to `size`, the size of the skip that follows (2h - 1 where it is odd).
+        """Return [B, C', 2h, 2w] for x [B, C, h, w], or [B, C', *size] if a size is given.
 
-        For three dimensions the first is kept, as in video models.
+        The size is that of the skip connection that follows, which is odd (2h - 1) for latents of odd size. Of three
+        dimensions the first is kept, as in video models.
         """
         if size is None:
             grow = [1, 2, 2] if self.dims == 3 else [2] * self.dims
@@ -69,7 +70,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution or by averaging."""
+    """Halve height and width, by a strided convolution or by averaging."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1):
         super().__init__()
@@ -87,9 +88,10 @@ class Downsample(nn.Module):
 
 
 class ResBlock(TimestepBlock):
-    """Residual block of two convolutions, conditioned on the timestep; optionally resampling by two.
+    """A residual block of two convolutions, conditioned on the timestep.
 
-    `use_scale_shift_norm` applies the embedding as scale and shift of the second norm (FiLM) in place of adding it.
+    `up` and `down` also double or halve height and width. With `use_scale_shift_norm`, the embedding is the scale and
+    shift of the second norm (FiLM); without, it is added.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class ResBlock(TimestepBlock):
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """x [B, channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
+        """Return [B, out_channels, H', W'] for x [B, channels, H, W] and the embedding [B, emb_channels]."""
         return checkpoint(self._forward, (x, emb), self.use_checkpoint and self.training)
 
     def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -161,8 +163,8 @@ class ResBlock(TimestepBlock):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map, for models without a context.
 
-    `use_new_attention_order` says how the rows of qkv are laid out: all q, all k, all v (True), or q, k, v of each
-    head in turn (False, older checkpoints).
+    The rows of qkv are all q, all k, all v with `use_new_attention_order`; without it, as in older checkpoints, they
+    are q, k, v of one head after the other.
     """
 
     def __init__(
@@ -188,30 +190,31 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, channels, *spatial] -> the same shape."""
+        """Return a tensor of the shape of x [B, channels, *spatial]."""
         return checkpoint(self._forward, (x,), self.use_checkpoint and self.training)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(2)
         layout = "b (s h d) n -> s b h n d" if self.use_new_attention_order else "b (h s d) n -> s b h n d"
-        # Contiguous, since the fused kernels take no strided channels; they alone keep no N x N matrix.
+        # Contiguous, because the fused kernels, which store no N x N matrix, do not take strided channels.
         q, k, v = rearrange(self.qkv(self.norm(flat)), layout, s=3, h=self.num_heads).contiguous()
         h = self.proj_out(rearrange(self.attend(q, k, v), "b h n d -> b (h d) n"))
         return (flat + h).reshape(x.shape)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d]."""
+        """Return softmax(q k^T / sqrt(d)) v of q, k, v [B, heads, N, d]."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
 class UNetModel(nn.Module):
     """The noise predictor eps(x_t, t, context) of latent diffusion.
 
-    `attention_resolutions` are downsampling factors at which attention stands (1 is the full latent size);
-    `channel_mult` gives the width of each level over `model_channels`, and so the number of levels.
-    Either `num_heads` or `num_head_channels` sets the attention heads. `num_classes` adds a label embedding.
-    `image_size` is kept for the configs' sake: any height and width are accepted. `norm_groups` is 32 in all
-    published models; see `normalization` for why a narrow one wants fewer.
+    attention_resolutions: downsampling factors at which there is attention (1 is the full size of the latents).
+    channel_mult: width of each level, as a multiple of `model_channels`; its length is the number of levels.
+    num_heads, num_head_channels: one of them sets the attention heads.
+    num_classes: labels of a class-conditional model; None: no label embedding.
+    image_size: not used, because any height and width are accepted; the configs give it.
+    norm_groups: 32 in all published models; see `normalization` for why a narrow one needs fewer.
     """
 
     def __init__(
@@ -331,7 +334,7 @@ class UNetModel(nn.Module):
         )
 
     def _build_input_blocks(self, emb: int) -> list[int]:
-        """Builds the downward path and returns the channels of each skip, in order."""
+        """Build the downward path; return the channels of each skip connection, in order."""
         channels = self.model_channels * self.channel_mult[0]
         blocks = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, channels, 3, padding=1))]
         skips = [channels]
@@ -386,11 +389,11 @@ class UNetModel(nn.Module):
         *,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """x [B, in_channels, H, W], timesteps [B] (may be fractional), context [B, M, context_dim], labels y [B].
+        """Return eps [B, out_channels, H, W] for x [B, in_channels, H, W] and timesteps [B], which may be fractional.
 
-        dtype: of the features between the layers; without one, that of the norms' weights. Returns
-        [B, out_channels, H, W]. Raises ValueError where labels and `num_classes` do not go together, or where H, W do
-        not suit `resblock_updown`, which can only double.
+        context: [B, M, context_dim]. y: labels [B], for class-conditional models alone. dtype: type of the features
+        between the layers; None: that of the norms' weights. Raises ValueError for missing or unexpected labels, and
+        for an H or W that `resblock_updown`, which can only double, cannot give back.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y are for class-conditional models (num_classes), and needed by them")
@@ -409,10 +412,10 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, context)
         for module in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            # Upsampling goes to the size of the next skip: at odd sizes that is not twice its own.
+            # Upsample to the size of the next skip connection, which is not the double if that size is odd.
             h = module(h, emb, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
 
     def embed_time(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[B] -> [B, emb_channels] in `dtype`."""
+        """Return the embedding [B, emb_channels] of timesteps [B], in `dtype`."""
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))

@@ -1,4 +1,4 @@
-"""The posterior of the autoencoder."""
+"""The distribution of latents that the autoencoder predicts for a picture."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import torch
 
 
 class DiagonalGaussianDistribution:
-    """Gaussian with diagonal covariance, from moments [B, 2C, H, W] = (mean, log variance).
+    """Gaussian with diagonal covariance, from its moments [B, 2C, H, W] = (mean, log variance).
 
-    The log variance is clamped to [-30, 20]; `deterministic` sets the variance to zero.
+    The log variance is clamped to [-30, 20]. `deterministic` sets the variance to zero.
     """
 
-    def __init__(self, parameters: torch.Tensor, deterministic: bool = False):
+    def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
         self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
@@ -20,16 +20,17 @@ class DiagonalGaussianDistribution:
         self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
 
     def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """mean + std * noise, [B, C, H, W]; noise is drawn on the CPU, so that a seed means the same everywhere."""
+        """Return mean + std * noise [B, C, H, W]. Noise is drawn on the CPU, so that a seed is the same everywhere."""
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator)
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> torch.Tensor:
+        """Return the most likely latents [B, C, H, W], which are the mean."""
         return self.mean
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> torch.Tensor:
-        """Kullback-Leibler divergence to `other`, or to the standard normal, summed over all but the batch: [B]."""
+        """Return the Kullback-Leibler divergence [B] to `other`, or to the standard normal."""
         if self.deterministic:
             return torch.zeros(self.mean.shape[0], device=self.mean.device)
         if other is None:
@@ -40,7 +41,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=[1, 2, 3])
 
     def nll(self, sample: torch.Tensor, dims: Sequence[int] = (1, 2, 3)) -> torch.Tensor:
-        """Negative log-likelihood of `sample` [B, C, H, W], summed over `dims`."""
+        """Return the negative log-likelihood of `sample` [B, C, H, W], summed over `dims`."""
         log_two_pi = 1.8378770664093453
         terms = log_two_pi + self.logvar + (sample - self.mean) ** 2 / self.var
         return 0.5 * terms.sum(dim=tuple(dims))

@@ -1,4 +1,4 @@
-"""Reconstruction objective of the embedded model's autoencoder."""
+"""The reconstruction objective of the embedded model's autoencoder."""
 
 import torch
 import torch.nn as nn
@@ -8,9 +8,9 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
 class ReconstructionLoss(nn.Module):
-    """L1 between pictures, L1 between their gradients at several scales (sharp edges), and a small KL term.
+    """L1 between pictures, L1 between their gradients at several scales (for sharp edges), and a small KL term.
 
-    Drawn shapes have no fine texture for a perceptual network to judge, so none is needed.
+    There is no perceptual loss, because drawn shapes have no fine texture for it to judge.
     """
 
     def __init__(self, kl_weight: float = 1e-6, edge_weight: float = 1.0, edge_scales: int = 3):
@@ -22,7 +22,7 @@ class ReconstructionLoss(nn.Module):
     def forward(
         self, inputs: torch.Tensor, reconstructions: torch.Tensor, posterior: DiagonalGaussianDistribution
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Pictures [B, 3, H, W] in [-1, 1] -> (scalar loss, its parts by name)."""
+        """Return (scalar loss, its parts by name) of pictures [B, 3, H, W] in [-1, 1] and their reconstructions."""
         difference = (reconstructions - inputs).float()
         l1 = difference.abs().mean()
         edges = self._edges(difference)
