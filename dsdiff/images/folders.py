@@ -32,7 +32,6 @@ from dsdiff.images.sources import (
 )
 from ldm.data import shapes
 from ldm.data.shapes import ShapesDataset
-from ldm.fileio import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or less, which RGB can hold
@@ -178,7 +177,7 @@ class ShapesPictures(PictureSet):
         self.data = ShapesDataset(n, "heldout", side, SHAPES_SEED)
         self.name = f"procedural shapes, held-out part, seed {SHAPES_SEED}"
         self.sizes = {(side, side): SHAPES}
-        code = file_sha256(Path(shapes.__file__))
+        code = shapes.code_sha256()
         self.raw_content = text_sha256(code, np.__version__, "heldout", n, side, SHAPES_SEED)
 
     def __len__(self) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-from ldm.data.shapes import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES
+from ldm.data.captions import RELATIONS, SHAPES, SIZES, TEXTURES
+from ldm.data.palette import COLORS
 from ldm.fileio import check_writable, write_atomically
 from ldm.modules.encoders.tokenizer import (
     CONFIG_FILE,
@@ -29,7 +30,7 @@ Pair = tuple[str, str]
 
 
 def grammar_words() -> list[str]:
-    """Return every word that `ldm.data.shapes.caption` can write, sorted."""
+    """Return every word that `ldm.data.captions.caption` can write, sorted."""
     terms = (*SHAPES, *COLORS, *SIZES, *TEXTURES, *RELATIONS, "a an on to gradient background")
     return sorted({word for term in terms for word in term.split()})
 

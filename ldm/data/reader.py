@@ -1,9 +1,8 @@
-"""A small detector that reads the objects off shapes pictures: colour, shape, size, texture, place.
+"""A small detector of the objects in pictures of the shapes data set: colour, shape, size, texture, place.
 
-It measures whether generated pictures show what their captions ask for (`read`, then `judge`), and its pooled
-features stand in for Inception's in a Frechet distance on this data set (`features`). It is a CenterNet
-(Zhou et al. 2019, "Objects as Points"): each cell of a grid says how near it is to an object's centre, and
-what that object is.
+It measures whether generated pictures show what their captions ask for (`read`, then `judge`). Its pooled features
+replace Inception's in a Frechet distance on this data set (`features`). It is a CenterNet (Zhou et al. 2019, "Objects
+as Points"): each cell of a grid predicts how near it is to an object's centre, and what that object is.
 """
 
 import itertools
@@ -24,14 +23,17 @@ from torch.utils.data import Dataset
 from ldm.data.shapes import COLORS, SHAPES, SIZES, TEXTURES, ObjectSpec, Scene, SceneSpec, ShapesDataset, render
 
 STRIDE = 8  # pixels of a grid cell
-LOSS_WEIGHTS = {"texture": 4.0}  # stripes against dots is by far the last thing to be learnt
+LOSS_WEIGHTS = {"texture": 4.0}  # the others: 1. Stripes and dots take by far the longest to learn
 CLASSES = {"shape": SHAPES, "color": COLORS, "size": (None, *SIZES), "texture": (None, *TEXTURES)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeenObject:
-    """An object read off a picture. size, texture: None for medium and plain. x, y: centre in fractions of
-    the picture's width and height. score: confidence in (0, 1) that an object is there."""
+    """An object found in a picture.
+
+    size, texture: None for medium and plain. x, y: centre, in fractions of the picture's width and height.
+    score: confidence in (0, 1) that there is an object.
+    """
 
     shape: str
     color: str
@@ -46,7 +48,7 @@ class SeenObject:
 
 
 def augment(picture: Image.Image, rng: np.random.Generator) -> Tensor:
-    """float32 [3, H, W] in [-1, 1], degraded like a decoded latent: blurred, noisy, a little off in colour."""
+    """Return a picture as float32 [3, H, W] in [-1, 1], degraded like a decoded latent: blur, noise, other colours."""
     if rng.random() < 0.3:
         small = tuple(round(side * rng.uniform(0.5, 0.9)) for side in picture.size)
         picture = picture.resize(small, Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
@@ -62,9 +64,9 @@ def augment(picture: Image.Image, rng: np.random.Generator) -> Tensor:
 
 
 def dense_targets(scene: Scene, side: int) -> dict[str, Tensor]:
-    """What each cell of a side x side grid should answer for `scene`.
+    """Return what each cell of a side x side grid should predict for `scene`.
 
-    heat: float [side, side], 1 in the cell of a centre and falling off like a Gaussian around it.
+    heat: float [side, side], 1 in the cell of a centre, and a Gaussian around it.
     shape, color, size, texture: int64 [side, side], the class of the nearest object.
     offset: float [2, side, side], from the cell's middle to that object's centre (x, y), in cells.
     """
@@ -74,7 +76,7 @@ def dense_targets(scene: Scene, side: int) -> dict[str, Tensor]:
         [torch.stack([cx - middle.expand(side, side), cy - middle[:, None].expand(side, side)]) for cx, cy in centres]
     )  # [objects, 2, side, side]
     nearest = offsets.square().sum(1).argmin(0)  # [side, side]
-    # distances count from the cell that holds the centre, so that one cell always has heat 1
+    # Distances are measured from the cell that holds the centre, so that one cell always has heat 1.
     cells = centres.floor() + 0.5 - centres
     heat = torch.exp(-(offsets + cells[:, :, None, None]).square().sum(1) / 1.5).amax(0)
     targets = {"heat": heat, "offset": torch.stack([offsets[:, axis].gather(0, nearest[None])[0] for axis in (0, 1)])}
@@ -84,10 +86,10 @@ def dense_targets(scene: Scene, side: int) -> dict[str, Tensor]:
 
 
 class ReaderDataset(Dataset):
-    """Augmented pictures with dense targets; item i depends on (seed, i) alone.
+    """Augmented pictures with dense targets. Item i depends on (seed, i) alone.
 
-    Every fifth picture has a combination that "train" holds out: the reader must not share the generator's
-    blind spots. Items: {"image": float32 [3, resolution, resolution] in [-1, 1]} and `dense_targets`.
+    Every fifth picture has a combination that the split "train" lacks, so that the reader does not share the
+    generator's blind spots. Items: {"image": float32 [3, resolution, resolution] in [-1, 1]} and `dense_targets`.
     """
 
     def __init__(self, size: int, resolution: int = 128, seed: int = 1000) -> None:
@@ -116,6 +118,8 @@ def _conv(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.S
 
 
 class _ResidualBlock(nn.Module):
+    """A convolution added to its input."""
+
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
         self.conv = _conv(width, width, dilation=dilation)
@@ -125,7 +129,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _PictureContext(nn.Module):
-    """Tells every cell about the whole picture: how large "large" is depends on the number of objects."""
+    """Add a summary of the whole picture to every cell, because "large" depends on the number of objects."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -147,7 +151,7 @@ class ShapesReader(nn.Module):
         self.trunk = nn.Sequential(
             _conv(3, 24, stride=2),
             _conv(24, 48, stride=2),
-            _ResidualBlock(48, 1),  # stripes and dots are told apart here: a period is two or three cells
+            _ResidualBlock(48, 1),  # here a period of stripes or dots is two or three cells
             _conv(48, width, stride=2),
             _ResidualBlock(width, 1),
             _PictureContext(width),
@@ -162,9 +166,9 @@ class ShapesReader(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | PathLike, **params: int | float) -> "ShapesReader":
-        """A reader in evaluation mode with the weights of a safetensors file, cast to float32.
+        """Return a reader in eval mode with the weights of a safetensors file, as float32.
 
-        params: as in the constructor. ValueError if the file holds anything but such a reader's weights.
+        params: the arguments of the constructor. Raises ValueError for a file that does not hold such a reader.
         """
         reader = cls(**params)
         try:
@@ -175,7 +179,7 @@ class ShapesReader(nn.Module):
         return reader.eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] in [-1, 1] -> logits by part, each [B, classes, H/8, W/8]; offset in cells."""
+        """Return the logits of each part [B, classes, H/8, W/8] for images [B, 3, H, W] in [-1, 1]; offset in cells."""
         maps = self.head(self._trunk(images))
         return dict(zip(self.parts, maps.split(list(self.parts.values()), dim=1), strict=True))
 
@@ -186,12 +190,12 @@ class ShapesReader(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, features]: the trunk's output, averaged over the picture."""
+        """Return the trunk's output, averaged over the picture, [B, features] for images [B, 3, H, W] in [-1, 1]."""
         return self._trunk(images).mean((2, 3))
 
     @torch.no_grad()
     def read(self, images: Tensor, threshold: float = 0.4) -> list[list[SeenObject]]:
-        """The objects of each picture, best score first.
+        """Return the objects of each picture, best score first.
 
         images: [B, 3, H, W] in [-1, 1]. threshold: least score of an object, in (0, 1).
         """
@@ -213,8 +217,11 @@ class ShapesReader(nn.Module):
 
 
 def reader_losses(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One scalar per part. Objectness: the penalty-reduced focal loss of CornerNet (Law and Deng 2018, eq. 1);
-    the other parts count at the cells around a centre, as far as these are hot."""
+    """Return the loss of each part, a scalar.
+
+    The loss of the heat is the penalty-reduced focal loss of CornerNet (Law and Deng 2018, eq. 1). The other parts are
+    averaged over the cells around a centre, weighted by their heat.
+    """
     heat, logits = targets["heat"], maps["heat"][:, 0].float()
     p, centre = logits.sigmoid(), heat == 1
     hit = -F.logsigmoid(logits) * (1 - p) ** 2
@@ -230,7 +237,7 @@ def reader_losses(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> 
 
 
 def _suppress(objects: list[SeenObject], distance: float = 0.14) -> list[SeenObject]:
-    """Non-maximum suppression: of objects whose centres are closer than `distance`, the best one stays."""
+    """Keep the best of objects whose centres are closer than `distance` (non-maximum suppression)."""
     kept: list[SeenObject] = []
     for new in sorted(objects, key=lambda o: -o.score):
         if all(math.hypot(new.x - old.x, new.y - old.y) >= distance for old in kept):
@@ -242,11 +249,11 @@ def _suppress(objects: list[SeenObject], distance: float = 0.14) -> list[SeenObj
 
 
 def judge(spec: SceneSpec, seen: Sequence[SeenObject]) -> dict[str, bool]:
-    """What `seen` got right of what `spec` asks; what the caption leaves open is not judged.
+    """Return which of the demands of `spec` the objects `seen` meet.
 
-    Keys: "color 1", "shape 1", and where mentioned "size 1", "texture 1"; the same with 2 for a second object;
-    "count" (as many objects as asked), and with two objects "relation". The asked objects are matched to the
-    seen ones so that most colours and shapes agree; whatever is asked of an object without a match is wrong.
+    Keys: "color 1", "shape 1", and if mentioned "size 1", "texture 1"; the same with 2 for a second object; "count"
+    (as many objects as asked for), and with two objects "relation". Each asked object is matched to a seen one so that
+    most colours and shapes agree. All demands on an object without a match count as not met.
     """
     matched = _match(spec.objects, seen)
     verdict = {}
@@ -262,14 +269,14 @@ def judge(spec: SceneSpec, seen: Sequence[SeenObject]) -> dict[str, bool]:
 
 
 def relation_holds(relation: str, first: SeenObject, second: SeenObject) -> bool:
-    """Whether `first` stands to `second` in `relation`: more along its axis than across, by 0.1 at least."""
+    """Tell whether `first` is in `relation` to `second`: by at least 0.1, and further along its axis than across."""
     dx, dy = second.x - first.x, second.y - first.y
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return along > max(0.1, abs(across))
 
 
 def _match(asked: Sequence[ObjectSpec], seen: Sequence[SeenObject]) -> tuple[SeenObject | None, ...]:
-    """For each asked object the seen one, or None; among equally good assignments the surest objects."""
+    """Return the seen object of each asked one, or None. Among equally good matches, the surest objects win."""
     candidates = [*sorted(seen, key=lambda o: -o.score)[:5], *[None] * len(asked)]
 
     def agreement(assignment: tuple[SeenObject | None, ...]) -> tuple[int, int]:
