@@ -70,8 +70,9 @@ def shares(call: Callable[[], Any], device: torch.device) -> dict[str, float] | 
     with profile(use_device="cuda" if on_gpu else None) as found:
         call()
     seconds: Counter[str] = Counter()
+    assert found is not None and found.function_events is not None
     for event in found.function_events:
-        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.cpu_parent is None and event.device_type.name == "CPU":
             seconds[kind_of(event.name)] += event.device_time_total if on_gpu else event.cpu_time_total
     if not any(seconds[kind] for kind in KINDS):
         return None

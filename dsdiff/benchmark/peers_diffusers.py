@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging
 from torch import nn
 
 from dsdiff.benchmark.source import Source
@@ -34,12 +35,12 @@ def check_sizes(source: Source) -> None:
 
 def make_unet(params: Mapping[str, Any]) -> nn.Module:
     """Make a UNet2DConditionModel of the sizes of a UNetModel with these params."""
-    diffusers.utils.logging.set_verbosity_error()  # it warns of every change of dtype
+    logging.set_verbosity_error()  # it warns of every change of dtype
     mult = params["channel_mult"]
     attends = [2**level in params["attention_resolutions"] for level in range(len(mult))]
     down, up = ([f"CrossAttn{way}Block2D" if on else f"{way}Block2D" for on in attends] for way in ("Down", "Up"))
     with torch.random.fork_rng(devices=[]):
-        return diffusers.UNet2DConditionModel(
+        return UNet2DConditionModel(
             in_channels=params["in_channels"],
             out_channels=params["out_channels"],
             block_out_channels=tuple(params["model_channels"] * factor for factor in mult),

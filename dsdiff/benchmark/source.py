@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsdiff.models.registry import CHECKPOINTS
 from dsdiff.models.spec import read_config
 from ldm.checkpoint import averaged_weights, fill, read_weights
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
 UNET_PREFIX = "model.diffusion_model."
@@ -43,7 +44,7 @@ class Source:
     def unet_config(self) -> dict[str, Any]:
         return self.params["unet_config"]
 
-    def unet(self) -> nn.Module:
+    def unet(self) -> UNetModel:
         """Return a new UNet in float32, with the same weights each time."""
         config = self.unet_config
         unet = random_unet(config) if self.ckpt is None else trained_unet(config, self.ckpt)
@@ -91,7 +92,7 @@ def existing(places: tuple[Path, ...]) -> Path:
     return ckpt
 
 
-def random_unet(config: dict[str, Any]) -> nn.Module:
+def random_unet(config: dict[str, Any]) -> UNetModel:
     """Return a UNet as training begins with it, but with noise for the weights that are zero there and would end all
     signals. The weights are the same each time."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -103,7 +104,7 @@ def random_unet(config: dict[str, Any]) -> nn.Module:
     return unet
 
 
-def trained_unet(config: dict[str, Any], ckpt: Path) -> nn.Module:
+def trained_unet(config: dict[str, Any], ckpt: Path) -> UNetModel:
     """Return the UNet of a checkpoint, in float32; nothing else is built. Errors are those of ldm.checkpoint."""
     tensors = read_weights(ckpt)
     tensors |= averaged_weights(tensors, str(ckpt))
