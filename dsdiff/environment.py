@@ -13,14 +13,11 @@ import torch
 from dsdiff.models.registry import ROOT
 from qdiff.engine import cpu
 
-PACKAGES = ("torch", "tokenizers")  # on which pictures depend
-
 
 def versions() -> dict[str, str]:
     """Return the versions of the project, of Python, and of the packages on which pictures depend."""
-    return {"dsdiff": project_version(), "python": platform.python_version()} | {
-        name: metadata.version(name) for name in PACKAGES
-    }
+    packages = {"torch": str(torch.__version__), "tokenizers": metadata.version("tokenizers")}
+    return {"dsdiff": project_version(), "python": platform.python_version(), **packages}
 
 
 def project_version() -> str:

@@ -88,7 +88,8 @@ class Pipeline:
         self.spec = spec
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = tokenizer
-        self.quantization = resolve_quantization(quantization, spec, self.device)
+        self.notes: list[str] = []  # lines to tell the user
+        self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
         self._model: LatentDiffusion | None = None
         self._loaded_for = ""  # the precision that the model was loaded for

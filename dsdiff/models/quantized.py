@@ -1,7 +1,7 @@
 """Drawing with a calibrated model: what the options ask of its file, and putting the quantized UNet in place."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,11 +59,14 @@ class Quantization:
 
 
 def resolve_quantization(
-    options: QuantizationOptions | None, spec: ModelSpec, device: torch.device
+    options: QuantizationOptions | None,
+    spec: ModelSpec,
+    device: torch.device,
+    note: Callable[[str], object] = logger.info,
 ) -> Quantization | None:
     """Return what the options mean for a model on a device; None for a float one. Reads the header of the file.
 
-    A bundle is quantized also without options. Raises ValueError for an option without effect, one that contradicts the
+    A bundle is quantized also without options. note: called with a line where a file leaves settings to be inferred. Raises ValueError for an option without effect, one that contradicts the
     file, or an engine that cannot run it; FileNotFoundError without a file.
     """
     if options is None and not spec.bundle:
@@ -72,7 +75,7 @@ def resolve_quantization(
     path = _file(options, spec)
     header = read_cali_header(path, **_given(options, BIT_SETTINGS))
     if header.inferred:
-        logger.info("%s does not say %s: told by its numbers", path.name, ", ".join(header.inferred))
+        note(f"{path.name} does not say {', '.join(header.inferred)}: told by its numbers")
     _check_against(options, header, path)
     quant_act = _quantizes_activations(options, header)
     engine = choose_engine(options.engine, replace(header.config, quant_act=quant_act), device)
