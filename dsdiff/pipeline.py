@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from qdiff.engine.cpu import has_bfloat16
 from torch import Tensor
 
 import tomesd
@@ -27,6 +26,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
 from ldm.util import load_model_from_config
 from qdiff.engine import step_cache
+from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.lower import fits_bytes
 
 logger = logging.getLogger(__name__)

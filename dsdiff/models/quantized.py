@@ -66,8 +66,9 @@ def resolve_quantization(
 ) -> Quantization | None:
     """Return what the options mean for a model on a device; None for a float one. Reads the header of the file.
 
-    A bundle is quantized also without options. note: called with a line where a file leaves settings to be inferred. Raises ValueError for an option without effect, one that contradicts the
-    file, or an engine that cannot run it; FileNotFoundError without a file.
+    A bundle is quantized also without options. note: called with a line where a file leaves settings to be inferred.
+    Raises ValueError for an option without effect, one that contradicts the file, or an engine that cannot run it;
+    FileNotFoundError without a file.
     """
     if options is None and not spec.bundle:
         return None
