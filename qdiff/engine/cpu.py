@@ -29,18 +29,17 @@ ISAS = {
 }
 _EVERYTHING = frozenset[str]().union(*ISAS.values())
 
-# What each cap of oneDNN allows. Those that are no name of ours count as the nearest one below.
+# What each cap of oneDNN allows; from AVX512_CORE_FP16 on, oneDNN adds AVX-VNNI. Names that are not ours count as the
+# nearest one below.
 ALLOWED = {
     **ISAS,
     "SSE41": frozenset[str](),
     "AVX": frozenset[str](),
     "AVX2_VNNI_2": ISAS["AVX2_VNNI"],
-    "AVX512_CORE_FP16": ISAS["AVX512_CORE_BF16"] | {"avx_vnni"},
-    "AVX10_1_512": ISAS["AVX512_CORE_BF16"] | {"avx_vnni"},
-    **dict.fromkeys(
-        ("AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16", "AVX10_2", "AVX10_2_512"), _EVERYTHING
-    ),
-    **dict.fromkeys(("AVX10_2_AMX_2", "AVX10_2_512_AMX_2", "ALL", "DEFAULT"), _EVERYTHING),
+    **dict.fromkeys(("AVX512_CORE_FP16", "AVX10_1_512"), _BF16 | {"avx_vnni"}),
+    **dict.fromkeys(("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX"), _EVERYTHING),
+    **dict.fromkeys(("AVX10_1_512_AMX_FP16", "AVX10_2", "AVX10_2_512", "AVX10_2_AMX_2"), _EVERYTHING),
+    **dict.fromkeys(("AVX10_2_512_AMX_2", "ALL", "DEFAULT"), _EVERYTHING),
 }
 
 # PyTorch's names of features -> those of Linux, where they differ by more than the underscore behind avx512.

@@ -1,4 +1,4 @@
-"""What stands between the products: our kernels, and PyTorch in their place, against float64."""
+"""Fused operations, by our kernels and by PyTorch in their place, against float64."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.engine import fused_ops, native
-from qdiff.engine.layers import Range
+from qdiff.engine.quant_params import QuantParams
 
-TO = Range(delta=0.031, zero_point=113, high=255)
+TO = QuantParams(delta=0.031, zero_point=113, high=255)
 WAYS = [
     pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="no C compiler here")),
     pytest.param(False, id="PyTorch"),
@@ -37,27 +37,24 @@ def channels_last(*shape, dtype=torch.bfloat16):
     return (torch.randn(shape) * 1.7 + 0.4).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda dtype: torch.randn(3, 5, 700).to(dtype),
-        lambda dtype: channels_last(2, 33, 5, 7, dtype=dtype),
-        lambda dtype: channels_last(2, 64, 4, 4, dtype=dtype)[:, :24],
-        lambda dtype: channels_last(2, 64, 4, 4, dtype=dtype)[:, 24:],
-        lambda dtype: torch.randn(2, 6, 4, 4).to(dtype),
-        lambda dtype: torch.randn(2, 3, 4, 5).to(dtype)[..., ::2],
-        lambda dtype: torch.randn(9).to(dtype),
-        lambda dtype: torch.zeros(0, 4).to(dtype),
-    ],
-    ids=["tokens", "feature map", "its first channels", "its last", "NCHW", "strided", "one row", "nothing"],
-)
-def test_codes_are_those_of_the_quantizer_bit_for_bit(way, make, dtype):
-    x = make(dtype)
-    narrow = Range(delta=0.02, zero_point=3, high=15)
-    for codes, to in zip(fused_ops.quantize(x, TO, narrow), (TO, narrow), strict=True):
-        expected = (x.float() / to.delta).round() + to.zero_point
-        assert torch.equal(codes, expected.clamp(0, to.high).to(torch.uint8)) and codes.shape == x.shape
+def test_codes_are_those_of_the_quantizer_bit_for_bit(way):
+    narrow = QuantParams(delta=0.02, zero_point=3, high=15)
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, x in {
+            "tokens": torch.randn(3, 5, 700).to(dtype),
+            "feature map": channels_last(2, 33, 5, 7, dtype=dtype),
+            "its first channels": channels_last(2, 64, 4, 4, dtype=dtype)[:, :24],
+            "its last channels": channels_last(2, 64, 4, 4, dtype=dtype)[:, 24:],
+            "channels first": torch.randn(2, 6, 4, 4).to(dtype),
+            "strided": torch.randn(2, 3, 4, 5).to(dtype)[..., ::2],
+            "one row": torch.randn(9).to(dtype),
+            "nothing": torch.zeros(0, 4).to(dtype),
+        }.items():
+            for codes, to in zip(fused_ops.quantize(x, TO, narrow), (TO, narrow), strict=True):
+                expected = (x.float() / to.delta).round() + to.zero_point
+                case = f"{name}, {dtype}, {to}"
+                assert torch.equal(codes, expected.clamp(0, to.high).to(torch.uint8)), case
+                assert codes.shape == x.shape, case
 
 
 def test_extremes_are_clamped(way):
@@ -65,21 +62,20 @@ def test_extremes_are_clamped(way):
     assert fused_ops.quantize(x, TO)[0].tolist() == [[255, 0, 255, 0, 113]]
 
 
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape, groups", [((2, 64, 6, 5), 8), ((1, 640, 17, 16), 32), ((3, 8, 1, 1), 2)])
-def test_group_norm(way, silu, shape, groups):
-    norm = nn.GroupNorm(groups, shape[1], eps=1e-5)
-    nn.init.normal_(norm.weight, 1, 0.3)
-    nn.init.normal_(norm.bias)
-    x, added = channels_last(*shape), torch.randn(shape[:2])
-    for more in (None, added):
-        with torch.no_grad():
+@torch.no_grad()
+def test_group_norm(way):
+    for shape, groups in (((2, 64, 6, 5), 8), ((1, 640, 17, 16), 32), ((3, 8, 1, 1), 2)):
+        norm = nn.GroupNorm(groups, shape[1], eps=1e-5)
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+        x, added = channels_last(*shape), torch.randn(shape[:2])
+        for more, silu in ((None, False), (None, True), (added, False), (added, True)):
             codes = fused_ops.group_norm(norm, x, TO, added=more, silu=silu)
             y = x.double() if more is None else x.double() + more.double()[:, :, None, None]
             y = norm.double()(y)
             norm.float()
-        # PyTorch rounds x + added to bfloat16, the kernel does not.
-        assert_close(codes, F.silu(y) if silu else y, TO, 0.02 if way or more is None else 0.2)
+            # PyTorch rounds x + added to bfloat16, the kernel does not.
+            assert_close(codes, F.silu(y) if silu else y, TO, 0.02 if way or more is None else 0.2)
 
 
 @pytest.mark.skipif(not native.library(), reason="no C compiler here")
@@ -91,17 +87,17 @@ def test_group_norm_of_numbers_far_from_0():
     assert_close(codes, y, TO)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 320), (1, 3, 1280), (5, 9)])
 @torch.no_grad()
-def test_layer_norm(way, shape):
-    norm = nn.LayerNorm(shape[-1])
-    nn.init.normal_(norm.weight, 1, 0.3)
-    nn.init.normal_(norm.bias)
-    x = (torch.randn(shape) * 3 + 20).bfloat16()
-    y = fused_ops.layer_norm(norm, x)
-    expected = norm.double()(x.double())
-    assert y.dtype == x.dtype and y.shape == x.shape
-    assert ((y.double() - expected).abs() <= 0.005 * expected.abs() + 1e-3).all()
+def test_layer_norm(way):
+    for shape in ((2, 7, 320), (1, 3, 1280), (5, 9)):
+        norm = nn.LayerNorm(shape[-1])
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+        x = (torch.randn(shape) * 3 + 20).bfloat16()
+        y = fused_ops.layer_norm(norm, x)
+        expected = norm.double()(x.double())
+        assert y.dtype == x.dtype and y.shape == x.shape, shape
+        assert ((y.double() - expected).abs() <= 0.005 * expected.abs() + 1e-3).all(), shape
 
 
 @torch.no_grad()
@@ -112,64 +108,25 @@ def test_geglu(way):
     assert_close(fused_ops.geglu(x, TO), value * F.gelu(gate), TO, 0.01 if way else 0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "batch, heads, queries, keys, width",
-    [
+def test_attention(way):
+    ranges = [QuantParams(delta=d, zero_point=z, high=255) for d, z in ((0.02, 120), (0.03, 0), (0.017, 255))]
+    for batch, heads, queries, keys, width in (
         (2, 8, 100, 77, 40),
         (1, 4, 33, 300, 80),
         (1, 2, 64, 64, 160),
         (2, 3, 5, 7, 10),
         (1, 1, 1, 1, 3),
         (1, 1, 3, 4, 300),
-    ],
-)
-def test_attention(way, dtype, batch, heads, queries, keys, width):
-    ranges = [Range(delta=d, zero_point=z, high=255) for d, z in ((0.02, 120), (0.03, 0), (0.017, 255))]
-    sizes = (queries, keys, keys)
-    codes = tuple(torch.randint(0, 256, (batch, n, heads * width), dtype=torch.uint8) for n in sizes)
-    out = fused_ops.attention(codes, tuple(ranges), heads, TO, dtype)
-    q, k, v = (
-        ((c.double() - r.zero_point) * r.delta).unflatten(-1, (heads, width)).transpose(1, 2)
-        for c, r in zip(codes, ranges, strict=True)
-    )
-    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    assert_close(out, expected, TO, 0.15)
-
-
-def test_without_a_compiler_a_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native.library.__wrapped__() is None
-    assert "no C compiler" in caplog.text
-
-
-def test_a_compiler_that_fails_leaves_nothing(monkeypatch, caplog, tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nfor last; do :; done\necho half > $last\necho 'kernels.c: no luck' >&2\nexit 1\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.library.__wrapped__() is None
-    assert "no luck" in caplog.text and not list((tmp_path / "cache" / "dsdiff").iterdir())
-
-
-@pytest.mark.skipif(not native.library(), reason="no C compiler here")
-@pytest.mark.parametrize("damage", [b"", b"no library"])
-def test_a_damaged_library_is_removed_and_made_anew(monkeypatch, caplog, tmp_path, damage):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = native._compiled(native.shutil.which("cc") or native.shutil.which("gcc"))
-    monkeypatch.setattr(native, "_compiled", lambda compiler: made)
-    made.write_bytes(damage)
-    assert native.library.__wrapped__() is None and not made.exists()
-    assert "cannot be loaded" in caplog.text
-
-
-@pytest.mark.skipif(not native.library(), reason="no C compiler here")
-def test_a_library_that_others_may_write_is_not_loaded(monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._compiled(native.shutil.which("cc") or native.shutil.which("gcc")).chmod(0o666)
-    assert native.library.__wrapped__() is None
-    assert "somebody else" in caplog.text
+    ):
+        sizes = (queries, keys, keys)
+        codes = tuple(torch.randint(0, 256, (batch, n, heads * width), dtype=torch.uint8) for n in sizes)
+        q, k, v = (
+            ((c.double() - r.zero_point) * r.delta).unflatten(-1, (heads, width)).transpose(1, 2)
+            for c, r in zip(codes, ranges, strict=True)
+        )
+        expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_close(fused_ops.attention(codes, tuple(ranges), heads, TO, dtype), expected, TO, 0.15)
 
 
 def test_keys_of_another_batch_are_refused(way):
@@ -179,9 +136,9 @@ def test_keys_of_another_batch_are_refused(way):
 
 
 def test_zero_points_beyond_the_codes(way):
-    ranges = [Range(delta=0.01, zero_point=z, high=255) for z in (120, 300, -2000)]
+    ranges = [QuantParams(delta=0.01, zero_point=z, high=255) for z in (120, 300, -2000)]
     codes = tuple(torch.randint(0, 256, (1, 9, 16), dtype=torch.uint8) for _ in range(3))
-    to = Range(delta=0.05, zero_point=-300, high=255)
+    to = QuantParams(delta=0.05, zero_point=-300, high=255)
     q, k, v = (
         ((c.double() - r.zero_point) * r.delta).unflatten(-1, (2, 8)).transpose(1, 2)
         for c, r in zip(codes, ranges, strict=True)
