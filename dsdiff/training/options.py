@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to run the training that a config file describes.
+    """Options of one run of the training that a config file describes.
 
     config: a file such as those of configs/shapes.
     outdir: the run's folder; None: runs/<name of the config>.
@@ -71,7 +71,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long and how a model is trained.
+    """Settings of the trainer: length, precision, checkpoints, and the files to begin with and to end in.
 
     precision: as Lightning's Trainer takes it, such as 32-true or bf16-mixed.
     gradient_clip_val: largest norm of the gradient; None: not clipped.
@@ -92,7 +92,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What a config file says about a training: the model (`target` and `params`), its data, its trainer."""
+    """Content of a config file: the model (`target` and `params`), its learning rate, its data, its trainer."""
 
     model: Mapping[str, Any]
     learning_rate: float
