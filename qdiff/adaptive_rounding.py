@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from qdiff.config import ReconConfig
 from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
 
 GAMMA, ZETA = -0.1, 1.1  # how far the sigmoid is stretched beyond 0 and 1
@@ -15,8 +16,8 @@ GAMMA, ZETA = -0.1, 1.1  # how far the sigmoid is stretched beyond 0 and 1
 class AdaRoundQuantizer(Quantizer):
     """q = clamp(floor(w / delta) + h(alpha) + zero_point), with alpha of the weight's shape.
 
-    h is the rectified sigmoid (eq. 23) within `soft_rounding()`, and elsewhere 1 where alpha >= 0, else 0. A weight
-    half way between two codes starts at alpha = 0 and so goes up.
+    Within `soft_rounding()` h is the rectified sigmoid (eq. 23), elsewhere it is 1 where alpha >= 0, else 0. A weight
+    half way between two codes starts at alpha = 0, and so is rounded up.
     """
 
     alpha: nn.Parameter
@@ -30,7 +31,7 @@ class AdaRoundQuantizer(Quantizer):
 
     @classmethod
     def from_uniform(cls, quantizer: UniformAffineQuantizer, weight: Tensor) -> "AdaRoundQuantizer":
-        """With the ranges of a fitted quantizer, and alpha so that h(alpha) is the fraction w / delta - floor."""
+        """Take the ranges of a fitted quantizer, and alpha so that h(alpha) is the fraction w / delta - floor."""
         if not quantizer.is_set:
             raise ValueError("the range of the weight is not known yet: fit the quantizer first")
         steps = weight.detach().float() / quantizer.delta
@@ -41,7 +42,7 @@ class AdaRoundQuantizer(Quantizer):
         return adaround
 
     def soft_targets(self) -> Tensor:
-        """h(alpha), in [0, 1]."""
+        """Return the rectified sigmoid h(alpha), in [0, 1]."""
         return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class AdaRoundQuantizer(Quantizer):
 
 @contextmanager
 def soft_rounding(module: nn.Module) -> Iterator[None]:
-    """Within the block all AdaRoundQuantizers of `module` round softly, so that alpha has a gradient."""
+    """Make all AdaRoundQuantizers of `module` round softly within the block, so that alpha has a gradient."""
     quantizers = [m for m in module.modules() if isinstance(m, AdaRoundQuantizer)]
     before = [quantizer.soft for quantizer in quantizers]
     try:
@@ -61,3 +62,23 @@ def soft_rounding(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, soft in zip(quantizers, before, strict=True):
             quantizer.soft = soft
+
+
+def round_exponent(step: int, iters: int, config: ReconConfig) -> float | None:
+    """Return b of the regulariser at a step, None during the warm-up.
+
+    It falls linearly from b_start to b_end (AdaRound, eq. 24).
+    """
+    warm_up = config.warmup * iters
+    if step < warm_up:
+        return None
+    share = (step - warm_up) / max(iters - warm_up, 1)
+    return config.b_end + (config.b_start - config.b_end) * max(0.0, 1 - share)
+
+
+def round_penalty(quantizers: list[AdaRoundQuantizer], b: float | None, weight: float) -> Tensor:
+    """Return weight * sum of 1 - |2 h(alpha) - 1|^b: least where every h is 0 or 1 (eq. 24). Zero if b is None."""
+    zero = torch.zeros((), device=quantizers[0].alpha.device)
+    if b is None:
+        return zero
+    return weight * sum(((1 - (2 * q.soft_targets() - 1).abs().pow(b)).sum() for q in quantizers), start=zero)

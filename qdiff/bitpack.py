@@ -6,8 +6,8 @@ the first code in the lowest bits:
     b = 4:   byte 0 = c1 c0    byte 1 = c3 c2    ...          (high bits left)
     b = 3:   bytes 2,1,0 = c7 c6 c5 c4 c3 c2 c1 c0
 
-Such a row that is no multiple of 8 codes is filled up with zeros. Codes of 8 bits are bytes, wider ones take two bytes
-each, the low one first.
+A row whose length is no multiple of 8 codes is padded with zeros. Codes of 8 bits are bytes; wider ones take two bytes
+each, the low byte first.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
-    """Bytes of a packed row of a weight of `shape` [rows, ...]."""
+    """Return the bytes of a packed row of a weight of `shape` [rows, ...]."""
     codes = math.prod(shape[1:])
     if n_bits == 8:
         return codes
@@ -26,7 +26,7 @@ def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:
-    """Codes [rows, ...] of any dtype, whole numbers in 0..2^n_bits - 1 -> uint8 [rows, bytes]."""
+    """Pack codes [rows, ...] of any dtype, whole numbers in 0..2^n_bits - 1, into uint8 [rows, bytes]."""
     rows = codes.reshape(codes.shape[0], -1)
     if n_bits == 8:
         return rows.to(torch.uint8)
@@ -42,14 +42,14 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 codes of `shape`, or int32 ones where n_bits is above 8."""
+    """Undo `pack`: return uint8 codes of `shape`, or int32 ones if n_bits is above 8."""
     rows, count = shape[0], math.prod(shape[1:])
     if n_bits == 8:
         return packed.reshape(tuple(shape))
     if n_bits > 8:
         pairs = packed.reshape(rows, count, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8).reshape(tuple(shape))
-    if n_bits == 4:  # the common one, without the detour over words
+    if n_bits == 4:  # the most common width, without the detour over words
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(rows, -1)
         return codes[:, :count].reshape(tuple(shape))
     octets = packed.reshape(rows, -1, n_bits)

@@ -1,9 +1,11 @@
-"""A whole calibration: all weights unit by unit, the ranges of all activations, their step sizes unit by unit."""
+"""Calibrate a whole model: the weights unit by unit, the ranges of all activations, step sizes unit by unit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
@@ -18,14 +20,17 @@ from qdiff.resume import ProgressFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A piece of a calibration. phase: weights, ranges or activations. unit: its name; empty for the ranges of all."""
+    """A step of a calibration.
+
+    phase: "weights", "ranges" or "activations". unit: its name, empty for the ranges, which are fitted all at once.
+    """
 
     phase: str
     unit: str = ""
 
 
 def calibration_steps(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
-    """The steps of a calibration, in order. Without `recon` (or with 0 iterations) nothing is learned."""
+    """Return the steps of a calibration, in order. Without `recon`, or with 0 iterations, nothing is learned."""
     units = list(qnn.units())
     steps = [Step(phase="weights", unit=unit) for unit in units] if recon and recon.iters_w else []
     if qnn.config.quant_act:
@@ -36,8 +41,8 @@ def calibration_steps(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
 
 
 def step_work(step: Step, recon: ReconConfig | None, samples: int) -> int:
-    """What `calibrate` reports of a step in all: samples that go through the model, and iterations."""
-    if step.phase == "ranges":
+    """Return what `calibrate` will report of a step: samples that go through the model, and iterations."""
+    if step.phase == "ranges" or recon is None:
         return samples
     return 2 * samples + (recon.iters_w if step.phase == "weights" else recon.iters_a)
 
@@ -56,29 +61,29 @@ def calibrate(
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Calibrate a model in place, yielding each finished step with its report.
 
-    recon: how units are learned; None rounds weights to nearest and fits ranges, and nothing more.
-    batch_size: samples a forward pass. running: see `fit_activations`. folder: where finished steps are kept, and
-    found again. progress(step, n): called as n iterations or samples are done, see `step_work`.
-    Afterwards all weights are frozen and all quantizers are on.
+    recon: how units are learned; None rounds weights to nearest and fits ranges, and learns nothing.
+    batch_size: samples a forward pass. cache: for captured activations. running: see `fit_activations`. folder: where
+    finished steps are kept; those that are there already are loaded. progress(step, n) is called when n more iterations
+    or samples are done, see `step_work`. Afterwards all weights are frozen and all quantizers are on.
     """
     qnn.requires_grad_(False)
     qnn.fit_weights()
-    taking_up = folder is not None
+    resuming = folder is not None
     for number, step in enumerate(calibration_steps(qnn, recon)):
         if step.phase == "ranges":
             qnn.freeze()
-        saved = folder.load(number) if taking_up else None
+        saved = folder.load(number) if folder is not None and resuming else None
         if saved is None:
-            taking_up = False
+            resuming = False
             advance = partial(progress, step)
-            if step.phase == "ranges":
+            if step.phase == "ranges" or recon is None:
                 fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
                 report = {"phase": "ranges", "unit": ""}
             else:
                 options = {"batch_size": batch_size, "cache": cache, "progress": advance}
                 report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
             if folder is not None and rank() == 0:
-                folder.save(number, _state_of(qnn, step), report)
+                folder.save(number, _result(qnn, step), report)
             barrier()
         else:
             tensors, report = saved
@@ -89,5 +94,7 @@ def calibrate(
     qnn.set_quant_state(True, qnn.config.quant_act)
 
 
-def _state_of(qnn: QuantModel, step: Step) -> dict:
-    return weight_tensors(qnn, step.unit) if step.phase == "weights" else activation_tensors(qnn, step.unit)
+def _result(qnn: QuantModel, step: Step) -> dict[str, Tensor]:
+    """Return the tensors that a step has changed."""
+    tensors = weight_tensors if step.phase == "weights" else activation_tensors
+    return tensors(qnn, step.unit)

@@ -21,7 +21,7 @@ from qdiff.checkpoint_qdiff import read_tensors
 class CalibrationSet:
     """N inputs of a UNet: x [N, C, h, w], t [N], context [N, M, D] or None for a model without one.
 
-    facts: where they come from, plain values.
+    facts: their origin, as plain values.
     """
 
     x: Tensor
@@ -42,12 +42,12 @@ class CalibrationSet:
         return len(self.x)
 
     def batch(self, part: slice, device: torch.device) -> tuple[Tensor, ...]:
-        """The positional arguments of the UNet for some samples."""
+        """Return the positional arguments of the UNet for some samples."""
         tensors = (self.x, self.t) if self.context is None else (self.x, self.t, self.context)
         return tuple(tensor[part].to(device) for tensor in tensors)
 
     def subset(self, n: int, seed: int) -> "CalibrationSet":
-        """n samples drawn at random, in their order; all where there are no more."""
+        """Return n samples drawn at random, in their order, or all if there are no more."""
         if n >= len(self):
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
@@ -55,7 +55,7 @@ class CalibrationSet:
         return CalibrationSet(self.x[chosen], self.t[chosen], context, self.facts)
 
     def save(self, path: Path) -> None:
-        """Write a .safetensors; it is complete or not there."""
+        """Write a .safetensors file; it is complete or not there."""
         tensors = {"x": self.x.contiguous(), "t": self.t.contiguous()}
         if self.context is not None:
             tensors["context"] = self.context.contiguous()
@@ -66,8 +66,8 @@ class CalibrationSet:
     def load(cls, path: str | Path, steps: int | None = None, per_step: int | None = None) -> "CalibrationSet":
         """Read what `save` wrote, or a file in Q-Diffusion's layout.
 
-        Of the latter, `steps` timesteps evenly spread over the trajectory are taken (None: all), and the first
-        `per_step` samples of each. Raises ValueError for a file that is neither, FileNotFoundError without one.
+        Only the latter is thinned out: to `steps` timesteps, evenly spread over the trajectory (None: all), and to the
+        first `per_step` samples of each. Raises ValueError for a file of another kind, FileNotFoundError without one.
         """
         path = Path(path)
         if not path.is_file():
@@ -88,10 +88,10 @@ class CalibrationSet:
 def from_qdiffusion(
     content: Mapping[str, Any], source: str, steps: int | None = None, per_step: int | None = None
 ) -> CalibrationSet:
-    """Q-Diffusion's layout: `xs`, `ts`, and of a conditional model `cs` and `ucs`, one entry a timestep.
+    """Make a CalibrationSet of Q-Diffusion's layout: `xs`, `ts`, and for a conditional model `cs` and `ucs`.
 
-    Each entry holds the samples of that step; where `ucs` is there, each sample counts twice, with its prompt and
-    without. Raises ValueError for anything else.
+    Each of them has one entry a timestep, which holds the samples of that step. With `ucs` each sample counts twice,
+    with its prompt and without. Raises ValueError for another layout.
     """
     if not isinstance(content, Mapping) or not {"xs", "ts"} <= content.keys() <= {"xs", "ts", "cs", "ucs"}:
         raise ValueError(f"{source!r} is no calibration data: xs and ts, and perhaps cs and ucs, are expected")
@@ -113,14 +113,14 @@ def from_qdiffusion(
 
 
 def chosen_calls(calls: int, steps: int) -> list[int]:
-    """`steps` of the numbers 0..calls-1, evenly spread; all where there are no more."""
+    """Return `steps` of the numbers 0..calls-1, evenly spread, or all if there are no more."""
     steps = min(steps, calls)
     return [i * calls // steps for i in range(steps)]
 
 
 @contextmanager
 def recorded_inputs(unet: nn.Module, calls: list[int]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Within the block, the arguments (x, t, context) of the UNet's calls number `calls` are put into the list."""
+    """Record the UNet's arguments (x, t, context) within the block: those of its calls number `calls`, in the list."""
     kept: list[tuple[Tensor, ...]] = []
     wanted, seen = set(calls), 0
 

@@ -1,4 +1,4 @@
-"""What a part of the model is given, and what it gives, over all of a calibration set."""
+"""Capture the inputs or the output of a part of the model, over all of a calibration set."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ Progress = Callable[[int], object]  # called with the number of samples, or step
 
 
 class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass once the unit has been reached."""
+    """End a forward pass, as the unit has been reached."""
 
 
 class Cache:
-    """Where captured activations lie: in memory up to `limit` bytes, beyond that in files in `folder`."""
+    """Storage of captured activations: in memory up to `limit` bytes, beyond that in files in `folder`."""
 
     def __init__(self, limit: int, folder: Path):
         self.limit = limit
@@ -31,7 +31,7 @@ class Cache:
         self.files = 0
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
-        """float32 zeros."""
+        """Return zeros of `shape`, in float32."""
         size = 4 * math.prod(shape)
         if self.held + size <= self.limit:
             self.held += size
@@ -42,7 +42,7 @@ class Cache:
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
 
     def clear(self) -> None:
-        """Forget all, and what a killed process left; tensors handed out must not be used any more."""
+        """Forget all tensors, and files that a killed process left. Tensors from here must not be used any more."""
         for path in self.folder.glob(f"activations-{rank()}-*.bin"):
             path.unlink()
         with suppress(OSError):  # other processes' files
@@ -62,16 +62,17 @@ def capture(
     output: bool = False,
     progress: Progress = lambda samples: None,
 ) -> list[Tensor]:
-    """What `unit` is given when the model, in its present state, gets all of `data`; or, with `output`, what it gives.
+    """Return the inputs of `unit`, or with `output` its output, when the model in its present state gets all of `data`.
 
-    Returns one tensor [N, ...] for each argument, or a list with that of the output. The forward pass ends at the
-    unit. Several processes share the batches. progress(samples) is called after each batch.
+    They are float32 tensors of `cache`, [N, ...]: one for each argument, or one for the output. The forward pass ends
+    at the unit. Several processes share the batches. progress(n) is called when n more samples are done.
+    Raises RuntimeError if the unit is not reached.
     """
     device = next(qnn.parameters()).device
     stores: list[Tensor] = []
     with _stopping_at(unit, output) as caught:
         for number, start in enumerate(range(0, len(data), batch_size)):
-            # The first batch is for everyone: it tells the shapes.
+            # Every process computes the first batch, which tells the shapes.
             if number and number % world_size() != rank():
                 continue
             place = slice(start, min(start + batch_size, len(data)))
@@ -84,7 +85,7 @@ def capture(
             if not stores:
                 stores = [cache.allocate((len(data), *value.shape[1:])) for value in caught]
             for store, value in zip(stores, caught, strict=True):
-                if number or rank() == 0:  # counted once
+                if number or rank() == 0:  # all processes have the first batch, and they are summed below
                     store[place] = value.float().cpu()
             progress((place.stop - place.start) * world_size())
     sum_over_ranks(stores)
@@ -93,7 +94,7 @@ def capture(
 
 @contextmanager
 def _stopping_at(unit: nn.Module, output: bool) -> Iterator[list[Tensor]]:
-    """Within the block a forward pass ends at `unit`, and the list holds what it was given, or gave."""
+    """Make forward passes end at `unit` within the block, with its inputs or its output in the list."""
     caught: list[Tensor] = []
 
     def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,8 +1,8 @@
-"""Files that hold a calibrated model: a cali_ckpt of ours, and Q-Diffusion's published format.
+"""Write and read cali_ckpts: files with the calibrated numbers of a model, in our format or in Q-Diffusion's.
 
-Ours is a .safetensors with, for every quantizer of `QuantModel`, the tensors that `qdiff.quant_state` describes, and a
-header that says all that is needed to read it (`CaliHeader`). It holds no float weights: biases and norms are those of
-the source model, which the header names by a fingerprint. Q-Diffusion's is described in `qdiff.checkpoint_qdiff`.
+Ours is a .safetensors that holds for every quantizer of a `QuantModel` the tensors that `qdiff.quant_state` describes,
+and a header (`CaliHeader`) with all that is needed to read it. It holds no float weights: biases and norms are those of
+the source model, which the header identifies by a fingerprint. Q-Diffusion's is described in `qdiff.checkpoint_qdiff`.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class CaliHeader:
-    """What a cali_ckpt says of itself.
+    """The header of a cali_ckpt.
 
-    config: how the model is quantized. splits: split layers -> channels of their first part.
-    merge: the token merging that calibration went through, None if it went without.
-    calibration: settings of the calibration, for people. source: "fingerprint" of the float UNet (see
-    `fingerprint`) and whatever else is known of it. format: "dsdiff", or "qdiff" for Q-Diffusion's.
-    inferred: the settings of `config` that the file does not say, and that were told by its numbers.
+    config: how the model is quantized. splits: the channels of the first part of each split layer, by its name.
+    merge: the token merging that the model was calibrated with, None without.
+    calibration: the settings of the calibration, for people to read. source: the "fingerprint" of the float UNet (see
+    `fingerprint`) and other facts about it. format: "dsdiff", or "qdiff" for Q-Diffusion's.
+    inferred: the settings of `config` that the file does not hold, and that were inferred from its numbers.
     """
 
     config: QuantConfig
@@ -86,7 +86,7 @@ def save_cali_ckpt(
 
 
 def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
-    """The metadata of a file with this header, and with plain values `more` beside what it says."""
+    """Return the metadata of a file with this header, and with the plain values `more` beside it."""
     content = {
         "version": VERSION,
         "config": header.config.to_dict(),
@@ -95,17 +95,17 @@ def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
         "calibration": header.calibration,
         "source": header.source,
     }
-    return {HEADER: json.dumps(content | more)}  # one entry: of several, the order in the file would be by chance
+    return {HEADER: json.dumps(content | more)}  # one entry, since the order of several in the file is random
 
 
 def split_layers(qnn: QuantModel) -> dict[str, int]:
-    """The split layers -> channels of their first part."""
+    """Return the channels of the first part of each split layer, by its name."""
     return {name: layer.split for name, layer in qnn.layers().items() if isinstance(layer, SplitQuantModule)}
 
 
 @torch.no_grad()
 def fingerprint(qnn: QuantModel) -> str:
-    """SHA-256 over a sample of the float weights, rounded to float16: the same for all files of one model."""
+    """Return the SHA-256 of a sample of the float weights, rounded to float16: the same for all files of one model."""
     digest = hashlib.sha256()
     for name, parameter in sorted(qnn.model.named_parameters()):
         if ".alpha" in name:
@@ -117,11 +117,11 @@ def fingerprint(qnn: QuantModel) -> str:
 
 
 def quantized_bytes(qnn: QuantModel) -> int:
-    """Bytes of a calibrated UNet's weights: packed codes, ranges of weights and activations, the rest in float32."""
+    """Return the bytes of a calibrated UNet: packed codes, ranges of weights and activations, the rest in float32."""
     tensors = (weight_tensors(qnn) | activation_tensors(qnn)).values()
     quantized = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    weights = {id(layer.weight) for layer in qnn.layers().values()}
-    rest = (p for name, p in qnn.named_parameters() if id(p) not in weights and ".alpha" not in name)
+    weights = {f"{name}.weight" for name in qnn.layers()}
+    rest = (p for name, p in qnn.named_parameters() if name not in weights and ".alpha" not in name)
     return quantized + sum(4 * parameter.numel() for parameter in rest)
 
 
@@ -136,11 +136,11 @@ def _check_complete(qnn: QuantModel) -> None:
 
 
 def read_cali_header(path: str | Path, **bits: int) -> CaliHeader:
-    """The header of a cali_ckpt of either format.
+    """Return the header of a cali_ckpt of either format.
 
-    bits: weight_bit, act_bit, sm_abit where they are known from elsewhere. Q-Diffusion's files do not say them: what
-    is not given is inferred. Raises ValueError if the numbers in the file contradict them, or for a file that is
-    damaged, of another kind, or of a newer version; FileNotFoundError for one that is not there.
+    bits: weight_bit, act_bit and sm_abit, as far as they are known from elsewhere. Q-Diffusion's files do not hold
+    them: those that are not given are inferred. Raises ValueError if the file contradicts them, is damaged, of another
+    kind, or of a newer version; FileNotFoundError if there is none.
     """
     path = _existing(path)
     if path.suffix != ".safetensors":
@@ -165,9 +165,10 @@ def check_settings(header: CaliHeader, given: Mapping[str, Any], source: str) ->
 def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) -> CaliHeader:
     """Fill the quantizers of a model from a cali_ckpt of either format, and switch them on.
 
-    No forward pass and no data is needed. A file with activations also serves a model without. freeze=False keeps
-    AdaRound's alpha of a Q-Diffusion file, at the cost of as much memory as the weights. Raises ValueError, and leaves
-    the model as it is, if the file is damaged, of another architecture, another source model, or other settings.
+    It needs no forward pass and no data. A file with ranges of activations also serves a model that quantizes weights
+    only. freeze=False keeps AdaRound's alpha of a Q-Diffusion file, which takes as much memory as the weights. Raises
+    ValueError, and leaves the model as it is, if the file is damaged, of another architecture, another source model, or
+    other settings.
     """
     path = _existing(path)
     config = qnn.config

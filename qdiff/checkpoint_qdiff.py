@@ -25,23 +25,23 @@ from qdiff.quant_layer import Quantizer, QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.quant_state import check_keys, range_tensors
 
-# Where h(alpha) reaches 1 (and, with the other sign, 0): what a decided rounding is written as.
+# A decided rounding is written as this alpha, at which h(alpha) reaches 1, or as its negative, at which h is 0.
 DECIDED = 2.3978953
 
 
 def read_tensors(path: Path) -> Any:
-    """The content of a torch file, mapped into memory; nothing in it is executed. Raises ValueError if it is none."""
+    """Return the content of a torch file, mapped into memory. No code in it is run. Raises ValueError if it is none."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:  # torch's own text advises to load it all the same
         raise ValueError(f"{str(path)!r} is no checkpoint, or holds more than tensors: not loaded") from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may lead to any of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} is no readable checkpoint: {reason}") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a cali_ckpt. Raises ValueError if the file is none, or damaged."""
+    """Return the tensors of a cali_ckpt. Raises ValueError if the file is none, or damaged."""
     content, source = read_tensors(path), str(path)
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _check_numbers(key: str, value: Tensor, source: str) -> None:
-    """Raises ValueError unless a step size is positive, a zero point whole, and both finite."""
+    """Raise ValueError unless a step size is positive, a zero point whole, and both finite."""
     fits = torch.isfinite(value) & (value > 0 if key.endswith(".delta") else value == value.round())
     if not bool(fits.all()):
         rule = "positive and finite" if key.endswith(".delta") else "whole numbers"
@@ -66,19 +66,19 @@ def _check_numbers(key: str, value: Tensor, source: str) -> None:
 
 
 def splits_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Split layers -> channels of their first part."""
+    """Return the channels of the first part of each split layer, by its name."""
     end = ".weight_quantizer_0.alpha"
     layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
     first = {layer: tensors.get(f"{layer}.weight_quantizer.alpha") for layer in layers}
-    # Where that is missing or of another shape, loading says so.
+    # Without an alpha, or with one of another shape, loading raises the error.
     return {layer: alpha.shape[1] for layer, alpha in first.items() if alpha is not None and alpha.ndim > 1}
 
 
-# --- what the file does not say ----------------------------------------------------------------------------
+# --- settings, inferred from the numbers -------------------------------------------------------------------
 
 
 def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str, int]) -> tuple[QuantConfig, list[str]]:
-    """The settings that the tensors were made with, and which of them were inferred from the numbers.
+    """Return the settings that the tensors were made with, and the names of those that were inferred.
 
     Raises ValueError if a bit width in `given` is not possible.
     """
@@ -114,7 +114,7 @@ def _bits_of(zero_points: list[Tensor]) -> int:
 
 
 def _softmax_bits(delta: float, given: int | None, source: str) -> int:
-    """The bits of the softmax quantizers, of which the widest has step `delta`: its range (2^b - 1) delta is near 1."""
+    """Return the bits b of the softmax quantizers. The largest step is `delta`, and (2^b - 1) delta is near 1."""
 
     def spans(bits: int) -> float:
         return (2**bits - 1) * delta
@@ -129,7 +129,7 @@ def _softmax_bits(delta: float, given: int | None, source: str) -> int:
 
 
 def load(qnn: QuantModel, tensors: dict[str, Tensor], source: str, freeze: bool) -> None:
-    """Fill the model: float weights, ranges and roundings. Raises ValueError, changing nothing, if they do not fit."""
+    """Load float weights, ranges and roundings. Raises ValueError, and changes nothing, if they do not fit."""
     expected = expected_shapes(qnn)
     _check(expected, tensors, source, qnn.config.quant_act)
     parameters = dict(qnn.named_parameters()) | dict(qnn.named_buffers())
@@ -156,7 +156,7 @@ def _load_layer(name: str, layer: QuantModule, tensors: Mapping[str, Tensor]) ->
 
 
 def expected_shapes(qnn: QuantModel) -> dict[str, tuple[int, ...]]:
-    """The keys of the model's file in this format, and the shapes of their tensors."""
+    """Return the keys of the model's file in this format, and the shapes of their tensors."""
     shapes = {}
     for key, value in _float_tensors(qnn).items():
         shapes[key] = tuple(value.shape)
@@ -186,7 +186,7 @@ def _check(expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], 
 
 
 def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
-    """The model in this format. Raises ValueError for signed codes, which it cannot hold."""
+    """Return the model in this format. Raises ValueError for signed activations, which it cannot hold."""
     tensors = {key: value.detach().float().cpu().clone() for key, value in _float_tensors(qnn).items()}
     for name, layer in qnn.layers().items():
         for part_name, part in layer.weight_parts().items():
@@ -202,7 +202,7 @@ def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _alpha_of(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    """An alpha that rounds `weight` to the quantizer's codes."""
+    """Return an alpha that rounds `weight` to the quantizer's codes."""
     if isinstance(quantizer, AdaRoundQuantizer):
         return quantizer.alpha
     codes = quantizer.codes(weight)

@@ -1,7 +1,7 @@
-"""The settings of quantization and of its calibration, as values that check themselves."""
+"""Settings of quantization and of its calibration, as frozen dataclasses that validate themselves. Imports no torch."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 SCALE_METHODS = ("max", "max_scale", "mse")
 BITS = range(2, 17)
@@ -11,12 +11,12 @@ def _refuse(name: str, value: object, rule: str) -> None:
     raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         _refuse(name, value, f"a whole number of {low} or more" if high is None else f"a whole number in {low}..{high}")
 
 
-def _check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or (open_low and value == low):
         _refuse(name, value, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]")
@@ -32,15 +32,17 @@ def _check_bool(name: str, value: object) -> None:
         _refuse(name, value, "True or False")
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What the settings share: a plain dict form that JSON holds."""
+    """Base of the settings: they are written to JSON as a plain dict."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings by name."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
-        """Raises ValueError for names that are unknown, and for values out of range."""
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ValueError for unknown names, and for values out of range."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"{cls.__name__} knows no {', '.join(unknown)}: the file is of a newer version?")
@@ -49,7 +51,7 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig(_Settings):
-    """What of a UNet is quantized, and how.
+    """How a UNet is quantized.
 
     weight_bit: of all weights, per output channel, in 2..16.
     act_bit: of the inputs of all layers and of q, k, v of each attention, per tensor, in 2..16.

@@ -1,4 +1,4 @@
-"""Several processes as one: each holds the whole model and all captured activations, and does its share of the work."""
+"""Collective operations of a calibration. Each process holds the whole model and all captured activations."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -7,12 +7,12 @@ CHUNK = 2**24  # numbers summed over the processes at once
 
 
 def rank() -> int:
-    """This process's number, 0 without others."""
+    """Return the number of this process, 0 without others."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -26,13 +26,13 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def from_first_rank(tensors: list[Tensor]) -> None:
-    """Replace each tensor by the first process's, in place."""
+    """Replace each tensor by that of the first process, in place."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have come to this call."""
     if world_size() > 1:
         dist.barrier()

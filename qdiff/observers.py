@@ -12,7 +12,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Progress
 from qdiff.distributed import from_first_rank
 from qdiff.exchange import put_module
-from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
+from qdiff.quant_layer import UniformAffineQuantizer
 from qdiff.quant_model import QuantModel
 
 MOMENTUM = 0.95  # of running ranges
@@ -20,28 +20,32 @@ SAMPLED_VALUES = 2**16  # of an activation, for its range by mse
 
 
 class Observer(nn.Module):
-    """Stands in a quantizer's slot, hands its input on, and remembers what the range needs."""
+    """Stand in a quantizer's slot, hand inputs on, and remember of them what the quantizer's range depends on.
 
-    enabled = True  # attention computes its operands for us
+    values_a_batch: values drawn from each batch for a search by mse, by `seed`. running: average the extremes of
+    batches, as Q-Diffusion does, in place of taking the extremes of all.
+    """
+
+    enabled = True  # quantized attention computes its operands only while their quantizers are enabled
 
     def __init__(self, quantizer: UniformAffineQuantizer, values_a_batch: int, seed: int, running: bool):
         super().__init__()
-        self._quantizer = (quantizer,)
+        self._quantizer = (quantizer,)  # in a tuple: not a submodule
         self.running = running
         self.values_a_batch = values_a_batch
         self.generator = torch.Generator().manual_seed(seed)
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-        self.batch: list[Tensor] = []  # minimum and maximum of each call since the last batch
-        self.drawn: list[Tensor] = []  # values of each call since the last batch
-        self.values: list[Tensor] = []  # of the batches
+        self.extremes: tuple[Tensor, Tensor] | None = None  # minimum and maximum of all batches
+        self.calls: list[Tensor] = []  # minimum and maximum of each call since the last batch ended
+        self.drawn: list[Tensor] = []  # values of each call since the last batch ended
+        self.values: list[Tensor] = []  # values of each batch
 
     @property
     def quantizer(self) -> UniformAffineQuantizer:
+        """The quantizer in whose slot this observer stands."""
         return self._quantizer[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batch.append(torch.stack(x.detach().aminmax()).float().cpu())
+        self.calls.append(torch.stack(x.detach().aminmax()).float().cpu())
         if self.quantizer.scale_method == "mse" and not self.running:
             self.drawn.append(self._draw(x.detach().flatten()).float().cpu())
         return x
@@ -51,31 +55,33 @@ class Observer(nn.Module):
         return values[chosen.to(values.device)]
 
     def end_batch(self) -> None:
-        """Take in the extremes of a batch, which may have come in several calls."""
-        if not self.batch:
+        """Take in what was seen since the last batch: attention may call its quantizers several times a batch."""
+        if not self.calls:
             return
-        extremes = torch.stack(self.batch)
-        low, high = extremes[:, 0].min(), extremes[:, 1].max()
-        self.batch.clear()
+        calls = torch.stack(self.calls)
+        low, high = calls[:, 0].min(), calls[:, 1].max()
+        self.calls.clear()
         if self.drawn:
             self.values.append(self._draw(torch.cat(self.drawn)) if len(self.drawn) > 1 else self.drawn[0])
             self.drawn.clear()
-        if self.low is None:
-            self.low, self.high = low, high
-        elif self.running:
-            self.low = self.low * MOMENTUM + low * (1 - MOMENTUM)
-            self.high = self.high * MOMENTUM + high * (1 - MOMENTUM)
-        else:
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if self.extremes is not None:
+            old_low, old_high = self.extremes
+            if self.running:
+                low = old_low * MOMENTUM + low * (1 - MOMENTUM)
+                high = old_high * MOMENTUM + high * (1 - MOMENTUM)
+            else:
+                low, high = torch.minimum(old_low, low), torch.maximum(old_high, high)
+        self.extremes = (low, high)
 
     def fit(self) -> None:
-        """Set the quantizer's range from all that was seen. Raises ValueError if nothing was."""
-        if self.low is None:
+        """Set the quantizer's range from all batches. Raises ValueError if there was none."""
+        if self.extremes is None:
             raise ValueError("an activation was never computed: is the calibration data of this model?")
+        low, high = self.extremes
         if self.running:
-            self.quantizer.set_range(self.low, self.high)
-        else:  # the extremes belong to the data: the candidates are shrinkings of the full range
-            self.quantizer.fit(torch.cat([self.low.view(1), self.high.view(1), *self.values]))
+            self.quantizer.set_range(low, high)
+        else:  # with the extremes, since the candidates of the search are shrinkings of the full range
+            self.quantizer.fit(torch.cat([low.view(1), high.view(1), *self.values]))
 
 
 @torch.no_grad()
@@ -90,8 +96,9 @@ def fit_activations(
 ) -> None:
     """Fit the ranges of all activations, attention operands included, to the whole of `data`.
 
-    In one pass with quantized weights and float activations. By the quantizers' own method, or with `running` by
-    Q-Diffusion's averages of minimum and maximum over the batches. progress(samples) is called after each batch.
+    One pass is made, with quantized weights and float activations. Ranges are fitted by the quantizers' own method, or
+    with `running` to Q-Diffusion's running averages of each batch's minimum and maximum. batch_size: samples a forward
+    pass. seed: that of the values drawn for a search by mse. progress(n) is called when n more samples are done.
     """
     device = next(qnn.parameters()).device
     batches = math.ceil(len(data) / batch_size)
@@ -109,8 +116,8 @@ def fit_activations(
 
 @contextmanager
 def _observed(qnn: QuantModel, values_a_batch: int, seed: int, running: bool) -> Iterator[list[Observer]]:
-    """Within the block Observers stand in the slots of all activation quantizers."""
-    quantizers: dict[str, Quantizer] = qnn.act_quantizers()
+    """Put Observers into the slots of all activation quantizers, within the block."""
+    quantizers = {name: q for name, q in qnn.act_quantizers().items() if isinstance(q, UniformAffineQuantizer)}
     observers = {
         name: Observer(quantizer, values_a_batch, seed + i, running)
         for i, (name, quantizer) in enumerate(quantizers.items())

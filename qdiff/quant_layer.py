@@ -17,8 +17,8 @@ from qdiff.config import BITS, SCALE_METHODS, QuantConfig
 from qdiff.exchange import Exchanged
 
 MIN_DELTA = 1e-8
-TINY = 1e-30  # of the mse search, which the reference leaves unlimited: only against division by 0
-CANDIDATES = 80  # of the mse search, each 1 % of the full range below the last
+TINY = 1e-30  # the least delta of the mse search: the reference has no limit there, this prevents division by 0
+CANDIDATES = 80  # ranges that the mse search tries, each smaller than the last by 1 % of the full range
 MSE_POWER = 2.4
 
 
@@ -33,7 +33,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def check_range(delta: Tensor, zero_point: Tensor) -> None:
-    """Raises ValueError unless delta is positive and finite, and zero_point whole and of the same shape."""
+    """Raise ValueError unless delta is positive and finite, and zero_point whole and of the same shape."""
     if delta.shape != zero_point.shape:
         raise ValueError(f"delta {tuple(delta.shape)} and zero_point {tuple(zero_point.shape)} differ in shape")
     if not bool((torch.isfinite(delta) & (delta > 0)).all()):
@@ -43,7 +43,7 @@ def check_range(delta: Tensor, zero_point: Tensor) -> None:
 
 
 class Quantizer(nn.Module):
-    """What all quantizers share: bits, limits, `delta` and `zero_point`.
+    """Base of all quantizers: bits, limits, `delta` and `zero_point`.
 
     n_bits: 2..16. symmetric: signed codes -2^(b-1)..2^(b-1)-1 and zero point 0, in place of 0..2^b-1.
     `delta` and `zero_point` (float32, [] or one a channel, broadcastable to x) are NaN until they are set.
@@ -79,21 +79,22 @@ class Quantizer(nn.Module):
         return not bool(self.delta.isnan().any())
 
     def set(self, delta: Tensor, zero_point: Tensor) -> None:
-        """Take these values. Raises ValueError if they are no range, see `check_range`."""
+        """Set delta and zero_point. Raises ValueError if they are no range, see `check_range`."""
         check_range(delta, zero_point)
         device = self.delta.device
         self.delta = delta.detach().to(device, torch.float32)
         self.zero_point = zero_point.detach().to(device, torch.float32)
 
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of x, as float32 of x's shape."""
+        """Return the codes of x, as float32 of x's shape."""
         raise NotImplementedError
 
     def dequantize(self, codes: Tensor) -> Tensor:
+        """Return (codes - zero_point) * delta."""
         return (codes - self.zero_point) * self.delta
 
     def forward(self, x: Tensor) -> Tensor:
-        """x' for x of any float dtype, in its dtype; computed in float32."""
+        """Return x' for x of any float dtype, in that dtype; it is computed in float32."""
         return self.dequantize(self.codes(x)).to(x.dtype) if self.enabled else x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
@@ -159,7 +160,10 @@ class UniformAffineQuantizer(Quantizer):
         return self._affine(low, high)
 
     def _affine(self, low: Tensor, high: Tensor, min_delta: float = MIN_DELTA) -> tuple[Tensor, Tensor]:
-        """delta and zero_point whose codes span [low, high] (its part from 0 on, or its hull about 0)."""
+        """Return delta and zero_point whose codes span [low, high].
+
+        Symmetric codes span the smallest [-a, a] around it; always_zero spans [0, high].
+        """
         if self.symmetric:
             delta = torch.maximum(low.abs(), high.abs()) / self.high
         elif self.always_zero:
@@ -172,7 +176,7 @@ class UniformAffineQuantizer(Quantizer):
         return delta, (-low / delta).round()
 
     def _search(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The shrinking of [low, high] with the least mean |x - x'|^2.4, row by row."""
+        """Return delta and zero_point of the shrunk [low, high] with the least mean |x - x'|^2.4, for each row."""
         best_delta, best_zero = self._affine(low, high, TINY)
         best = torch.full_like(low, float("inf"))
         for i in range(CANDIDATES):
@@ -188,9 +192,9 @@ class UniformAffineQuantizer(Quantizer):
 
 
 class FrozenQuantizer(Quantizer):
-    """A weight whose codes are decided: it holds them, packed at their width, and gives them whatever it is asked for.
+    """The decided codes of one weight, packed at their bit width. It returns them for any input.
 
-    shape: of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.bitpack`.
+    shape: that of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.bitpack`.
     """
 
     packed: Tensor
@@ -212,7 +216,7 @@ class FrozenQuantizer(Quantizer):
     def from_packed(
         cls, packed: Tensor, shape: tuple[int, ...], n_bits: int, delta: Tensor, zero_point: Tensor
     ) -> "FrozenQuantizer":
-        """From what a file holds. Raises ValueError if the sizes do not fit each other."""
+        """Build one from the tensors of a file. Raises ValueError if their sizes do not fit each other."""
         rows = (shape[0], packed_bytes(shape, n_bits))
         if packed.dtype != torch.uint8 or tuple(packed.shape) != rows:
             raise ValueError(f"codes {tuple(packed.shape)} {packed.dtype} do not hold {n_bits} bits for {shape}")
@@ -249,7 +253,7 @@ class QuantModule(Exchanged):
         self.act_quantizer: nn.Module = act_quantizer(config)
 
     def weight_parts(self) -> dict[str, Tensor]:
-        """The name of each weight quantizer -> the part of the weight that it quantizes."""
+        """Return the name of each weight quantizer, with the part of the weight that it quantizes."""
         return {"weight_quantizer": self.weight}
 
     def fit_weight(self) -> None:
@@ -258,9 +262,11 @@ class QuantModule(Exchanged):
             getattr(self, name).fit(part)
 
     def quantized_weight(self) -> Tensor:
+        """Return the weight as it is multiplied with."""
         return self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
+        """Return x as it is multiplied with."""
         return self.act_quantizer(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,7 +279,7 @@ class QuantModule(Exchanged):
 class SplitQuantModule(QuantModule):
     """A layer on the concatenation [h, skip] of the decoder: each half has its own ranges, for input and weight.
 
-    split: channels of h. The two halves come from different depths, and their values from different ranges.
+    split: the channels of h. The two halves come from different depths, and so their values have different ranges.
     """
 
     def __init__(self, layer: nn.Module, config: QuantConfig, split: int):
@@ -301,30 +307,31 @@ class SplitQuantModule(QuantModule):
 
 
 def weight_quantizer(config: QuantConfig) -> UniformAffineQuantizer:
+    """Return a new quantizer for a weight, with a range for each output channel."""
     return UniformAffineQuantizer(config.weight_bit, channel_wise=True, scale_method=config.scale_method)
 
 
 def act_quantizer(config: QuantConfig) -> nn.Module:
-    """For an activation; the identity where activations stay float."""
+    """Return a new quantizer for an activation; the identity where activations stay float."""
     if not config.quant_act:
         return nn.Identity()
     return UniformAffineQuantizer(config.act_bit, config.act_symmetric, scale_method=config.act_scale_method)
 
 
 def softmax_quantizer(config: QuantConfig) -> nn.Module:
-    """For a softmax output: unsigned, and 0 is exact."""
+    """Return a new quantizer for a softmax output, unsigned with 0 exact; the identity where activations stay float."""
     if not config.quant_act:
         return nn.Identity()
     return UniformAffineQuantizer(config.sm_abit, scale_method=config.act_scale_method, always_zero=True)
 
 
 def check_layer(layer: nn.Module) -> None:
-    """Raises ValueError for a layer that cannot be quantized."""
+    """Raise ValueError for a layer that cannot be quantized."""
     _operation(layer)
 
 
 def _operation(layer: nn.Module) -> tuple[Callable[..., Tensor], dict]:
-    """The function of a layer, and its keyword arguments."""
+    """Return the function that a layer computes, and its keyword arguments."""
     if isinstance(layer, nn.Linear):
         return F.linear, {}
     functions = {nn.Conv2d: F.conv2d, nn.Conv1d: F.conv1d}

@@ -33,7 +33,7 @@ class QuantModel(nn.Module):
         self.model = unet
         self._modes: list[tuple[nn.Module, bool]] | None = [(module, module.training) for module in unet.modules()]
         splits = split_widths(unet) if config.split else {}
-        exchange(unet, {kind: partial(quantized, config=config) for kind, quantized in QUANTIZED.items()})
+        exchange(unet, dict.fromkeys(QUANTIZED, partial(_quantized_block, config=config)))
         for name, layer in list(unet.named_modules()):
             if isinstance(layer, LAYERS):
                 split = splits.get(name)
@@ -44,7 +44,7 @@ class QuantModel(nn.Module):
         self.set_quant_state(False, False)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """As UNetModel.forward."""
+        """Predict the noise; arguments and result are those of UNetModel.forward."""
         return self.model(x, timesteps, context=context, y=y)
 
     def restore(self) -> UNetModel:
@@ -69,14 +69,14 @@ class QuantModel(nn.Module):
         if self._modes is None:
             raise ValueError("the model is lowered, its float weights are gone: load it anew")
 
-    # --- what is in it ------------------------------------------------------------------------------------
+    # --- its parts ----------------------------------------------------------------------------------------
 
     def layers(self) -> dict[str, QuantModule]:
-        """All quantized layers, by name."""
+        """Return all quantized layers by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, QuantModule)}
 
     def weight_quantizers(self) -> dict[str, Quantizer]:
-        """All quantizers of weights, by name."""
+        """Return all quantizers of weights by name."""
         return {
             f"{name}.{part}": getattr(layer, part)
             for name, layer in self.layers().items()
@@ -84,22 +84,21 @@ class QuantModel(nn.Module):
         }
 
     def act_quantizers(self) -> dict[str, Quantizer]:
-        """All quantizers of activations, attention operands included, by name."""
-        weights = {id(quantizer) for quantizer in self.weight_quantizers().values()}
-        found = {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
-        return {name: module for name, module in found.items() if id(module) not in weights}
+        """Return all quantizers of activations by name, those of attention operands included."""
+        weights = self.weight_quantizers()
+        return {name: quantizer for name, quantizer in self._quantizers() if name not in weights}
 
     def units(self) -> dict[str, nn.Module]:
-        """What is reconstructed, in the order of execution: blocks, and the layers outside of blocks, by name."""
-        return dict(_units_of(self, ""))
+        """Return the units of reconstruction by name, in order of execution: blocks, and the layers between them."""
+        return dict(_units_below(self, ""))
 
     # --- its states ---------------------------------------------------------------------------------------
 
     def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
         """Switch all quantizers of weights, and all of activations, on or off.
 
-        Raises ValueError for switching on what has no range yet, activations that the config leaves float, and once the
-        float layers are gone.
+        Raises ValueError if one to be switched on has no range yet, if the config leaves activations float, and once
+        the float layers are gone.
         """
         self.check_float()
         states = ((weight_quant, self.weight_quantizers()), (act_quant, self.act_quantizers()))
@@ -117,7 +116,10 @@ class QuantModel(nn.Module):
 
     @contextmanager
     def quant_state(self, weight_quant: bool, act_quant: bool) -> Iterator[None]:
-        """`set_quant_state` within the block; afterwards each quantizer, or what stands in its slot, is as before."""
+        """Apply `set_quant_state` within the block; afterwards each quantizer is on or off as before.
+
+        A quantizer that took another's slot within the block takes over its state.
+        """
         before = {name: quantizer.enabled for name, quantizer in self._quantizers()}
         try:
             self.set_quant_state(weight_quant, act_quant)
@@ -130,23 +132,27 @@ class QuantModel(nn.Module):
         return [(name, module) for name, module in self.named_modules() if isinstance(module, Quantizer)]
 
     def fit_weights(self) -> None:
-        """Fit the range of every weight that has none yet."""
+        """Fit the ranges of all weights that have none yet."""
         for layer in self.layers().values():
             if not all(getattr(layer, name).is_set for name in layer.weight_parts()):
                 layer.fit_weight()
 
     def freeze(self) -> None:
-        """Decide all roundings: every weight quantizer becomes a FrozenQuantizer with the codes that it gives now."""
+        """Decide all roundings: FrozenQuantizers with the present codes take the slots of all weight quantizers."""
         for layer in self.layers().values():
             freeze_layer(layer)
 
 
 def freeze_layer(layer: QuantModule) -> None:
-    """Replace the layer's weight quantizers by their frozen codes."""
+    """Put FrozenQuantizers with the present codes into the slots of the layer's weight quantizers."""
     for name, part in layer.weight_parts().items():
         quantizer = getattr(layer, name)
         if not isinstance(quantizer, FrozenQuantizer):
             setattr(layer, name, FrozenQuantizer(quantizer, part))
+
+
+def _quantized_block(block: nn.Module, config: QuantConfig) -> nn.Module:
+    return QUANTIZED[type(block)](block, config)
 
 
 def _check_float(unet: UNetModel) -> None:
@@ -162,11 +168,15 @@ def _check_float(unet: UNetModel) -> None:
 
 
 def split_widths(unet: UNetModel) -> dict[str, int]:
-    """The layers that see a concatenation [h, skip] unnormalised -> the channels of h."""
+    """Return the layers to split, and for each the channels of its first part.
+
+    They are the shortcuts of the decoder's residual blocks: their input is the concatenation [h, skip] as it is, not
+    normalised, and the channels of h are those that the block before gives.
+    """
     widths = {}
     channels = unet.middle_block[-1].out_channels
     for i, block in enumerate(unet.output_blocks):
-        residual = block[0]
+        residual = next(block.children())
         if isinstance(residual, ResBlock):
             if isinstance(residual.skip_connection, LAYERS):
                 widths[f"output_blocks.{i}.0.skip_connection"] = channels
@@ -174,9 +184,10 @@ def split_widths(unet: UNetModel) -> dict[str, int]:
     return widths
 
 
-def _units_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def _units_below(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the units of reconstruction of `module`, which is called `name`."""
     if isinstance(module, BaseQuantBlock | QuantModule):
         yield name, module
         return
     for child_name, child in module.named_children():
-        yield from _units_of(child, f"{name}.{child_name}" if name else child_name)
+        yield from _units_below(child, f"{name}.{child_name}" if name else child_name)

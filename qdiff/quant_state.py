@@ -1,4 +1,4 @@
-"""What a model's quantizers hold, as tensors by name, and back: the content of our files.
+"""The numbers of a model's quantizers as tensors by name, and back: the content of our files.
 
 NAME.codes       uint8, a weight's codes, packed at their width (qdiff.bitpack)
 NAME.delta       float32, [] for an activation, one a channel for a weight
@@ -14,9 +14,9 @@ from qdiff.quant_model import QuantModel
 
 
 def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
-    """The codes and ranges of the weights of a unit, or of the model, as they are rounded at present.
+    """Return the codes and ranges of the weights of a unit, or of the whole model, as they are rounded at present.
 
-    Raises ValueError for a packed model.
+    Raises ValueError for a lowered model.
     """
     qnn.check_float()
     tensors = {}
@@ -30,7 +30,7 @@ def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
 
 
 def activation_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
-    """The ranges of the activations of a unit, or of the model."""
+    """Return the ranges of the activations of a unit, or of the whole model."""
     tensors = {}
     for name, quantizer in _acts(qnn, unit).items():
         tensors |= range_tensors(name, quantizer)
@@ -38,7 +38,7 @@ def activation_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
 
 
 def range_tensors(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
-    """delta and zero point: copies, as tensors that share memory cannot be saved."""
+    """Return copies of delta and zero_point, by name. Copies, since tensors that share memory cannot be saved."""
     return {f"{name}.{what}": getattr(quantizer, what).detach().cpu().clone() for what in ("delta", "zero_point")}
 
 
@@ -61,7 +61,7 @@ def load_tensors(
 
 
 def check_keys(found: set[str], expected: set[str], source: str) -> None:
-    """Raises ValueError, naming some, if keys of the file `source` are missing or not known."""
+    """Raise ValueError, naming some of them, if keys of the file `source` are missing or unknown."""
     for what, keys in (("lacks", expected - found), ("has unknown", found - expected)):
         if keys:
             shown = ", ".join(sorted(keys)[:3])
@@ -72,7 +72,7 @@ def check_keys(found: set[str], expected: set[str], source: str) -> None:
 
 
 def expected_keys(qnn: QuantModel) -> set[str]:
-    """The names of all that the model's quantizers hold."""
+    """Return the names of all tensors that the model's quantizers hold."""
     weights = {f"{name}.{what}" for _, _, name in _weights(qnn, "") for what in ("codes", "delta", "zero_point")}
     return weights | {f"{name}.{what}" for name in _acts(qnn, "") for what in ("delta", "zero_point")}
 
@@ -95,7 +95,7 @@ def _range(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 
 
 def _weights(qnn: QuantModel, unit: str) -> Iterator[tuple[QuantModule, str, str]]:
-    """Each weight quantizer's layer, its name there, and its whole name."""
+    """Yield for each weight quantizer of the unit its layer, its name there, and its name in the model."""
     for layer_name, layer in qnn.layers().items():
         if _within(layer_name, unit):
             for part_name in layer.weight_parts():

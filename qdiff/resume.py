@@ -1,4 +1,4 @@
-"""An unfinished calibration on disk: what each finished unit learned, so that it can be taken up after a kill."""
+"""Keep the finished steps of a calibration on disk, so that it can be resumed after a kill."""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from ldm.fileio import write_atomically
 
 
 class ProgressFolder:
-    """One file for each finished step of a calibration, in their order, beside the settings that it was begun with.
+    """A folder with a file for each finished step of a calibration, and the settings that it was begun with.
 
-    Each file is complete or not there. A step is a unit's weights, the ranges of all activations, or a unit's step
-    sizes; it is taken up only if all steps before it are there.
+    Each file is complete or not there. A step holds a unit's weights, the ranges of all activations, or a unit's step
+    sizes. Steps are numbered in their order; one is used again only if all before it are there.
     """
 
     def __init__(self, folder: Path):
@@ -24,18 +24,18 @@ class ProgressFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a calibration was begun here."""
+        """Whether a calibration was begun in this folder."""
         return (self.folder / "settings.json").exists()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Note the settings of a new calibration."""
+        """Begin a new calibration: remove what is there, and write its settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("step-*"):
             path.unlink()
         write_atomically(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming what differs, unless the calibration here was begun with these settings."""
+        """Raise ValueError, naming the differences, unless the calibration here was begun with these settings."""
         try:
             old = json.loads((self.folder / "settings.json").read_text())
             differ = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
@@ -48,13 +48,16 @@ class ProgressFolder:
             raise ValueError(f"--resume: the calibration in {str(self.folder)!r} has other settings: {what}")
 
     def save(self, number: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Keep step `number`."""
+        """Write step `number`."""
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"report": json.dumps(dict(report))}
         write_atomically(self._path(number), lambda path: save_file(content, path, metadata=metadata))
 
     def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the report of step `number`; None if it is not finished. ValueError if it is damaged."""
+        """Return the tensors and the report of step `number`, None if it is not finished.
+
+        Raises ValueError if its file is damaged.
+        """
         path = self._path(number)
         if not path.exists():
             return None
@@ -66,14 +69,14 @@ class ProgressFolder:
             raise ValueError(f"{str(path)!r} is damaged: remove it and those after it ({error})") from error
 
     def remove(self) -> None:
-        """Forget the calibration."""
-        for path in sorted(self.folder.glob("*"), reverse=True):  # the settings last but for what a kill left
+        """Remove the calibration and its folder."""
+        for path in sorted(self.folder.glob("*"), reverse=True):  # steps before settings
             path.unlink()
         if self.folder.exists():
             self.folder.rmdir()
 
     def finished(self) -> int:
-        """How many steps are here."""
+        """Return the number of finished steps."""
         number = 0
         while self._path(number).exists():
             number += 1
