@@ -15,7 +15,7 @@ Facts = Mapping[str, Any]  # plain values, as they are stored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class ScoringProtocol:
     """What was compared, and how.
 
     pictures, reference, paired: the sets, by their facts. resize: how they came to one size, in words. features: the
@@ -57,7 +57,7 @@ class Report:
     says whose features they are of."""
 
     source: str
-    protocol: Protocol
+    protocol: ScoringProtocol
     scores: Scores
     label: str
 

@@ -1,9 +1,8 @@
 """A score, a set of scores, and how both are written: as cells of a table and as plain values."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +30,6 @@ class Score:
         for name in ("value", "high"):
             plain[name] = None if plain[name] == math.inf else plain[name]
         return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """Return the score that `to_dict` made plain."""
-        bounded = plain["low"] is not None
-        infinite = {
-            "value": math.inf if plain["value"] is None else plain["value"],
-            "high": math.inf if bounded and plain["high"] is None else plain["high"],
-        }
-        return cls(**{**plain, **infinite, "replicates": tuple(plain["replicates"])})
 
 
 @dataclass(kw_only=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from dsdiff.environment import choose_device
 from dsdiff.images.folders import FilePictures, PictureSet, choose_framing, open_folder, open_source
-from dsdiff.images.sources import PER_CLASS, SHAPES, SHAPES_SIDE, size_text
+from dsdiff.images.sources import PER_CLASS, SHAPES, SHAPES_SIDE, Size, size_text
 from dsdiff.metrics.extractors import Extractor, Features, FeatureStore, choose_extractor
 from dsdiff.metrics.options import EXTRACTORS, ScoringOptions, is_statistics
 from dsdiff.metrics.pair_scores import Pairing, add_paired_scores, pair_up
-from dsdiff.metrics.report import Protocol, Report
+from dsdiff.metrics.report import Report, ScoringProtocol
 from dsdiff.metrics.scores import Scores
 from dsdiff.metrics.set_scores import RNG_SEED, add_fid_difference, add_set_scores, gaussian_of
 from dsdiff.metrics.statistics import Gaussian, read_statistics, write_statistics
@@ -45,7 +45,7 @@ def score(source: str, options: ScoringOptions) -> Report:
             seed=options.seed,
             clip=options.clip,
         )
-    protocol = Protocol(
+    protocol = ScoringProtocol(
         pictures=pictures.facts(),
         reference=None if reference is None else _reference_facts(reference, options.reference),
         paired=None if pairing is None else pairing.second.facts(),
@@ -107,6 +107,25 @@ def open_pairing(source: str, options: ScoringOptions, pictures: PictureSet) -> 
         raise ValueError(f"no folder to pair with at {str(options.paired)!r}: give one that txt2img.py wrote")
     other = open_folder(options.paired).framed(pictures.framing)
     return pair_up(pictures, other)
+
+
+def check_before_drawing(options: ScoringOptions, size: Size) -> None:
+    """Raise what `score` would raise for pictures that are not drawn yet, as far as the reference and features tell.
+
+    size: of the pictures to come.
+    """
+    source, stored = options.reference, None
+    if source is not None and is_statistics(source):
+        stored = read_statistics(Path(source))
+    elif source is not None:
+        per_class = options.per_class or PER_CLASS
+        reference = open_source(
+            source, what="reference", limit=options.reference_n, per_class=per_class, shapes_side=size[0]
+        )
+        reference = reference.framed(choose_framing(options.resize, options.size, reference))
+        if options.resize == "none" and reference.size != size:
+            raise ValueError(f"the reference is {size_text(reference.size)}, the pictures will be {size_text(size)}")
+    choose_features(options, stored=stored)
 
 
 # --- features ----------------------------------------------------------------------------------------------

@@ -3,18 +3,18 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dsdiff.metrics.set_scores import Score, cell
+from dsdiff.metrics.scores import Score, cell
+from dsdiff.results.record import Results, RowResult
 
-Row = Mapping[str, Any]
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # told apart with defects of colour vision, too
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # can be told apart by the colour blind
 THEIRS = "FID the original published (SD v1.4, Inception)"
 SHOWN_SIDE = 256  # pixels of a picture on the page, at most
 STYLE = """
@@ -36,29 +36,29 @@ td.theirs, th.theirs { color: #666; font-style: italic; }
 # --- cells -------------------------------------------------------------------------------------------------
 
 
-def score_cell(row: Row, key: str) -> str:
-    """A score with its interval or spread; - where the row has none."""
-    return cell(Score(**row["scores"][key])) if key in row["scores"] else "-"
+def score_cell(row: RowResult, key: str) -> str:
+    """Return a score with its interval or spread; - where the row has none."""
+    return cell(row.scores[key]) if key in row.scores else "-"
 
 
-def change_cell(row: Row) -> str:
-    """By how many % the row's FID is above the baseline's."""
-    change = row["change"]
+def change_cell(row: RowResult) -> str:
+    """Return by how many percent the row's FID is above the baseline's; - for the baseline."""
+    change = row.change
     if change is None:
         return "-"
-    interval = "" if change["low"] is None else f" [{change['low']:+.1f}, {change['high']:+.1f}]"
-    return f"{change['value']:+.1f}%{interval}"
+    interval = "" if change.low is None or change.high is None else f" [{change.low:+.1f}, {change.high:+.1f}]"
+    return f"{change.value:+.1f}%{interval}"
 
 
-def speed_cell(row: Row) -> str:
-    speed = row["unet"]["speed"]
-    return f"{speed['median']:.2f} ({speed['min']:.2f}..{speed['max']:.2f})"
+def speed_cell(row: RowResult) -> str:
+    speed = row.unet.speed
+    return f"{speed.median:.2f} ({speed.min:.2f}..{speed.max:.2f})"
 
 
-def cells(row: Row) -> list[str]:
-    """A row of the table, without the original's figure."""
+def cells(row: RowResult) -> list[str]:
+    """Return a row of the table, without the original's figure."""
     return [
-        row["title"],
+        row.row.title,
         score_cell(row, "fid"),
         change_cell(row),
         score_cell(row, "kid"),
@@ -66,15 +66,16 @@ def cells(row: Row) -> list[str]:
         score_cell(row, "recall"),
         score_cell(row, "psnr"),
         score_cell(row, "ssim"),
-        f"{row['unet']['weight_bytes'] / 1e6:.2f}",
+        f"{row.unet.weight_bytes / 1e6:.2f}",
         speed_cell(row),
     ]
 
 
-def head(base: Row) -> list[str]:
+def head(base: RowResult) -> list[str]:
+    """Return the titles of the columns of `cells`."""
     return [
         "",
-        f"FID ({base['features']})" if base["features"] else "FID",
+        f"FID ({base.features})" if base.features else "FID",
         "FID against FP32",
         "KID",
         "precision",
@@ -86,50 +87,55 @@ def head(base: Row) -> list[str]:
     ]
 
 
-def theirs(row: Row) -> str:
-    return "-" if row["published"] is None else f"{row['published']:.2f}"
+def theirs(row: RowResult) -> str:
+    """Return the FID that the original work published for this row; - if none."""
+    return "-" if row.row.published is None else f"{row.row.published:.2f}"
 
 
-# --- what it says ------------------------------------------------------------------------------------------
+# --- the text ----------------------------------------------------------------------------------------------
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table, and a line on how it came about."""
-    base = results["rows"][0]
+def markdown(results: Results) -> str:
+    """Return the table, how it came about, and the notes."""
+    base = results.rows[0]
     lines = [[*head(base), THEIRS], ["---"] * (len(head(base)) + 1)]
-    lines += [[*cells(row), theirs(row)] for row in results["rows"]]
+    lines += [[*cells(row), theirs(row)] for row in results.rows]
     table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
-    remarks = "\n".join(f"- {note}" for note in notes(results["rows"]))
+    remarks = "\n".join(f"- {note}" for note in notes(results.rows))
     return f"{table}\n\n{protocol(results)}\n\n{remarks}"
 
 
-def protocol(results: Mapping[str, Any]) -> str:
-    """What was drawn, scored and timed, and on what."""
-    base = results["rows"][0]
-    reference, on = base["protocol"]["reference"], results["machine"]
+def protocol(results: Results) -> str:
+    """Return what was drawn, scored and timed, and on what, in words."""
+    base, on = results.rows[0], results.machine
+    reference = base.protocol.reference
+    against = "" if reference is None else f" against {reference['n']} of {reference['source']}"
+    drawn = ", ".join(f"{name} {value}" for name, value in results.drawn.items())
     return (
-        f"{base['n']} pictures a row ({' '.join(results['drawing'])}, seed {results['seed']}) against "
-        f"{reference['n']} of {reference['source']}; intervals of 95%; speed side by side with FP32, median "
-        f"(least..most) of {results['repeats']}, on {on.get('gpu', on['cpu'])}, {on['cores']} cores, torch "
-        f"{on['torch']}. {engines(results['rows'])}"
+        f"{base.n} pictures a row ({drawn}, seed {results.seed}){against}; intervals of 95%; speed side by side with "
+        f"FP32, median (least..most) of {results.repeats}, on {on.get('gpu', on['cpu'])}, {on['cores']} cores, torch "
+        f"{on['torch']}. {engines(results.rows)}"
     )
 
 
-def engines(rows: Sequence[Row]) -> str:
-    """What computed the rows."""
+def engines(rows: Sequence[RowResult]) -> str:
+    """Return what computed the rows, in words."""
     by_engine: dict[str, list[str]] = {}
     for row in rows:
-        names = by_engine.setdefault(f"{row['engine']}, precision {row['precision']}", [])
-        names += [row["name"]] if row["name"] not in names else []
+        names = by_engine.setdefault(f"{row.engine}, precision {row.precision}", [])
+        names += [row.row.name] if row.row.name not in names else []
     return "Computed by " + "; ".join(f"{engine}: {' and '.join(names)}" for engine, names in by_engine.items()) + "."
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What is to be said of the scores: of all rows, or all but the baseline, at once; else with the row's name."""
+def notes(rows: Sequence[RowResult]) -> list[str]:
+    """Return the notes on the scores. One that all rows have, or all but one, comes once; others with the row's name.
+
+    The baseline lacks the notes on pairs.
+    """
     places: dict[str, list[str]] = {}
     for row in rows:
-        for note in row["notes"]:
-            places.setdefault(note, []).append(row["title"])
+        for note in row.notes:
+            places.setdefault(note, []).append(row.row.title)
     enough = max(len(rows) - 1, 2)
     common = [note for note, titles in places.items() if len(titles) >= enough]
     return common + [f"{', '.join(titles)}: {note}" for note, titles in places.items() if len(titles) < enough]
@@ -138,19 +144,19 @@ def notes(rows: Sequence[Row]) -> list[str]:
 # --- the page ----------------------------------------------------------------------------------------------
 
 
-def page(results: Mapping[str, Any], folder: Path) -> str:
-    """A page of HTML with everything in it. folder: where the rows' pictures lie."""
-    rows, base = results["rows"], results["rows"][0]
+def page(results: Results, folder: Path) -> str:
+    """Return a page of HTML with everything in it. folder: of the results, in which the rows' pictures lie."""
+    rows, base = results.rows, results.rows[0]
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head(base)) + f'<th class="theirs">{THEIRS}</th>'
     body = "\n".join(_table_row([*cells(row), theirs(row)]) for row in rows)
     remarks = "".join(f"<li>{html.escape(note)}</li>" for note in notes(rows))
     plots = plot(rows, "fid", "FID, lower is better") + plot(rows, "psnr", "PSNR to FP32 in dB, higher is better")
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>DSDiff: results ({html.escape(results["model"])})</title>
+<head><meta charset="utf-8"><title>DSDiff: results ({html.escape(results.model)})</title>
 <style>{STYLE}</style></head>
 <body>
-<h1>Few bits, fewer tokens: results ({html.escape(results["model"])})</h1>
+<h1>Few bits, fewer tokens: results ({html.escape(results.model)})</h1>
 <p>{html.escape(protocol(results))}</p>
 <div class="wide"><table id="results"><thead><tr>{titles}</tr></thead>
 <tbody>
@@ -171,17 +177,17 @@ def _table_row(texts: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<td>{text}</td>" for text in ours) + f'<td class="theirs">{published}</td></tr>'
 
 
-def plot(rows: Sequence[Row], key: str, title: str) -> str:
-    """A score against the ratio, a line for each of the bit widths, as SVG."""
+def plot(rows: Sequence[RowResult], key: str, title: str) -> str:
+    """Return a score against the ratio as SVG, a line for each bit width. What is infinite is left out."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for colour, name in zip(COLOURS * 9, dict.fromkeys(row["name"] for row in rows), strict=False):
-        found = [(row["ratio"], row["scores"][key]) for row in rows if row["name"] == name and key in row["scores"]]
+    for colour, name in zip(COLOURS * 9, dict.fromkeys(row.row.name for row in rows), strict=False):
+        found = [(row.row.ratio, row.scores[key]) for row in rows if row.row.name == name and key in row.scores]
+        found = [(ratio, score) for ratio, score in found if math.isfinite(score.value)]
         if found:
-            ratios, values = [ratio for ratio, _ in found], [score["value"] for _, score in found]
-            below = [0 if score["low"] is None else score["value"] - score["low"] for _, score in found]
-            above = [0 if score["high"] is None else score["high"] - score["value"] for _, score in found]
-            axes.errorbar(ratios, values, [below, above], label=name, color=colour, marker="o", capsize=3)
+            ratios, values = [ratio for ratio, _ in found], [score.value for _, score in found]
+            bars = [[_reach(score, score.low) for _, score in found], [_reach(score, score.high) for _, score in found]]
+            axes.errorbar(ratios, values, bars, label=name, color=colour, marker="o", capsize=3)
     axes.set(xlabel="ratio of merged tokens", title=title)
     if axes.has_data():
         axes.legend(frameon=False)
@@ -194,15 +200,20 @@ def plot(rows: Sequence[Row], key: str, title: str) -> str:
     return text[text.index("<svg") :]
 
 
-def pictures(results: Mapping[str, Any], folder: Path) -> str:
-    """A line a row of the table, a column a prompt."""
-    shown = results["shown"]
-    prompts = "".join(f"<td>{html.escape(results['prompts'][i])}</td>" for i in shown)
+def _reach(score: Score, end: float | None) -> float:
+    """Return how far an interval reaches to one end; 0 where it has none, or where that is infinite."""
+    return abs(score.value - end) if end is not None and math.isfinite(end) else 0.0
+
+
+def pictures(results: Results, folder: Path) -> str:
+    """Return a table with a line for each row of the results and a column for each shown prompt."""
+    shown = results.shown
+    prompts = "".join(f"<td>{html.escape(results.prompts[i])}</td>" for i in shown)
     lines = [
-        f"<tr><td>{html.escape(row['title'])}</td>"
-        + "".join(f"<td>{_image(folder / row['pictures'] / f'{i:05}.png', row['title'])}</td>" for i in shown)
+        f"<tr><td>{html.escape(row.row.title)}</td>"
+        + "".join(f"<td>{_image(folder / row.pictures / f'{i:05}.png', row.row.title)}</td>" for i in shown)
         + "</tr>"
-        for row in results["rows"]
+        for row in results.rows
     ]
     return f'<table class="pictures"><tr><td></td>{prompts}</tr>{"".join(lines)}</table>'
 

@@ -1,24 +1,37 @@
-"""configs/eval/table.yaml: the rows of the table of results, and how each model is drawn and scored."""
+"""configs/eval/table.yaml: the rows of the table of results, and how each model is drawn, calibrated and scored.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+Its sections hold the fields of the option classes, so that they are checked before anything is drawn.
+"""
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-import tomesd
-from dsdiff.pipeline import ROOT
+from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.metrics.options import ScoringOptions
+from dsdiff.models.registry import ROOT
+from dsdiff.options import DrawOptions, MergeOptions, QuantizationOptions
 
-MODEL_FLAGS = ("--config", "--ckpt", "--tokenizer", "--device")
-ROW_FLAGS = ("--ratio", "--ptq", "--cali_ckpt", "--weight_bit", "--quant_act", "--no-quant_act", "--act_bit")
-RUN_FLAGS = ("--seed", "--n_samples", "--n_iter", "--outdir")
-TABLE = ROOT / "configs/eval/table.yaml"
+T = TypeVar("T")
+
+W4A8 = {"weight_bit": 4, "quant_act": True, "act_bit": 8, "sm_abit": 16, "split": True, "cond": True}
+# Fields that the rows, the command or W4A8 set.
+DRAWN_ELSEWHERE = ("merge",)
+CALIBRATED_ELSEWHERE = (*W4A8, "model", "merge", "device", "outdir", "resume", "format")
+SCORED_ELSEWHERE = ("reference", "paired", "inception_weights", "device", "cache", "save_stats")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A way to run a model. weight_bit, act_bit: None for float. published: the FID of the original work, of theirs."""
+    """A way to run a model.
+
+    ratio: of token merging, 0 for none. weight_bit, act_bit: None for float. published: the FID of the original work.
+    Raises ValueError for quantized activations with float weights, and for a ratio out of range.
+    """
 
     name: str
     ratio: float
@@ -27,8 +40,7 @@ class Row:
     published: float | None = None
 
     def __post_init__(self) -> None:
-        if self.ratio:
-            tomesd.MergeOptions(ratio=self.ratio)
+        MergeOptions(ratio=self.ratio)  # which checks it
         if self.weight_bit is None and self.act_bit is not None:
             raise ValueError(f"{self.name}: activations of {self.act_bit} bits need a weight_bit")
 
@@ -37,52 +49,61 @@ class Row:
         return f"{self.name}, ratio {self.ratio:g}"
 
     @property
-    def flags(self) -> list[str]:
-        """Of txt2img.py, but for the --cali_ckpt."""
-        flags = ["--ratio", str(self.ratio)] if self.ratio else []
-        if self.weight_bit is not None:
-            flags += ["--ptq", "--weight_bit", str(self.weight_bit)]
-            flags += ["--no-quant_act"] if self.act_bit is None else ["--quant_act", "--act_bit", str(self.act_bit)]
-        return flags
-
-    @property
     def key(self) -> str:
         """A name for a folder."""
         return f"{self.name}-{self.ratio:g}"
 
+    @property
+    def merge(self) -> MergeOptions | None:
+        return MergeOptions(ratio=self.ratio) if self.ratio else None
+
+    def quantization(self, cali_ckpt: Path) -> QuantizationOptions | None:
+        """Return what the row takes of a cali_ckpt; None for a float model."""
+        if self.weight_bit is None:
+            return None
+        quant_act = self.act_bit is not None
+        return QuantizationOptions(
+            cali_ckpt=cali_ckpt, weight_bit=self.weight_bit, quant_act=quant_act, act_bit=self.act_bit
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a model is calibrated, and its pictures are drawn and scored: see configs/eval/table.yaml."""
+    """How a model is calibrated, and how its pictures are drawn and scored.
 
-    config: str
+    config: the model's yaml. prompts: "shapes" for captions, or a text with {class} for the classes of ImageNet.
+    pictures: in a row. seed: of the first picture. drawing, calibration, scoring: see their classes; the model, the
+    device, the folders, and what the rows differ in are still to be filled in.
+    """
+
+    config: Path
     prompts: str
     pictures: int
     seed: int
-    drawing: list[str]
-    calibration: list[str]
-    reference: str | None
-    scoring: list[str]
+    drawing: DrawOptions
+    calibration: CalibrationOptions
+    scoring: ScoringOptions
 
     def __post_init__(self) -> None:
-        for name in ("drawing", "calibration", "scoring"):
-            flags = getattr(self, name)
-            if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-                raise ValueError(f"{name} is {flags!r}: it must be a list of texts, numbers in quotes")
-        set_elsewhere = (*MODEL_FLAGS, *ROW_FLAGS, *RUN_FLAGS)
-        if idle := [flag for flag in self.drawing if flag.split("=")[0] in set_elsewhere]:
-            raise ValueError(f"drawing has {', '.join(idle)}, which the rows and the command say")
+        for name, low in (("pictures", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
         if self.prompts != "shapes" and "{class}" not in self.prompts:
             raise ValueError(f"prompts are {self.prompts!r}: they must be shapes or a text with {{class}}")
 
 
 def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
-    """Rows, the first of which is the baseline, and a protocol a model. ValueError for what is none."""
+    """Return the rows, of which the first is the baseline, and a protocol for each model.
+
+    Raises ValueError, with the name of the section, for a file that is no such table; OSError if it cannot be read.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = [_built(Row, row) for row in content["rows"]]
-        protocols = {name: _built(Protocol, protocol) for name, protocol in content["models"].items()}
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        check_names("the table", content, ("rows", "models"), ("rows", "models"))
+        rows = [build(Row, values, f"row {number}") for number, values in enumerate(content["rows"], 1)]
+        protocols = {name: _protocol(values, name) for name, values in content["models"].items()}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {error}") from error
     if not rows or rows[0].weight_bit is not None or rows[0].ratio:
         raise ValueError(f"table {str(path)!r}: its first row must be full precision without merging, the baseline")
@@ -91,8 +112,72 @@ def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
     return rows, protocols
 
 
-def _built(kind: type, values: Mapping[str, Any]) -> Any:
-    unknown = sorted(set(values) - {field.name for field in fields(kind)})
-    if unknown:
-        raise ValueError(f"{kind.__name__.lower()} {values.get('name', '')} has unknown {', '.join(unknown)}")
-    return kind(**values)
+def _protocol(values: Mapping[str, Any], name: str) -> Protocol:
+    """Return the protocol of the model `name`. Sections that are left empty have the defaults of their classes."""
+    plain = {each.name for each in fields(Protocol)}
+    required = ("config", "prompts", "pictures", "seed", "drawing")
+    check_names(f"model {name}", values, (*plain, "reference"), required)
+    sections = {part: dict(values.get(part) or {}) for part in ("drawing", "calibration", "scoring")}
+    reserved = {"drawing": DRAWN_ELSEWHERE, "calibration": CALIBRATED_ELSEWHERE, "scoring": SCORED_ELSEWHERE}
+    for part, section in sections.items():
+        if taken := [key for key in section if key in reserved[part]]:
+            raise ValueError(f"{part} of {name} has {', '.join(taken)}, which the rows and the command say")
+    calibration, scoring = {**sections["calibration"], **W4A8}, sections["scoring"]
+    if values.get("reference") is not None:
+        scoring["reference"] = values["reference"]
+    return Protocol(
+        config=ROOT / values["config"],
+        prompts=values["prompts"],
+        pictures=values["pictures"],
+        seed=values["seed"],
+        drawing=build(DrawOptions, sections["drawing"], f"drawing of {name}"),
+        calibration=build(CalibrationOptions, calibration, f"calibration of {name}"),
+        scoring=build(ScoringOptions, scoring, f"scoring of {name}"),
+    )
+
+
+# --- plain values to options -------------------------------------------------------------------------------
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return an object of the dataclass `kind` from plain values, those of its dataclasses included.
+
+    where: names the place in messages. Raises ValueError for names that are unknown or missing, for values of another
+    type than the field's, and for what the class itself refuses.
+    """
+    assert is_dataclass(kind), f"{kind} must be a dataclass"
+    known = {each.name: each for each in fields(kind)}
+    required = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    check_names(where, values, tuple(known), required)
+    hints = get_type_hints(kind)
+    typed = {name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()}
+    try:
+        return kind(**typed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_names(where: str, values: object, known: Sequence[str], required: Sequence[str]) -> None:
+    """Raise ValueError if `values` is no mapping, has a name that is not known, or lacks one that is required."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r}: it must be names with values")
+    if unknown := [str(name) for name in values if name not in known]:
+        raise ValueError(f"{where} has unknown {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Return a value of YAML as the type of a field has it. Raises ValueError if it is of another type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            return build(kind, value, where)
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join("empty" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    raise ValueError(f"{where} is {value!r}: it must be of type {names}")

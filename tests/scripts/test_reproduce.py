@@ -1,27 +1,26 @@
 """scripts/reproduce.py on a small model with random weights: the way from a table to its page."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from dsdiff import jobs as drawing
-from dsdiff.benchmark import comparison as pace
-from dsdiff.jobs import model_of
-from dsdiff.metrics.set_scores import Score, Scores
-from dsdiff.pipeline import ROOT
+from dsdiff import jobs
+from dsdiff.benchmark import comparison
+from dsdiff.models.registry import ROOT
+from dsdiff.models.spec import find_model
+from dsdiff.options import ModelOptions
+from dsdiff.pipeline import Pipeline
 from dsdiff.results import page as report
-from dsdiff.results.table import TABLE, Row, read_table
+from dsdiff.results.options import TABLE
 from qdiff import QuantConfig, QuantModel, save_cali_ckpt
 from scripts import reproduce
 
@@ -38,22 +37,22 @@ def flags(small_model, tmp_path_factory):
     """Of reproduce.py: the small model, calibrated to a range that is somewhere near."""
     folder = tmp_path_factory.mktemp("reproduce")
     config, ckpt = small_model
-    model, _, _ = model_of(["--config", str(config), "--ckpt", str(ckpt), "--device", "cpu"])
-    qnn = QuantModel(model.model.diffusion_model, QuantConfig())
+    pipeline = Pipeline(find_model(ModelOptions(config=Path(config), ckpt=Path(ckpt))), device="cpu")
+    qnn = QuantModel(pipeline.model.model.diffusion_model, QuantConfig())
     qnn.fit_weights()
     for quantizer in qnn.act_quantizers().values():
         quantizer.set(torch.tensor(0.05), torch.tensor(0.0 if quantizer.n_bits == 16 else 128.0))
     save_cali_ckpt(qnn, folder / "cali.safetensors")
-    drawing_flags = ["--dpm_solver", "--ddim_steps", "2", "--H", "32", "--W", "32"]
     protocol = {
         "config": str(config),
         "prompts": "shapes",
         "pictures": N,
         "seed": 0,
-        "drawing": drawing_flags,
-        "calibration": [],
+        "drawing": {"sampler": "dpm_solver", "steps": 2, "height": 32, "width": 32},
+        "reference": "shapes",
+        "scoring": {"reference_n": 30},
     }
-    models = {"embedded": {**protocol, "reference": "shapes", "scoring": ["--reference_n", "30"]}}
+    models = {"embedded": protocol}
     (folder / "table.yaml").write_text(yaml.safe_dump({"rows": ROWS, "models": models}))
     named = {"table": "table.yaml", "cali_ckpt": "cali.safetensors", "cache": "cache"}
     paths = [text for name, file in named.items() for text in (f"--{name}", str(folder / file))]
@@ -92,6 +91,7 @@ def test_differences_are_those_of_the_fids(results):
             row["scores"]["fid"]["value"] - base["scores"]["fid"]["value"], rel=1e-6
         )
         assert 5 < row["scores"]["psnr"]["value"] < 80
+        assert row["scores"]["psnr"]["value"] < row["scores"]["psnr_mean_of_pictures"]["value"]
 
 
 def test_same_prompts_from_the_same_noise(outdir, results):
@@ -105,54 +105,11 @@ def test_same_prompts_from_the_same_noise(outdir, results):
     assert len(set(pixels)) == 3
 
 
-def test_changes_are_jackknifed_together():
-    def scores_of(value, replicates):
-        score = Score(name="FID", value=value, n=20, better="lower", replicates=replicates)
-        return Scores(by_key={"fid": score})
-
-    base = scores_of(2.0, tuple(2.0 + 0.1 * i for i in range(10)))
-    row = scores_of(2.2, tuple(1.1 * (2.0 + 0.1 * i) for i in range(10)))  # a tenth more, whatever is left out
-    change = reproduce.change(row, base)
-    assert [change[name] for name in ("value", "low", "high")] == pytest.approx([10] * 3)
-    assert reproduce.change(base, base) == {"value": 0.0, "low": 0.0, "high": 0.0}
-    other = reproduce.change(scores_of(2.2, (2.2,) * 10), base)
-    shares = np.array([220 / (2.0 + 0.1 * i) - 100 for i in range(10)])
-    error = math.sqrt(0.9 * np.square(shares - shares.mean()).sum())
-    assert other["high"] - other["value"] == pytest.approx(2.262 * error) == other["value"] - other["low"]
-    assert reproduce.change(scores_of(1.0, ()), scores_of(2.0, ())) == {"value": -50.0, "low": None, "high": None}
-
-
 def test_second_run_draws_nothing_and_says_the_same(outdir, flags, results, monkeypatch):
-    monkeypatch.setattr(drawing, "write_png", None)
-    monkeypatch.setattr(pace, "side_by_side", None)
+    monkeypatch.setattr(jobs, "write_png", None)
+    monkeypatch.setattr(comparison, "side_by_side", None)
     reproduce.main([*flags, "--outdir", str(outdir)])
     assert json.loads((outdir / "results.json").read_text()) == results
-
-
-def test_other_settings_have_other_folders(flags, results, tmp_path):
-    args = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
-    rows, protocols = read_table(args.table)
-    prompts = results["prompts"]
-    folders = {row["pictures"] for row in results["rows"]}
-    protocol = protocols["embedded"]
-
-    def folders_of(protocol=protocol, prompts=prompts, **changes):
-        changed = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
-        vars(changed).update(changes)
-        tasks = reproduce.tasks_of(rows, protocol, prompts, args.cali_ckpt, changed)
-        return {str(task.folder.relative_to(tmp_path)) for task in tasks}
-
-    assert folders_of() == folders
-    other_weights = tmp_path / "other.safetensors"
-    other_weights.write_bytes(b"other")
-    for others in (
-        folders_of(n_samples=3),
-        folders_of(prompts=prompts[::-1]),
-        folders_of(protocol=replace(protocol, seed=1)),
-        folders_of(protocol=replace(protocol, drawing=[*protocol.drawing, "--scale", "2"])),
-        folders_of(ckpt=str(other_weights)),
-    ):
-        assert folders.isdisjoint(others)
 
 
 # --- what it writes ----------------------------------------------------------------------------------------
@@ -199,15 +156,6 @@ def test_markdown_and_page_show_the_same_table(outdir, results):
     assert table[2][1].startswith(f"{fid:.4g} [") and table[2][2] == "-" and re.match(r"[+-]\d", table[3][2])
 
 
-def test_notes_of_all_rows_are_told_once():
-    rows = [
-        {"title": "base", "notes": ["few pictures"]},
-        {"title": "first", "notes": ["few pictures", "no LPIPS", "biased by 1"]},
-        {"title": "second", "notes": ["few pictures", "no LPIPS", "biased by 2"]},
-    ]
-    assert report.notes(rows) == ["few pictures", "no LPIPS", "first: biased by 1", "second: biased by 2"]
-
-
 def test_page_holds_all_it_shows(outdir):
     text = (outdir / "results.html").read_text()
     page = Page(text)
@@ -237,56 +185,28 @@ def test_a_browser_shows_the_page(outdir, tmp_path):
     assert len(counts) > 2000  # pictures, of which text and plots have not so many
 
 
-# --- Stable Diffusion, and bad input -----------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------------------------------------
 
 
-def test_prompts_of_imagenet():
-    _, protocols = read_table(TABLE)
-    prompts = reproduce.prompts_of(protocols["sd-v1"], 2000)
-    assert len(prompts) == 2000 and len(set(prompts)) == 1000
-    assert prompts[:3] == ["A high quality photograph of a tench"] * 2 + ["A high quality photograph of a goldfish"]
-    assert prompts[-1] == "A high quality photograph of a toilet tissue"
-    few = reproduce.prompts_of(protocols["sd-v1"], 10)
-    assert len(set(few)) == 10 and few[5] == prompts[1000]
+BAD_INPUT = [
+    (["--model", "sd-v1", "--table", str(TABLE)], "give --reference imagenet:DIR"),
+    (["--cali_ckpt", "missing.safetensors"], "missing.safetensors"),
+    (["--table", "missing.yaml"], "missing.yaml"),
+    (["--ckpt", "missing.ckpt"], "missing.ckpt"),
+    (["--model", "sd-v1"], "has no model sd-v1"),
+    (["--inception_weights", "x.pth"], "--inception_weights has no effect"),
+    (["--cali_ckpt", str(TABLE)], "table.yaml"),
+    (["--reference", "no/such/folder"], "no/such/folder"),
+    (["--n_samples", "4"], "unrecognized arguments: --n_samples"),
+]
 
 
-def test_captions_are_not_those_of_the_reference():
-    from dsdiff.images.folders import SHAPES_SEED
-    from ldm.data.shapes import ShapesDataset, caption
-
-    _, protocols = read_table(TABLE)
-    reference = ShapesDataset(50, "heldout", 128, SHAPES_SEED)
-    ours = reproduce.prompts_of(protocols["embedded"], 50)
-    assert len(set(ours) & {caption(reference.spec(i)) for i in range(50)}) < 5  # short captions may come twice
-
-
-def test_rows_of_a_calibration_have_its_flags(flags, tmp_path):
-    args = reproduce.parse_args([*flags, "--outdir", str(tmp_path)])
-    _, protocols = read_table(args.table)
-    rows = [Row(name="FP32", ratio=0.5), Row(name="W4A32", ratio=0.0, weight_bit=4)]
-    first, second = reproduce.tasks_of(rows, protocols["embedded"], ["a red circle"], args.cali_ckpt, args)
-    assert "--cali_ckpt" not in first.flags and first.flags[-2:] == ("--ratio", "0.5")
-    assert second.flags[-2:] == ("--cali_ckpt", str(args.cali_ckpt)) and "--no-quant_act" in second.flags
-
-
-@pytest.mark.parametrize(
-    "more, says",
-    [
-        (["--model", "sd-v1", "--table", str(TABLE)], "give --reference imagenet:DIR"),
-        (["--cali_ckpt", "missing.safetensors"], "missing.safetensors"),
-        (["--table", "missing.yaml"], "missing.yaml"),
-        (["--ckpt", "missing.ckpt"], "missing.ckpt"),
-        (["--model", "sd-v1"], "has no model sd-v1"),
-        (["--inception_weights", "x.pth"], "--inception_weights has no effect"),
-        (["--cali_ckpt", str(TABLE)], "table.yaml"),
-        (["--reference", "no/such/folder"], "no/such/folder"),
-    ],
-)
-def test_bad_input_is_told_in_one_line(flags, tmp_path, capsys, more, says):
-    with pytest.raises(SystemExit) as exit_:
-        reproduce.main([*flags, "--outdir", str(tmp_path / "out"), *more])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == 2 and says in error and not (tmp_path / "out").exists()
+def test_bad_input_is_told_in_one_line(flags, tmp_path, capsys):
+    for more, says in BAD_INPUT:
+        with pytest.raises(SystemExit) as exit_:
+            reproduce.main([*flags, "--outdir", str(tmp_path / "out"), *more])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit_.value.code == 2 and says in error and not (tmp_path / "out").exists(), more
 
 
 def test_scripts_run_by_themselves():

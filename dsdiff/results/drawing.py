@@ -1,0 +1,103 @@
+"""Folders of pictures that are drawn once: the name of a folder changes with all that shapes its pictures."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dsdiff.environment import choose_device, versions
+from dsdiff.jobs import draw_missing
+from dsdiff.models.spec import ModelSpec
+from dsdiff.options import DrawOptions, QuantizationOptions
+from dsdiff.pipeline import DrawSettings, Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawModel:
+    """What opens a pipeline: a model, a device, and what of a calibrated model is asked for (None: a float one)."""
+
+    spec: ModelSpec
+    device: str
+    tokenizer: Path | None = None
+    quantization: QuantizationOptions | None = None
+
+    def open(self) -> Pipeline:
+        """Return a new pipeline. Its weights are read at first use, and let go with it."""
+        return Pipeline(self.spec, device=self.device, tokenizer=self.tokenizer, quantization=self.quantization)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawTask:
+    """Pictures of `prompts` in `folder`: picture i is drawn from the noise of seed + i. title: of the bar."""
+
+    title: str
+    model: DrawModel
+    settings: DrawSettings
+    prompts: Sequence[str]
+    seed: int
+    batch_size: int
+    folder: Path
+
+    @classmethod
+    def plan(
+        cls,
+        model: DrawModel,
+        options: DrawOptions,
+        *,
+        title: str,
+        prompts: Sequence[str],
+        seed: int,
+        batch_size: int,
+        root: Path,
+        name: str,
+    ) -> Self:
+        """Return the task whose folder is `root` / `name`-KEY, where KEY changes with all that shapes the pictures.
+
+        Reads the headers of the model's files. Raises ValueError or OSError for what cannot be drawn.
+        """
+        settings = model.open().resolve(options)
+        key = _key(model, settings, prompts, seed, batch_size)
+        folder = root / f"{name}-{key}"
+        return cls(
+            title=title,
+            model=model,
+            settings=settings,
+            prompts=prompts,
+            seed=seed,
+            batch_size=batch_size,
+            folder=folder,
+        )
+
+    @property
+    def engine(self) -> str:
+        """What computes the UNet: float, int8, simulate, or calibration."""
+        quantization = self.settings.quantization
+        return "float" if quantization is None else quantization.engine or "calibration"
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / f"{i:05}.png" for i in range(len(self.prompts))]
+
+    def draw(self) -> None:
+        """Draw what is missing. Under torchrun all processes call this, and share the pictures."""
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        draw_missing(self.model.open, self.prompts, seeds, self.paths, self.settings, self.batch_size, self.title)
+
+
+def _key(model: DrawModel, settings: DrawSettings, prompts: Sequence[str], seed: int, batch_size: int) -> str:
+    facts: dict[str, Any] = {
+        "options": asdict(settings),
+        "hashes": model.spec.hashes,
+        "tokenizer": None if model.tokenizer is None else str(model.tokenizer),
+        "device": choose_device(model.device).type,
+        "batch": batch_size,
+        "seed": seed,
+        "prompts": list(prompts),
+        "versions": versions(),
+    }
+    if settings.quantization is not None:
+        for name in ("cali_ckpt", "low_memory"):  # the file's hash is there as well; the other changes no picture
+            del facts["options"]["quantization"][name]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
