@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from dsdiff.calibration import estimate as calibration_estimate
 from dsdiff.cli.flags import QUANTIZATION_FLAGS
-from dsdiff.pipeline import CHECKPOINTS, EMBEDDED
+from dsdiff.models.registry import CHECKPOINTS, EMBEDDED
 from qdiff.checkpoint import read_cali_header
 from qdiff.engine.backends import onednn
+from qdiff.resume import ProgressFolder
 from scripts import calibrate, txt2img
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["--ddim_steps", "2", "--cali_st", "2", "--cali_n", "2", "--batch_size", "4", "--device", "cpu"]
 LEARN = ["--iters_w", "2", "--iters_a", "2", "--quant_act", "--split", "--no_grad_ckpt"]
@@ -90,69 +92,47 @@ def test_writes_the_file_the_report_and_the_data(calibrated):
     assert (header.config.weight_bit, header.config.act_bit, header.config.sm_abit) == (4, 8, 16)
     assert header.config.quant_act and header.config.split and header.merge is None
     assert header.calibration["samples"] == 8 and header.calibration["quant_mode"] == "qdiff"
+    assert header.calibration["preset"] == "fast" and header.calibration["recon"]["iters_w"] == 2
     assert header.source["ckpt"] == "small.safetensors"
 
 
-def test_no_unit_ends_worse_than_it_began(calibrated):
-    units = json.loads((calibrated / "report.json").read_text())["units"]
-    assert {unit["phase"] for unit in units} == {"weights", "activations"}
-    assert all(unit["after"] <= unit["before"] for unit in units)
-    assert any(unit["after"] < unit["before"] for unit in units)
-
-
-def test_the_data_holds_both_branches(calibrated, small_model):
-    from qdiff.calibration_set import CalibrationSet
-
-    data = CalibrationSet.load(next(calibrated.glob("data-*")))
-    assert len(data) == 8 and sorted(set(data.t.tolist())) == [1, 501]
-    # Of each call the first half is without prompt: all its contexts are the same.
-    without = data.context[:2]
-    assert torch.equal(without[0], without[1])
-    assert not torch.equal(data.context[2], without[0]) and not torch.equal(data.context[2], data.context[3])
-
-
-def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(make, calibrated, tmp_path, monkeypatch, capsys):
-    from qdiff.resume import ProgressFolder
-
-    plain, saved = ProgressFolder.save, []
+def test_an_interrupted_calibration_tells_how_to_go_on(make, tmp_path, monkeypatch, capsys):
+    plain, linear = ProgressFolder.save, ["--quant_mode", "linear", "--quant_act"]
 
     def save(self, number, *args):
         plain(self, number, *args)
-        saved.append(number)
-        if len(saved) == 5:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ProgressFolder, "save", save)
-    with pytest.raises(SystemExit) as leaving:
-        make(tmp_path, *LEARN, "--cond")
-    assert leaving.value.code == 130 and "--resume goes on" in capsys.readouterr().err
-    assert "go on with --resume" in error_of(capsys, make, tmp_path, *LEARN, "--cond")
-    other = [*LEARN, "--cond", "--iters_w", "3", "--resume"]
-    assert "other settings: recon" in error_of(capsys, make, tmp_path, *other)
-    make(tmp_path, *LEARN, "--cond", "--resume")
-    assert sorted(saved) == list(range(len(saved)))  # each step once
-    assert (tmp_path / "cali.safetensors").read_bytes() == (calibrated / "cali.safetensors").read_bytes()
-    assert not (tmp_path / "progress").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressFolder, "save", save)
+        with pytest.raises(SystemExit) as leaving:
+            make(tmp_path, *linear)
+    assert leaving.value.code == 130 and "the same command with --resume goes on" in capsys.readouterr().err
+    assert "go on with --resume" in error_of(capsys, make, tmp_path, *linear)
+    assert "other settings: running_stat" in error_of(capsys, make, tmp_path, *linear, "--running_stat", "--resume")
+    make(tmp_path, *linear, "--resume")
+    assert (tmp_path / "cali.safetensors").is_file() and not (tmp_path / "progress").exists()
 
 
+@pytest.mark.slow
 def test_processes_share_a_calibration(small_model, calibrated, tmp_path):
     config, ckpt = small_model
     data = next(calibrated.glob("data-*"))
     flags = ["--config", config, "--ckpt", ckpt, "--data_path", data, "--outdir", tmp_path, "--device", "cpu"]
     flags += ["--quant_act", "--split", "--iters_w", "1", "--iters_a", "0", "--batch_size", "4", "--ratio", "0.5"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "scripts/calibrate.py", *map(str, flags)]
+    command = [*launcher, str(ROOT / "scripts/calibrate.py"), *map(str, flags)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cali.safetensors", "report.json"]
-    assert read_cali_header(tmp_path / "cali.safetensors").calibration["processes"] == 2
+    header = read_cali_header(tmp_path / "cali.safetensors")
+    assert header.calibration["processes"] == 2 and header.merge["ratio"] == 0.5
 
 
 def test_ready_data_gives_the_same_file(make, calibrated, tmp_path):
     make(tmp_path, *LEARN, "--data_path", next(calibrated.glob("data-*")), "--quant_mode", "qdiff")
-    old, new = (read_cali_header(folder / "cali.safetensors") for folder in (calibrated, tmp_path))
-    assert old.calibration["data_sha256"] == new.calibration["data_sha256"]
+    assert (tmp_path / "cali.safetensors").read_bytes() == (calibrated / "cali.safetensors").read_bytes()
 
 
 def test_qdiffusions_format_draws_the_same(make, calibrated, draw, tmp_path):
@@ -162,18 +142,12 @@ def test_qdiffusions_format_draws_the_same(make, calibrated, draw, tmp_path):
     assert np.abs(picture(ours) - picture(theirs)).max() <= 1
 
 
-def test_merging_is_noted(make, tmp_path):
-    folder = make(tmp_path, "--quant_mode", "linear", "--quant_act", "--ratio", "0.5")
-    header = read_cali_header(folder / "cali.safetensors")
-    assert header.merge["ratio"] == 0.5 and header.calibration["quant_mode"] == "linear"
+# --- flags -------------------------------------------------------------------------------------------------
 
 
-# --- what it refuses ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
+def test_bad_flags(make, tmp_path, capsys):
+    outdir = tmp_path / "out"
+    cases = [
         (["--act_bit", "8"], "--act_bit has no effect"),
         (["--running_stat"], "--running_stat has no effect"),
         (["--quant_mode", "linear", "--iters_w", "5"], "--iters_w has no effect"),
@@ -188,36 +162,22 @@ def test_merging_is_noted(make, tmp_path):
         (["--iters_w", "-1"], "0 or more"),
         (["--b_start", "1", "--b_end", "5"], "b_start"),
         (["--ratio", "0.9"], "ratio is 0.9"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_flags(make, tmp_path, capsys, flags, says):
-    outdir = tmp_path / "out"
-    assert says in error_of(capsys, make, outdir, *flags)
-    assert not (outdir / "cali.safetensors").exists() and not (outdir / "progress").exists()
+    ]
+    for flags, says in cases:
+        assert says in error_of(capsys, make, outdir, *flags), flags
+        assert not outdir.exists(), flags
 
 
-def test_too_little_memory_or_disk_is_refused(make, calibrated, tmp_path, capsys, monkeypatch):
-    data = ["--data_path", next(calibrated.glob("data-*"))]
-    monkeypatch.setattr(calibration_estimate, "available_memory", lambda: 1000)
-    assert "GiB more memory are needed" in error_of(capsys, make, tmp_path, *LEARN, *data)
-    monkeypatch.undo()
-    monkeypatch.setattr(calibration_estimate.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    assert "GiB of disk are needed" in error_of(capsys, make, tmp_path, *LEARN, *data, "--cache_gb", "0")
-
-
-def test_too_little_gpu_memory_is_refused():
-    calibration_estimate.check_gpu(needed=2**30, free=2**30)
-    with pytest.raises(ValueError, match=r"2\.0 GiB more of the GPU's memory are needed and 1\.0 are available"):
-        calibration_estimate.check_gpu(needed=2**31, free=2**30)
-
-
-def test_data_of_another_model_is_refused(make, tmp_path, capsys):
-    from qdiff.calibration_set import CalibrationSet
-
-    CalibrationSet(torch.zeros(2, 4, 4, 4), torch.zeros(2), torch.zeros(2, 7, 9)).save(tmp_path / "x.safetensors")
-    line = error_of(capsys, make, tmp_path / "out", *LEARN, "--data_path", tmp_path / "x.safetensors")
-    assert "a context of 9, the model 4 and 128" in line
+def test_flags_become_options():
+    flags = ["--ddim_steps", "5", "--plms", "--ratio", "0.5", "--cond", "--no_grad_ckpt", "--lr", "0.1", "--seed", "3"]
+    flags += ["--config", "a.yaml", "--device", "cpu", "--outdir", "b", "--weight_bit", "8", "--quant_act", "--resume"]
+    options = calibrate.options_of(calibrate.parse_args(flags))
+    assert (options.draw.steps, options.draw.sampler, options.draw.merge) == (5, "plms", None)
+    assert (options.merge.ratio, options.model.config, options.outdir) == (0.5, Path("a.yaml"), Path("b"))
+    assert options.cond and options.no_grad_ckpt and options.quant_act and options.resume and not options.split
+    assert (options.weight_bit, options.lr, options.seed, options.device) == (8, 0.1, 3, "cpu")
+    default = calibrate.CalibrationOptions()
+    assert calibrate.options_of(calibrate.parse_args([])) == default
 
 
 # --- drawing with it ---------------------------------------------------------------------------------------
@@ -271,35 +231,33 @@ def test_merging_comes_on_top(draw, calibrated):
     assert not np.array_equal(picture(draw("plain", *cali)), picture(draw("merged", *cali, "--ratio", 0.5)))
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
+def test_flags_that_contradict_the_file_are_refused(draw, calibrated, capsys, tmp_path):
+    cases = [
         (["--weight_bit", "8"], ["--weight_bit is 8", "weight_bit 4"]),
         (["--act_bit", "4"], ["--act_bit is 4", "act_bit 8"]),
         (["--sm_abit", "8"], ["--sm_abit is 8", "sm_abit 16"]),
         (["--quant_mode", "linear"], ["--quant_mode is linear", "quant_mode qdiff"]),
         (["--no-quant_act", "--act_bit", "8"], ["--act_bit has no effect"]),
         (["--no-quant_act", "--engine", "int8"], ["--engine int8: ", "activations are float", "use --engine simulate"]),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_flags_that_contradict_the_file_are_refused(draw, calibrated, capsys, tmp_path, flags, says):
-    line = error_of(capsys, draw, "refused", "--ptq", "--cali_ckpt", calibrated / "cali.safetensors", *flags)
-    assert all(part in line for part in says), line
-    assert not (tmp_path / "refused").exists()
+    ]
+    for flags, says in cases:
+        line = error_of(capsys, draw, "refused", "--ptq", "--cali_ckpt", calibrated / "cali.safetensors", *flags)
+        assert all(part in line for part in says), (flags, line)
+        assert not (tmp_path / "refused").exists(), flags
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZATION_FLAGS if name != "ptq"])
-def test_without_ptq_no_flag_is_accepted(draw, capsys, name):
-    value = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"], "engine": ["int8"]}.get(
-        name, [8] if "bit" in name else []
-    )
-    assert f"--{name} has no effect: add --ptq" in error_of(capsys, draw, "refused", f"--{name}", *value)
+def test_without_ptq_no_flag_is_accepted(draw, capsys):
+    values = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"], "engine": ["int8"]}
+    for name in QUANTIZATION_FLAGS:
+        if name != "ptq":
+            value = values.get(name, [8] if "bit" in name else [])
+            line = error_of(capsys, draw, "refused", f"--{name}", *value)
+            assert f"--{name} has no effect: add --ptq" in line, name
 
 
 def test_another_model_is_refused(calibrated, random_ckpt, tmp_path, capsys):
     flags = ["--ckpt", str(random_ckpt), "--prompt", "a", "--outdir", str(tmp_path / "out"), "--ddim_steps", "2"]
-    flags += ["--config", "configs/shapes/txt2img.yaml", "--ptq", "--cali_ckpt", str(calibrated / "cali.safetensors")]
+    flags += ["--config", str(EMBEDDED), "--ptq", "--cali_ckpt", str(calibrated / "cali.safetensors")]
     assert "of another architecture" in error_of(capsys, txt2img.main, flags)
     assert not (tmp_path / "out").exists()
 
@@ -311,18 +269,19 @@ def test_a_model_without_cali_ckpt_needs_one(draw, capsys):
 # --- what comes with the embedded model --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_shipped_files_are_the_default(tmp_path, bits):
+@pytest.mark.slow
+def test_shipped_files_are_the_default(tmp_path):
     flags = ["--config", str(EMBEDDED), "--prompt", "a red circle", "--n_iter", "1", "--n_samples", "1", "--seed", "1"]
     flags += ["--dpm_solver", "--ddim_steps", "4", "--device", "cpu"]
     txt2img.main([*flags, "--outdir", str(tmp_path / "float")])
-    chosen = [] if bits == 4 else ["--weight_bit", str(bits)]
-    txt2img.main([*flags, "--ptq", *chosen, "--outdir", str(tmp_path / "quantized")])
-    settings = yaml.safe_load((tmp_path / "quantized/settings.yaml").read_text())["quantization"]
-    assert settings["cali_ckpt"].endswith(f"models/ldm/shapes/cali_w{bits}a8.safetensors")
-    assert settings["bits"] == f"W{bits}A8 sm16 split"
-    error = np.square(picture(tmp_path / "float") - picture(tmp_path / "quantized")).mean()
-    assert 0 < error < 255**2 / 10**1.8  # 18 dB: the same picture
+    for bits, chosen in ((4, []), (8, ["--weight_bit", "8", "--quant_act"])):
+        folder = tmp_path / f"w{bits}"
+        txt2img.main([*flags, "--ptq", *chosen, "--outdir", str(folder)])
+        settings = yaml.safe_load((folder / "settings.yaml").read_text())["quantization"]
+        assert settings["cali_ckpt"].endswith(f"models/ldm/shapes/cali_w{bits}a8.safetensors"), bits
+        assert settings["bits"] == f"W{bits}A8 sm16 split", bits
+        error = np.square(picture(tmp_path / "float") - picture(folder)).mean()
+        assert 0 < error < 255**2 / 10**1.8, bits  # 18 dB: the same picture
 
 
 def test_shipped_files_are_small():

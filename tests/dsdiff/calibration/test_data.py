@@ -22,14 +22,14 @@ def pipeline(options):
 
 def test_the_data_holds_both_branches_of_each_step(pipeline, options, tmp_path):
     data = calibration_data(pipeline, replace(options, outdir=tmp_path))
-    assert len(data) == 8 and data.x.shape[1:] == (4, 8, 8) and data.t.tolist() == [501] * 4 + [1] * 4
+    assert len(data) == 8 and data.x.shape[1:] == (4, 4, 4) and data.t.tolist() == [501] * 4 + [1] * 4
     # The first half of a call is without prompt: its contexts are all the same.
     without, red, blue = data.context[0], data.context[2], data.context[3]
     assert torch.equal(without, data.context[1]) and torch.equal(without, data.context[4])
     assert not torch.equal(red, without) and not torch.equal(red, blue) and torch.equal(red, data.context[6])
     # Both branches are given the same picture; those of the first step are noise of their own seeds.
     assert torch.equal(data.x[:2], data.x[2:4]) and not torch.equal(data.x[0], data.x[1])
-    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(options.seed + 1))
+    noise = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(options.seed + 1))
     assert torch.equal(data.x[1], noise)
 
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused(pipeline, options, tmp_path):
         ({"draw": DrawOptions(scale=1.0)}, "there is no branch without the prompt"),
         ({"prompts": tmp_path / "none.txt"}, "No such file"),
         ({"prompts": tmp_path / "empty.txt"}, "holds no prompts"),
-        ({"prompts": None}, "no prompts are known for small: give --prompts FILE or --data_path FILE"),
+        ({"prompts": None}, "no prompts are known for embedded shapes model: give --prompts FILE or --data_path FILE"),
     ]
     for values, says in cases:
         with pytest.raises((ValueError, OSError)) as error:

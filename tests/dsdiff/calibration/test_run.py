@@ -20,8 +20,8 @@ def calibrated(options, tmp_path_factory):
 
 
 @pytest.fixture
-def interrupted(monkeypatch):
-    """Interrupts a calibration after five steps, once; a list of the numbers of all steps that were kept."""
+def saved_steps(monkeypatch):
+    """The numbers of all steps that were kept, in order; after the fifth the calibration is interrupted, once."""
     plain, saved = ProgressFolder.save, []
 
     def save(self, number, *args):
@@ -55,7 +55,8 @@ def test_no_unit_ends_worse_than_it_began(calibrated):
     assert any(unit.after < unit.before for unit in units)
 
 
-def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated, options, tmp_path, interrupted):
+@pytest.mark.slow
+def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated, options, tmp_path, saved_steps):
     own = replace(options, outdir=tmp_path)
     with pytest.raises(KeyboardInterrupt, match=r"4 units finished in .* with --resume goes on"):
         calibrate(own)
@@ -64,18 +65,25 @@ def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated,
     with pytest.raises(ValueError, match="other settings: recon"):
         calibrate(replace(own, iters_w=3, resume=True))
     assert calibrate(replace(own, resume=True)).read_bytes() == calibrated.read_bytes()
-    assert interrupted == list(range(len(interrupted)))  # each step once
+    assert saved_steps == list(range(len(saved_steps)))  # each step once
     assert not (tmp_path / "progress").exists()
 
 
-def test_a_ready_made_file_is_made_gone_on_with_and_found(calibrated, options, tmp_path, interrupted, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        ready_made(tmp_path / "a", options)
-    path = ready_made(tmp_path / "a", options)
-    assert path == tmp_path / "a" / "cali.safetensors" and path.read_bytes() == calibrated.read_bytes()
-    assert interrupted == list(range(len(interrupted)))
-    monkeypatch.setattr(run, "calibrate", lambda options: pytest.fail("made again"))
-    assert ready_made(tmp_path / "a", options) == path
+def test_a_ready_made_file_is_made_gone_on_with_and_found(options, tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(own):
+        calls.append(own)
+        own.outdir.mkdir(exist_ok=True)
+        own.target.touch()
+
+    monkeypatch.setattr(run, "calibrate", calibrate)
+    assert ready_made(tmp_path / "new", options) == tmp_path / "new" / "cali.safetensors"
+    ProgressFolder(tmp_path / "begun" / "progress").begin({})
+    assert ready_made(tmp_path / "begun", replace(options, format="qdiff")) == tmp_path / "begun" / "cali.pth"
+    assert [(own.outdir, own.resume) for own in calls] == [(tmp_path / "new", False), (tmp_path / "begun", True)]
+    ready_made(tmp_path / "new", options)
+    assert len(calls) == 2  # it was found
 
 
 def test_merging_is_noted(options, tmp_path):
