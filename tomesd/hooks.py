@@ -152,8 +152,6 @@ class BlockMerging:
         run = self.runs.pop() if self.runs else None  # none if another pre-hook failed before `begin`
         if run is None or run.matching is None or not isinstance(output, torch.Tensor) or not output.requires_grad:
             return
-        if torch.compiler.is_compiling():  # A compiled graph recomputes without running Python again.
-            return
 
         def bring_back(gradient: torch.Tensor) -> None:
             self.recomputed = run

@@ -17,12 +17,12 @@ MERGE_MODES = ("mean", "sum", "amax")
 
 @dataclass(frozen=True, kw_only=True)
 class Matching:
-    """A decision which tokens of a [B, N, .] tensor are merged. r tokens go, N - r remain.
+    """Which tokens of a [B, N, C] tensor are merged into which: r of N tokens go, N - r remain. All fields are int64.
 
-    a_idx [N - D], b_idx [D]: grid positions of the sources and of the destinations, in no particular order.
-    unm_idx [B, N - D - r]: the sources (as places in a_idx) that stay, by descending similarity.
-    src_idx [B, r]: the sources that are merged, by descending similarity.
-    dst_idx [B, r]: the destination (as a place in b_idx) that each of them joins.
+    a_idx [N - D], b_idx [D]: grid positions of the sources and of the D destinations, in no particular order.
+    unm_idx [B, N - D - r]: the sources that stay, as places in a_idx, by descending similarity.
+    src_idx [B, r]: the sources that are merged, as places in a_idx, by descending similarity.
+    dst_idx [B, r]: the destination that each of them joins, as a place in b_idx.
     """
 
     a_idx: torch.Tensor
@@ -44,10 +44,11 @@ class Matching:
         return self.unm_idx.shape[1] + self.b_idx.numel()
 
     def merge(self, x: torch.Tensor, mode: str = "mean") -> torch.Tensor:
-        """[B, N, C] -> [B, N - r, C]: the sources that stay, then the destinations.
+        """Merge [B, N, C] into [B, N - r, C]: the sources that stay, then the destinations.
 
         mode: "mean", "sum" or "amax" over a destination and all that joined it. On CUDA the sums are atomic,
         so the last bit may differ from run to run.
+        Raises ValueError for another mode and for tokens of another number or batch.
         """
         if mode not in MERGE_MODES:
             raise ValueError(f"unknown merge mode {mode!r}: choose one of {', '.join(MERGE_MODES)}")
@@ -59,7 +60,10 @@ class Matching:
         return torch.cat([unmerged, merged], dim=1)
 
     def unmerge(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, N - r, C] -> [B, N, C]: every token gets the value of the merged token it became part of."""
+        """Undo `merge`, [B, N - r, C] -> [B, N, C]: each token gets the value of the merged token it is part of.
+
+        Raises ValueError for tokens of another number or batch.
+        """
         self._check(x, self.tokens_after)
         return _take(x, self._place_of_each_token)
 
@@ -73,7 +77,7 @@ class Matching:
 
     @cached_property
     def _place_of_each_token(self) -> torch.Tensor:
-        """[B, N]: where in the merged sequence each token of the grid is found."""
+        """[B, N] int64: where in the merged sequence each token of the grid is found."""
         batch, staying = self.unm_idx.shape
         device = self.unm_idx.device
         place = torch.empty(batch, self.tokens_before, dtype=torch.long, device=device)
@@ -90,10 +94,10 @@ class Matching:
 
 
 def choose_destinations(w: int, h: int, sx: int, sy: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws which token of each tile is the destination: [h // sy, w // sx] int64 in 0 .. sx * sy - 1.
+    """Draw which token of each tile is the destination: [h // sy, w // sx] int64 in 0 .. sx * sy - 1.
 
-    generator: where the draw comes from; None means a new one with seed 0, so that the draw is the same each
-    time and the global generator is never touched. The result lies on the generator's device.
+    generator: the source of the draw. None means a new one with seed 0: the draw is the same each time, and the
+    global generator is never touched. The result is on the generator's device.
     """
     sx, sy = _clip_tile(w, h, sx, sy)
     if generator is None:
@@ -101,11 +105,10 @@ def choose_destinations(w: int, h: int, sx: int, sy: int, generator: torch.Gener
     return torch.randint(sx * sy, (h // sy, w // sx), generator=generator, device=generator.device)
 
 
-@torch.no_grad()
 def match_tokens(
     metric: torch.Tensor, w: int, h: int, sx: int, sy: int, r: int, choice: torch.Tensor | None = None
 ) -> Matching | None:
-    """Matches the tokens of a w x h grid; None if r <= 0, that is if nothing is to be merged.
+    """Match the tokens of a w x h grid (bipartite soft matching); return None if r <= 0: nothing is to be merged.
 
     metric: [B, h * w, C], row-major; tokens are compared by cosine similarity, a zero vector being at 0 to all.
     sx, sy: width and height of a tile. The columns and rows that fill no tile hold sources only; a tile wider
@@ -116,8 +119,12 @@ def match_tokens(
     Raises ValueError if the grid, the tile or the choice does not fit.
     """
     _check_grid(metric, w, h, sx, sy)
-    if r <= 0:
-        return None
+    return _match(metric, w, h, sx, sy, r, choice) if r > 0 else None
+
+
+@torch.no_grad()
+def _match(metric: torch.Tensor, w: int, h: int, sx: int, sy: int, r: int, choice: torch.Tensor | None) -> Matching:
+    """Match a checked grid, r >= 1. Bolya et al. (2022), section 3: each source keeps its best edge, r edges merge."""
     sx, sy = _clip_tile(w, h, sx, sy)
     a_idx, b_idx = _split_grid(w, h, sx, sy, choice, metric.device)
     r = min(r, a_idx.numel())
@@ -140,7 +147,7 @@ def bipartite_soft_matching_random2d(
     no_rand: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """The functions (merge, unmerge) for a w x h grid of tokens; both are the identity if r <= 0.
+    """Return the functions (merge, unmerge) for a w x h grid of tokens; both are the identity if r <= 0.
 
     merge(x, mode="mean"): [B, h * w, C] -> [B, h * w - r, C]; unmerge(x): back to [B, h * w, C].
     no_rand: take the first token of every tile as destination, instead of a random one (choose_destinations).
@@ -150,7 +157,7 @@ def bipartite_soft_matching_random2d(
     if r <= 0:
         return _identity, _identity
     choice = None if no_rand else choose_destinations(w, h, sx, sy, generator)
-    matching = match_tokens(metric, w, h, sx, sy, r, choice)
+    matching = _match(metric, w, h, sx, sy, r, choice)
     return matching.merge, matching.unmerge
 
 
@@ -159,13 +166,14 @@ def _identity(x: torch.Tensor, mode: str = "mean") -> torch.Tensor:
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [B, N, C], index [B, M] -> the M tokens [B, M, C]."""
-    # Whole rows at a time, by places in the flattened batch: several times faster than a gather of single numbers.
+    """Take M tokens of each sample: x [B, N, C], index [B, M] -> [B, M, C]."""
+    # index_select on the flattened batch copies whole rows: several times faster than a gather of single numbers.
     first = torch.arange(len(x), device=index.device).unsqueeze(1) * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, x.shape[-1])
 
 
 def _normalize(metric: torch.Tensor) -> torch.Tensor:
+    """Scale each token to length 1; a zero vector stays zero."""
     norm = metric.norm(dim=-1, keepdim=True)
     return metric / torch.where(norm == 0, torch.ones_like(norm), norm)
 
@@ -177,7 +185,7 @@ def _clip_tile(w: int, h: int, sx: int, sy: int) -> tuple[int, int]:
 def _split_grid(
     w: int, h: int, sx: int, sy: int, choice: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grid positions of the sources [N - D] and of the destinations [D]."""
+    """Return the grid positions of the sources [N - D] and of the destinations [D]."""
     rows, cols = h // sy, w // sx
     if choice is None:
         choice = torch.zeros(rows, cols, dtype=torch.long, device=device)
@@ -190,8 +198,8 @@ def _split_grid(
     x = torch.arange(cols, device=device) * sx + choice % sx
     key = torch.zeros(h * w, dtype=torch.long, device=device)
     key[(y * w + x).flatten()] = -1
-    # Sorting splits without asking the device for a count. The order among equals is left to the device's plain
-    # sort, as in the reference implementation: it changes no decision, but so the rounding agrees with it too.
+    # A sort splits the grid without asking the device for a count. It is the plain, unstable sort of the reference
+    # implementation: the order among equal keys changes no decision, but the same order gives the same rounding.
     order = key.argsort()
     return order[rows * cols :], order[: rows * cols]
 

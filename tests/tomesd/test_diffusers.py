@@ -1,8 +1,10 @@
 """Token merging on real diffusers models with small random weights, and against the published tomesd package."""
 
+import copy
 import importlib.util
 import sys
 from importlib import metadata
+from itertools import product
 
 import pytest
 import torch
@@ -70,36 +72,38 @@ def published():
     return published_tomesd()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_downsample": 2},
-        {"ratio": 0.75, "merge_crossattn": True},
-        {"ratio": 0.3, "max_downsample": 2, "merge_mlp": True, "sx": 4},
-        {"merge_attn": False, "merge_mlp": True},
-    ],
-)
-@pytest.mark.parametrize("h, w", [(16, 16), (12, 20), (10, 14)])
-def test_unet_equals_the_published_package(unet, published, options, h, w):
-    published.apply_patch(unet, use_rand=False, **options)
-    expected = run(unet, h, w)
-    published.remove_patch(unet)
-    unpatched = run(unet, h, w)
-    tomesd.apply_patch(unet, use_rand=False, **options)
-    assert (run(unet, h, w) - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert (unpatched - expected).abs().max() > 1e-4 * expected.abs().max()
+OPTIONS = [
+    {},
+    {"max_downsample": 2},
+    {"ratio": 0.75, "merge_crossattn": True},
+    {"ratio": 0.3, "max_downsample": 2, "merge_mlp": True, "sx": 4},
+    {"merge_attn": False, "merge_mlp": True},
+]
 
 
-@pytest.mark.parametrize("w, h, r", [(8, 8, 32), (7, 5, 17), (9, 6, 99)])
-def test_matching_equals_the_published_package(published, w, h, r):
-    metric = normal(2, h * w, 6)
-    theirs = published.merge.bipartite_soft_matching_random2d(
-        metric, w, h, 2, 2, r, False, torch.Generator().manual_seed(9)
-    )
-    ours = tomesd.merge.bipartite_soft_matching_random2d(metric, w, h, 2, 2, r, False, torch.Generator().manual_seed(9))
-    x = normal(2, h * w, 3, seed=4)
-    assert torch.equal(ours[1](ours[0](x)), theirs[1](theirs[0](x)))
+def test_unet_equals_the_published_package(unet, published):
+    for options, (h, w) in product(OPTIONS, [(16, 16), (12, 20), (10, 14)]):
+        unpatched = run(unet, h, w)
+        published.apply_patch(unet, use_rand=False, **options)
+        expected = run(unet, h, w)
+        published.remove_patch(unet)
+        tomesd.apply_patch(unet, use_rand=False, **options)
+        assert (run(unet, h, w) - expected).abs().max() <= 1e-6 * expected.abs().max(), (options, h, w)
+        assert (unpatched - expected).abs().max() > 1e-4 * expected.abs().max(), (options, h, w)
+        tomesd.remove_patch(unet)
+        assert torch.equal(run(unet, h, w), unpatched), (options, h, w)
+
+
+def test_matching_equals_the_published_package(published):
+    for w, h, r in [(8, 8, 32), (7, 5, 17), (9, 6, 99)]:
+        metric, x = normal(2, h * w, 6), normal(2, h * w, 3, seed=4)
+        theirs, ours = (
+            package.merge.bipartite_soft_matching_random2d(
+                metric, w, h, 2, 2, r, False, torch.Generator().manual_seed(9)
+            )
+            for package in (published, tomesd)
+        )
+        assert torch.equal(ours[1](ours[0](x)), theirs[1](theirs[0](x))), (w, h, r)
 
 
 def test_remove_patch_restores_the_unet_bit_for_bit(unet):
@@ -160,18 +164,57 @@ def test_block_with_adaptive_norm_and_no_second_attention():
     assert torch.equal(tomesd.remove_patch(net)(x), before)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_a_chunked_feed_forward_cannot_be_merged(unet, dim):
-    chunk = {0: 1, 1: 4}[dim]
-    for module in unet.modules():
-        if isinstance(module, diffusers.models.attention.BasicTransformerBlock):
-            module.set_chunk_feed_forward(chunk, dim=dim)
-    whole = run(unet)
-    tomesd.apply_patch(unet, merge_mlp=True)
-    with pytest.raises(ValueError, match="switch forward chunking off"):
-        run(unet)
-    tomesd.apply_patch(unet)  # Around attention alone it can.
-    assert not torch.equal(run(unet), whole)
+def test_a_chunked_feed_forward_cannot_be_merged(unet):
+    for dim, chunk in {0: 1, 1: 4}.items():
+        for module in unet.modules():
+            if isinstance(module, diffusers.models.attention.BasicTransformerBlock):
+                module.set_chunk_feed_forward(chunk, dim=dim)
+        whole = run(unet)
+        tomesd.apply_patch(unet, merge_mlp=True)
+        with pytest.raises(ValueError, match="switch forward chunking off"):
+            run(unet)
+        tomesd.apply_patch(unet)  # Around attention alone it can.
+        assert not torch.equal(run(unet), whole), dim
+        tomesd.remove_patch(unet)
+
+
+def test_attention_processors_may_be_exchanged_while_patched(unet):
+    processors = diffusers.models.attention_processor
+    tomesd.apply_patch(unet, seed=1, merge_crossattn=True)
+    expected = run(unet)
+    unet.set_attn_processor(processors.AttnProcessor())  # softmax(q k^T) v written out
+    tomesd.reseed(unet, 1)
+    out = run(unet)
+    assert all(isinstance(processor, processors.AttnProcessor) for processor in unet.attn_processors.values())
+    torch.testing.assert_close(out, expected)
+    assert tomesd.token_report(unet)[0].tokens_processed == 128
+    tomesd.remove_patch(unet)
+    patched_after = run(tomesd.apply_patch(unet, seed=1, merge_crossattn=True))
+    assert torch.equal(patched_after, out)
+
+
+@torch.enable_grad()
+def test_gradient_checkpointing_around_blocks(unet):
+    tomesd.apply_patch(unet, max_downsample=2, merge_mlp=True)
+    unet.train()
+    gradients = []
+    for switch in (unet.disable_gradient_checkpointing, unet.enable_gradient_checkpointing):
+        switch()
+        unet.zero_grad()
+        tomesd.reseed(unet, 0)
+        run(unet).square().sum().backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_a_copy_of_a_patched_unet_is_independent(unet):
+    tomesd.apply_patch(unet, seed=1)
+    expected = run(unet)
+    twin = copy.deepcopy(unet)
+    before = run(tomesd.remove_patch(unet))
+    tomesd.reseed(twin, 1)
+    assert torch.equal(run(twin), expected)
+    assert torch.equal(run(tomesd.remove_patch(twin)), before)
 
 
 def test_a_mask_over_image_tokens_cannot_be_merged(unet):

@@ -1,7 +1,8 @@
-"""The matching itself, against recorded results of the reference implementation and on the edges of its domain."""
+"""Matching, merging and unmerging, against recorded results of the reference implementation and on edge cases."""
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,9 @@ def merge_pair(name, goldens):
 
 
 def in_our_order(merged, name, goldens, matching):
-    """The golden's merged tokens, its destinations permuted to our order.
+    """Return the golden's merged tokens with its destinations permuted to our order.
 
-    The order among destinations is that of torch's sort of equal keys, which depends on the processor; it is the
-    same on the machine that made the goldens.
+    The order among destinations is that of torch's sort of equal keys, which depends on the processor.
     """
     staying = matching.unm_idx.shape[1]
     golden_order = goldens[f"{name}/b_idx"].tolist()
@@ -54,50 +54,47 @@ def match_golden(name, goldens):
     return match_tokens(goldens[f"{name}/metric"], *grid_of(case), case["r"], choice)
 
 
-@pytest.mark.parametrize("name", MERGING_CASES)
-def test_merge_and_unmerge_equal_the_goldens_bit_for_bit(name, goldens):
-    merge, unmerge = merge_pair(name, goldens)
-    matching = match_golden(name, goldens)
-    x = goldens[f"{name}/x"]
-    for mode, key in (("mean", "merged"), ("sum", "merged_sum"), ("amax", "merged_amax")):
-        expected = in_our_order(goldens[f"{name}/{key}"], name, goldens, matching)
-        assert torch.equal(merge(x, mode=mode), expected), mode
-    assert torch.equal(unmerge(merge(x)), goldens[f"{name}/unmerged"])
-    y = in_our_order(goldens[f"{name}/y"], name, goldens, matching)
-    assert torch.equal(unmerge(y), goldens[f"{name}/y_unmerged"])
+def test_merge_and_unmerge_equal_the_goldens_bit_for_bit(goldens):
+    for name in MERGING_CASES:
+        merge, unmerge = merge_pair(name, goldens)
+        matching = match_golden(name, goldens)
+        x = goldens[f"{name}/x"]
+        for mode, key in (("mean", "merged"), ("sum", "merged_sum"), ("amax", "merged_amax")):
+            expected = in_our_order(goldens[f"{name}/{key}"], name, goldens, matching)
+            assert torch.equal(merge(x, mode=mode), expected), (name, mode)
+        assert torch.equal(unmerge(merge(x)), goldens[f"{name}/unmerged"]), name
+        y = in_our_order(goldens[f"{name}/y"], name, goldens, matching)
+        assert torch.equal(unmerge(y), goldens[f"{name}/y_unmerged"]), name
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in MERGING_CASES])
-def test_nothing_to_merge_is_the_identity(name, goldens):
-    merge, unmerge = merge_pair(name, goldens)
-    x = goldens[f"{name}/x"]
-    assert merge(x) is x
-    assert merge(x, mode="sum") is x
-    assert unmerge(x) is x
-    assert torch.equal(x, goldens[f"{name}/unmerged"])
+def test_nothing_to_merge_is_the_identity(goldens):
+    for name in CASES.keys() - set(MERGING_CASES):
+        merge, unmerge = merge_pair(name, goldens)
+        x = goldens[f"{name}/x"]
+        assert merge(x) is x and merge(x, mode="sum") is x and unmerge(x) is x, name
+        assert torch.equal(x, goldens[f"{name}/unmerged"]), name
 
 
-@pytest.mark.parametrize("name", MERGING_CASES)
-def test_index_sets_equal_the_goldens(name, goldens):
-    matching = match_golden(name, goldens)
-    a_idx, b_idx, unm_idx, src_idx, dst_idx = (
-        goldens[f"{name}/{index}"].long() for index in ("a_idx", "b_idx", "unm_idx", "src_idx", "dst_idx")
-    )
-    assert sorted(matching.a_idx.tolist()) == sorted(a_idx.tolist())
-    assert sorted(matching.b_idx.tolist()) == sorted(b_idx.tolist())
-    # As grid positions, the rest has one right order: by descending similarity.
-    assert torch.equal(matching.a_idx[matching.unm_idx], a_idx[unm_idx])
-    assert torch.equal(matching.a_idx[matching.src_idx], a_idx[src_idx])
-    assert torch.equal(matching.b_idx[matching.dst_idx], b_idx[dst_idx])
-    assert matching.tokens_before == CASES[name]["tokens"]
-    assert matching.tokens_after == CASES[name]["tokens_after"]
+def test_index_sets_equal_the_goldens(goldens):
+    for name in MERGING_CASES:
+        matching = match_golden(name, goldens)
+        a_idx, b_idx, unm_idx, src_idx, dst_idx = (
+            goldens[f"{name}/{index}"].long() for index in ("a_idx", "b_idx", "unm_idx", "src_idx", "dst_idx")
+        )
+        assert sorted(matching.a_idx.tolist()) == sorted(a_idx.tolist()), name
+        assert sorted(matching.b_idx.tolist()) == sorted(b_idx.tolist()), name
+        # As grid positions, the rest has one right order: by descending similarity.
+        assert torch.equal(matching.a_idx[matching.unm_idx], a_idx[unm_idx]), name
+        assert torch.equal(matching.a_idx[matching.src_idx], a_idx[src_idx]), name
+        assert torch.equal(matching.b_idx[matching.dst_idx], b_idx[dst_idx]), name
+        assert matching.tokens_before == CASES[name]["tokens"], name
+        assert matching.tokens_after == CASES[name]["tokens_after"], name
 
 
-@pytest.mark.parametrize("name", RANDOM_CASES)
-def test_destinations_are_drawn_from_the_given_generator(name, goldens):
-    case = CASES[name]
-    choice = choose_destinations(*grid_of(case), generator_of(case))
-    assert torch.equal(choice, goldens[f"{name}/rand_idx"].long())
+def test_destinations_are_drawn_from_the_given_generator(goldens):
+    for name in RANDOM_CASES:
+        choice = choose_destinations(*grid_of(CASES[name]), generator_of(CASES[name]))
+        assert torch.equal(choice, goldens[f"{name}/rand_idx"].long()), name
 
 
 def test_goldens_hold_both_merging_and_identity_cases():
@@ -115,16 +112,15 @@ def test_without_a_generator_random_destinations_repeat_and_leave_the_global_one
     assert not torch.equal(results[0], fixed)
 
 
-@pytest.mark.parametrize("w, h", [(1, 6), (6, 1), (1, 1), (2, 1), (3, 2)])
-@pytest.mark.parametrize("no_rand", [True, False])
-def test_a_tile_larger_than_the_grid_is_clipped(w, h, no_rand):
-    x = torch.randn(2, w * h, 4, generator=torch.Generator().manual_seed(2))
-    merge, unmerge = bipartite_soft_matching_random2d(x, w, h, 4, 4, w * h, no_rand)
-    tiles = max(1, w // 4) * max(1, h // 4)
-    merged = merge(x, mode="sum")
-    assert merged.shape == (2, tiles, 4)
-    torch.testing.assert_close(merged.sum(dim=1), x.sum(dim=1))
-    assert unmerge(merged).shape == x.shape
+def test_a_tile_larger_than_the_grid_is_clipped():
+    for (w, h), no_rand in product([(1, 6), (6, 1), (1, 1), (2, 1), (3, 2)], [True, False]):
+        x = torch.randn(2, w * h, 4, generator=torch.Generator().manual_seed(2))
+        merge, unmerge = bipartite_soft_matching_random2d(x, w, h, 4, 4, w * h, no_rand)
+        tiles = max(1, w // 4) * max(1, h // 4)
+        merged = merge(x, mode="sum")
+        assert merged.shape == (2, tiles, 4), (w, h, no_rand)
+        torch.testing.assert_close(merged.sum(dim=1), x.sum(dim=1), msg=f"{w} x {h}, {no_rand}")
+        assert unmerge(merged).shape == x.shape, (w, h, no_rand)
 
 
 def test_zero_tokens_attract_nobody():
@@ -165,13 +161,10 @@ def test_gradients_pass_through_merge_and_unmerge():
     torch.testing.assert_close(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize(
-    "grid, message",
-    [((4, 3, 2, 2), "no 4 x 3 grid"), ((0, 16, 2, 2), "at least 1"), ((4, 4, 0, 2), "at least 1")],
-)
-def test_grids_that_do_not_fit_are_refused(grid, message):
-    with pytest.raises(ValueError, match=message):
-        bipartite_soft_matching_random2d(torch.ones(1, 16, 2), *grid, 4)
+def test_grids_that_do_not_fit_are_refused():
+    for *grid, message in [(4, 3, 2, 2, "no 4 x 3 grid"), (0, 16, 2, 2, "at least 1"), (4, 4, 0, 2, "at least 1")]:
+        with pytest.raises(ValueError, match=message):
+            bipartite_soft_matching_random2d(torch.ones(1, 16, 2), *grid, 4)
 
 
 def test_misused_functions_are_refused():
