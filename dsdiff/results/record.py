@@ -78,7 +78,7 @@ class Results:
     @property
     def drawn(self) -> dict[str, Any]:
         """What the table says of drawing; what it leaves to the model is absent."""
-        return {name: value for name, value in asdict(self.drawing).items() if value not in (None, "")}
+        return {name: value for name, value in asdict(self.drawing).items() if value}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -117,12 +117,14 @@ def _protocol(values: Mapping[str, Any], name: str) -> Protocol:
     plain = {each.name for each in fields(Protocol)}
     required = ("config", "prompts", "pictures", "seed", "drawing")
     check_names(f"model {name}", values, (*plain, "reference"), required)
-    sections = {part: dict(values.get(part) or {}) for part in ("drawing", "calibration", "scoring")}
+    sections = {part: values.get(part) or {} for part in ("drawing", "calibration", "scoring")}
     reserved = {"drawing": DRAWN_ELSEWHERE, "calibration": CALIBRATED_ELSEWHERE, "scoring": SCORED_ELSEWHERE}
     for part, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{part} of {name} is {section!r}: it must be names with values")
         if taken := [key for key in section if key in reserved[part]]:
             raise ValueError(f"{part} of {name} has {', '.join(taken)}, which the rows and the command say")
-    calibration, scoring = {**sections["calibration"], **W4A8}, sections["scoring"]
+    calibration, scoring = {**sections["calibration"], **W4A8}, dict(sections["scoring"])
     if values.get("reference") is not None:
         scoring["reference"] = values["reference"]
     return Protocol(

@@ -72,6 +72,7 @@ def results(outdir):
     return json.loads((outdir / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_table(results):
     rows = results["rows"]
     assert [(row["name"], row["ratio"], row["published"]) for row in rows] == [
@@ -82,6 +83,7 @@ def test_rows_are_those_of_the_table(results):
     assert rows[0]["unet"]["weight_bytes"] > 3 * rows[1]["unet"]["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_differences_are_those_of_the_fids(results):
     base, *others = results["rows"]
     assert "fid_difference" not in base["scores"] and "psnr" not in base["scores"]
@@ -94,6 +96,7 @@ def test_differences_are_those_of_the_fids(results):
         assert row["scores"]["psnr"]["value"] < row["scores"]["psnr_mean_of_pictures"]["value"]
 
 
+@pytest.mark.slow
 def test_same_prompts_from_the_same_noise(outdir, results):
     seen = []
     for row in results["rows"]:
@@ -105,6 +108,7 @@ def test_same_prompts_from_the_same_noise(outdir, results):
     assert len(set(pixels)) == 3
 
 
+@pytest.mark.slow
 def test_second_run_draws_nothing_and_says_the_same(outdir, flags, results, monkeypatch):
     monkeypatch.setattr(jobs, "write_png", None)
     monkeypatch.setattr(comparison, "side_by_side", None)
@@ -145,6 +149,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
+@pytest.mark.slow
 def test_markdown_and_page_show_the_same_table(outdir, results):
     lines = (outdir / "results.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -156,6 +161,7 @@ def test_markdown_and_page_show_the_same_table(outdir, results):
     assert table[2][1].startswith(f"{fid:.4g} [") and table[2][2] == "-" and re.match(r"[+-]\d", table[3][2])
 
 
+@pytest.mark.slow
 def test_page_holds_all_it_shows(outdir):
     text = (outdir / "results.html").read_text()
     page = Page(text)
@@ -168,6 +174,7 @@ def browser():
     return next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no browser to open the page with")
 def test_a_browser_shows_the_page(outdir, tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

@@ -1,9 +1,16 @@
 """configs/eval/table.yaml, and tables that are none."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from dsdiff.results.table import TABLE, Row, read_table
+from dsdiff.calibration.options import PRESETS
+from dsdiff.options import DrawOptions, MergeOptions, QuantizationOptions
+from dsdiff.results.options import TABLE, ResultsOptions
+from dsdiff.results.table import Row, read_table
+
+CALI = Path("cali.safetensors")
 
 
 def test_shipped_table_is_that_of_the_original():
@@ -14,41 +21,93 @@ def test_shipped_table_is_that_of_the_original():
         *(("W4A8", ratio) for ratio in (0, 0.1, 0.3, 0.5, 0.6)),
     ]
     assert [row.published for row in rows] == [33.77, 33.54, 33.71, 34.06, 33.31, 33.28, 33.90, 34.02, 34.20]
-    sd = protocols["sd-v1"]
+    sd, embedded = protocols["sd-v1"], protocols["embedded"]
     assert (sd.prompts, sd.pictures) == ("A high quality photograph of a {class}", 2000)
-    assert sd.drawing[:5] == ["--plms", "--ddim_steps", "50", "--scale", "7.5"] and sd.reference is None
-    assert all(protocol.drawing[-2:] == ["--precision", "full"] for protocol in protocols.values())
+    assert sd.drawing == DrawOptions(sampler="plms", steps=50, scale=7.5, precision="full")
+    assert embedded.drawing == DrawOptions(sampler="dpm_solver", steps=20, precision="full")
+    assert (sd.scoring.reference, sd.scoring.resize, sd.scoring.size) == (None, "center-crop", 512)
+    assert embedded.scoring.reference == "shapes"
 
 
-def test_flags_of_rows():
-    assert Row(name="FP32", ratio=0.0).flags == []
-    assert Row(name="FP32", ratio=0.3).flags == ["--ratio", "0.3"]
-    assert Row(name="W4A32", ratio=0.0, weight_bit=4).flags == ["--ptq", "--weight_bit", "4", "--no-quant_act"]
-    assert Row(name="W4A8", ratio=0.6, weight_bit=4, act_bit=8).flags == [
-        *["--ratio", "0.6", "--ptq", "--weight_bit", "4", "--quant_act", "--act_bit", "8"]
+def test_a_calibration_is_w4a8_and_what_the_table_adds():
+    _, protocols = read_table(TABLE)
+    for name, draw, preset in (
+        ("embedded", DrawOptions(sampler="dpm_solver", steps=20), "fast"),
+        ("sd-v1", DrawOptions(sampler="plms", steps=50, scale=7.5), "paper"),
+    ):
+        made = protocols[name].calibration
+        bits = (made.weight_bit, made.quant_act, made.act_bit, made.sm_abit, made.split, made.cond)
+        assert bits == (4, True, 8, 16, True, True) and made.draw == draw, name
+        assert made.effort == PRESETS[preset], name
+
+
+def test_what_rows_ask_for():
+    cases = [
+        (Row(name="FP32", ratio=0.0), None, None),
+        (Row(name="FP32", ratio=0.3), MergeOptions(ratio=0.3), None),
+        (
+            Row(name="W4A32", ratio=0.0, weight_bit=4),
+            None,
+            QuantizationOptions(cali_ckpt=CALI, weight_bit=4, quant_act=False),
+        ),
+        (
+            Row(name="W4A8", ratio=0.6, weight_bit=4, act_bit=8),
+            MergeOptions(ratio=0.6),
+            QuantizationOptions(cali_ckpt=CALI, weight_bit=4, quant_act=True, act_bit=8),
+        ),
     ]
+    for row, merge, quantization in cases:
+        assert row.merge == merge and row.quantization(CALI) == quantization, row.title
 
 
-@pytest.mark.parametrize(
-    "edit, says",
-    [
-        (lambda table: table.pop("rows"), "rows"),
-        (lambda table: table["rows"].pop(0), "first row must be full precision"),
-        (lambda table: table["rows"].append(table["rows"][0]), "two rows have the same name and ratio"),
-        (lambda table: table["rows"][1].update(ratio=0.8), "ratio is 0.8"),
-        (lambda table: table["rows"][1].update(act_bit=8), "need a weight_bit"),
-        (lambda table: table["rows"][1].update(colour="red"), "unknown colour"),
-        (lambda table: table["models"]["sd-v1"].update(prompts="a dog"), "prompts are 'a dog'"),
-        (lambda table: table["models"]["sd-v1"].pop("seed"), "seed"),
-        (lambda table: table["models"]["sd-v1"].update(drawing=["--ddim_steps", 20]), "numbers in quotes"),
-        (lambda table: table["models"]["sd-v1"].update(drawing=["--seed", "5"]), "drawing has --seed"),
-    ],
-)
-def test_bad_tables_are_refused(tmp_path, edit, says):
-    table = yaml.safe_load(TABLE.read_text())
-    edit(table)
+def edited(section, **values):
+    """Return an edit of sd-v1's protocol."""
+
+    def edit(table):
+        protocol = table["models"]["sd-v1"]
+        (protocol if section is None else protocol.setdefault(section, {})).update(values)
+
+    return edit
+
+
+BAD_TABLES = [
+    (lambda table: table.pop("rows"), "lacks rows"),
+    (lambda table: table["rows"].pop(0), "first row must be full precision"),
+    (lambda table: table["rows"].append(table["rows"][0]), "two rows have the same name and ratio"),
+    (lambda table: table["rows"][1].update(ratio=0.8), "row 2: ratio is 0.8"),
+    (lambda table: table["rows"][1].update(ratio="half"), "row 2: ratio is 'half': it must be of type float"),
+    (lambda table: table["rows"][1].pop("ratio"), "row 2 lacks ratio"),
+    (lambda table: table["rows"][1].update(act_bit=8), "need a weight_bit"),
+    (lambda table: table["rows"][1].update(colour="red"), "row 2 has unknown colour"),
+    (edited(None, prompts="a dog"), "prompts are 'a dog'"),
+    (edited(None, pictures="many"), "pictures is 'many'"),
+    (lambda table: table["models"]["sd-v1"].pop("seed"), "model sd-v1 lacks seed"),
+    (edited(None, drawing=["--ddim_steps", 20]), "drawing of sd-v1 is ['--ddim_steps', 20]: it must be names"),
+    (edited("drawing", seed=5), "drawing of sd-v1 has unknown seed: it takes eta, height"),
+    (edited("drawing", merge={"ratio": 0.5}), "drawing of sd-v1 has merge, which the rows and the command say"),
+    (edited("drawing", steps="20"), "drawing of sd-v1: steps is '20': it must be of type int or empty"),
+    (edited("drawing", sampler="euler"), "drawing of sd-v1: sampler is 'euler': it must be one of ddim"),
+    (edited("calibration", weight_bit=8), "calibration of sd-v1 has weight_bit, which the rows"),
+    (edited("calibration", preset="slow"), "calibration of sd-v1: preset is 'slow'"),
+    (edited("calibration", draw={"steps": 0}), "calibration of sd-v1: draw: steps is 0"),
+    (edited("scoring", size=4), "scoring of sd-v1: size is 4"),
+    (edited("scoring", resize="none"), "size has no effect"),
+    (edited("scoring", paired="x"), "scoring of sd-v1 has paired, which the rows"),
+]
+
+
+def test_bad_tables_are_refused(tmp_path):
     path = tmp_path / "table.yaml"
-    path.write_text(yaml.safe_dump(table))
-    with pytest.raises(ValueError, match=says) as raised:
-        read_table(path)
-    assert "table.yaml" in str(raised.value)
+    for edit, says in BAD_TABLES:
+        table = yaml.safe_load(TABLE.read_text())
+        edit(table)
+        path.write_text(yaml.safe_dump(table))
+        with pytest.raises(ValueError) as raised:
+            read_table(path)
+        assert says in str(raised.value) and "table.yaml" in str(raised.value), says
+
+
+def test_options_out_of_range_are_refused():
+    for name, value in (("pictures", 1), ("batch_size", 0), ("repeats", 0), ("shown", 2.5)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            ResultsOptions(**{name: value})
