@@ -136,7 +136,7 @@ def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions
     digest = hashlib.sha256()
     for tensor in (data.x, data.t, data.context):
         if tensor is not None:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
     return Settings(
         fingerprint=fingerprint(qnn),
         config=qnn.config,
