@@ -11,12 +11,14 @@ import torch
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.variants import fit
 from dsdiff.models.bundle import save_bundle
+from dsdiff.models.configs import read_config
+from dsdiff.models.float_model import load_float_model
 from dsdiff.models.quantized import cali_ckpt_of
 from dsdiff.models.registry import STABLE_DIFFUSION, TOKENIZER
-from dsdiff.models.spec import find_model, read_config
+from dsdiff.models.spec import find_model
 from dsdiff.options import ModelOptions
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import for_inference, instantiate_from_config, load_model_from_config
+from ldm.util import for_inference, instantiate_from_config
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, split_layers
 from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
@@ -40,7 +42,7 @@ def export_calibrated(
             raise ValueError(f"{str(file)!r} is what is read: give another name to write to")
     header = read_cali_header(path, **({} if weight_bit is None else {"weight_bit": weight_bit}))
     logger.info("%s, %s", spec, path)
-    network = load_model_from_config(spec.config, spec.ckpt, "cpu", tokenizer=model.tokenizer)
+    network = load_float_model(spec, torch.device("cpu"), model.tokenizer)
     qnn = QuantModel(network.model.diffusion_model, header.config)
     load_cali_ckpt(qnn, path)
     network.model.diffusion_model = qnn

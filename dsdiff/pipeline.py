@@ -14,6 +14,7 @@ import tomesd
 from dsdiff.environment import choose_device, precision_context
 from dsdiff.images.png import to_pictures
 from dsdiff.models.bundle import load_bundle
+from dsdiff.models.float_model import load_float_model
 from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
@@ -24,7 +25,6 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
-from ldm.util import load_model_from_config
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.lower import fits_bytes
@@ -164,8 +164,7 @@ class Pipeline:
             install(model, qnn, self.quantization, precision)
             give_back_freed()
         else:
-            model = load_model_from_config(self.spec.config, self.spec.ckpt, self.device, tokenizer=self.tokenizer)
-            getattr(model.cond_stage_model, "tokenizer", None)  # read now: what it lacks is told before all else
+            model = load_float_model(self.spec, self.device, self.tokenizer)
             logger.debug("weights read")
             if self.quantization is not None:
                 quantize(model, self.quantization, precision)

@@ -6,15 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 T = TypeVar("T")
 
@@ -91,7 +88,7 @@ def load_model_from_config(
     tokenizer: str | Path | None = None,
     use_ema: bool = True,
     verbose: bool = False,
-) -> "LatentDiffusion":
+) -> nn.Module:
     """Return the LatentDiffusion of `config`, filled from the checkpoint `ckpt`, on `device`, in eval mode.
 
     config: a whole config, or its `model` node.

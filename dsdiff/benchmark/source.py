@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdiff.models.configs import read_config
 from dsdiff.models.registry import CHECKPOINTS
-from dsdiff.models.spec import read_config
 from ldm.checkpoint import averaged_weights, fill, read_weights
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config

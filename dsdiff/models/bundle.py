@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsdiff.models.spec import config_for_drawing
+from dsdiff.models.configs import config_for_drawing
 from ldm.checkpoint import fill, read_metadata, read_weights
 from ldm.fileio import write_atomically
 from ldm.half_storage import keep_in_half

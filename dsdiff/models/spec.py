@@ -2,17 +2,15 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, ROOT, STABLE_DIFFUSION
+from dsdiff.models.configs import config_for_drawing, look_up, read_config
+from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, STABLE_DIFFUSION
 from dsdiff.options import ModelOptions
 
 
@@ -113,50 +111,16 @@ def _choose_files(config: Path | None, ckpt: Path | None) -> tuple[Path, Path]:
     return config, ckpt
 
 
-# --- configs -----------------------------------------------------------------------------------------------
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a config as plain dicts. A relative tokenizer directory in it is found wherever the command runs.
-
-    Raises OSError if the file cannot be read, ValueError if it is no yaml.
-    """
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"config {str(path)!r} is no valid yaml: {error}") from error
-    encoder = _look_up(config, "model.params.cond_stage_config.params")
-    if isinstance(encoder, dict) and encoder.get("tokenizer"):
-        directory = encoder.pop("tokenizer")
-        found = [place / directory for place in (Path.cwd(), ROOT) if (place / directory).is_dir()]
-        if found:  # otherwise it may lie beside the checkpoint
-            encoder["tokenizer"] = str(found[0])
-    return config
-
-
-def config_for_drawing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what drawing needs of a config: nothing of training, and no directory."""
-    config = json.loads(json.dumps({name: config[name] for name in ("model", "sampling") if name in config}))
-    params = config["model"]["params"]
-    params.pop("scheduler_config", None)
-    encoder = params.get("cond_stage_config") or {}
-    (encoder.get("params") or {}).pop("tokenizer", None)
-    return dict(config)
-
-
-def _look_up(config: Any, path: str) -> Any:
-    for key in path.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
-    return config
+# --- facts of a config --------------------------------------------------------------------------------------
 
 
 def _facts(config: Any, path: Path) -> dict[str, Any]:
     """Return the sizes of a config's model and its defaults for sampling, as arguments of ModelSpec."""
-    image_size = _look_up(config, "model.params.image_size")
-    ch_mult = _look_up(config, "model.params.first_stage_config.params.ddconfig.ch_mult")
+    image_size = look_up(config, "model.params.image_size")
+    ch_mult = look_up(config, "model.params.first_stage_config.params.ddconfig.ch_mult")
     sizes = {
-        "channels": _look_up(config, "model.params.channels"),
-        "timesteps": _look_up(config, "model.params.timesteps") or 1000,
+        "channels": look_up(config, "model.params.channels"),
+        "timesteps": look_up(config, "model.params.timesteps") or 1000,
         "factor": 2 ** (len(ch_mult) - 1) if isinstance(ch_mult, list) else None,
     }
     if not all(isinstance(size, int) and size > 0 for size in (image_size, *sizes.values())):

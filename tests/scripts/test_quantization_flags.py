@@ -5,8 +5,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from dsdiff.models.configs import read_config
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
-from dsdiff.models.spec import read_config
 from ldm.util import load_model_from_config
 from qdiff import QuantModel, load_cali_ckpt, save_cali_ckpt
 from qdiff.checkpoint import read_cali_header
