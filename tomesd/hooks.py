@@ -140,31 +140,37 @@ class BlockMerging:
         tokens = x.shape[1]
         processed = tokens if run.matching is None else run.matching.tokens_after
         self.count = TokenCount(name=self.count.name, tokens_in=tokens, tokens_processed=processed)
+        if run.matching is not None and x.grad_fn is not None:  # a leaf would keep the hook beyond the graph
+            x.register_hook(self._input_gradient)
 
     def end(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, also called (with an output of None) when the forward has failed: end the matching.
 
         A block with gradient checkpointing inside its forward (CompVis: `checkpoint(self._forward, ...)`) computes
         its layers anew in the backward pass, and no hook of the block is called then. But the gradient of the
-        block's output arrives first. A hook on that tensor brings back the matching, which so belongs to the graph:
-        it is right for each of several graphs, and is freed with the last of them.
+        block's output arrives before, and that of its input afterwards. A hook on the output brings the matching
+        back, and one on the input ends it again. So the matching belongs to the graph: each of several graphs has
+        its own, and it is freed with the graph.
         """
         run = self.runs.pop() if self.runs else None  # none if another pre-hook failed before `begin`
         if run is None or run.matching is None or not isinstance(output, torch.Tensor) or not output.requires_grad:
             return
 
-        def bring_back(gradient: torch.Tensor) -> None:
+        def output_gradient(gradient: torch.Tensor) -> None:
             self.recomputed = run
 
-        output.register_hook(bring_back)
+        output.register_hook(output_gradient)
+
+    def _input_gradient(self, gradient: torch.Tensor) -> None:
+        self.recomputed = None
 
     # --- hooks of its layers ----------------------------------------------------------------------------------
 
     def _running(self) -> _Run | None:
         if self.runs:
             return self.runs[-1]
-        # Nothing tells when a backward pass is over. So its matching stays until the block's next forward, but is
-        # used only where a recomputation is possible: one always runs with gradients enabled.
+        # An input without gradient does not tell when the recomputation is over: the matching then stays until the
+        # block's next forward. A recomputation always runs with gradients enabled, so nothing else uses it.
         return self.recomputed if torch.is_grad_enabled() else None
 
     def merge_input(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

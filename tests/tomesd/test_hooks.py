@@ -247,11 +247,30 @@ def test_after_a_backward_pass_layers_alone_do_not_merge(net, output):
     tomesd.apply_patch(net)
     net.train()
     output(net).sum().backward()
+    assert net.fine.token_merging.recomputed is None
+    net.fine.attn1(torch.ones(2, 64, 8))
+    assert net.fine.attn1.seen == 64
+
+
+def test_after_a_backward_pass_that_ends_at_the_block_layers_alone_do_not_merge_without_gradients(net, output):
+    tomesd.apply_patch(net)
+    net.train()
+    net.conv.requires_grad_(False)
+    output(net).sum().backward()
     with torch.no_grad():
         net.fine.attn1(torch.ones(2, 64, 8))
         assert net.fine.attn1.seen == 64
         output(net)
     assert net.fine.token_merging.recomputed is None
+
+
+def test_a_leaf_keeps_no_hooks(net, output):
+    tomesd.apply_patch(net)
+    output(net)
+    x = torch.ones(2, 64, 8, requires_grad=True)
+    for _ in range(2):
+        net.fine(x).sum().backward()
+    assert not x._backward_hooks
 
 
 def test_a_matching_is_freed_with_its_graph(net, output):
