@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
 
-.PHONY: demo test fast lint train bench clean
+.PHONY: demo test test-isa fast lint train bench clean
 
 demo: $(VENV)/ready
 	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \
@@ -13,6 +13,14 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
+
+# The tests of the integer engine as on older CPUs, one process each, and without a C compiler.
+ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI NO_COMPILER
+test-isa: $(VENV)/ready
+	set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \
+		NO_COMPILER) CC=/bin/false OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
+		*) ONEDNN_MAX_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
+	esac; done
 
 # What takes less than 3 seconds a test: for the time between two edits.
 fast: $(VENV)/ready

@@ -17,6 +17,15 @@ def seeded():
         yield
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Tiny work that threads share is slow on a machine that does other work, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def quantized():
     """(layer, x, split, **settings) -> the QuantModule or SplitQuantModule of a layer, its ranges fitted to x."""

@@ -1,22 +1,31 @@
-"""A packed model: what it computes, what it keeps, what it refuses."""
+"""A lowered model: what it computes, what it keeps, what it refuses."""
+
+import gc
+import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import tomesd
 from qdiff import QuantConfig, save_cali_ckpt
-from qdiff.checkpoint import unet_bytes
-from qdiff.engine import attention, native
-from qdiff.engine.attention import OncePerContext, PackedCrossAttention
+from qdiff.checkpoint import quantized_bytes
+from qdiff.engine import attention, cpu, native, step_cache
+from qdiff.engine.attention import LoweredCrossAttention
 from qdiff.engine.backends import onednn
 from qdiff.engine.backends.onednn import OneDNNLayer
-from qdiff.engine.backends.simulated import ReferenceLayer
-from qdiff.engine.blocks import STEPS_KEPT, OncePerStep
+from qdiff.engine.backends.simulated import SimulatedLayer
+from qdiff.engine.blocks import LoweredResBlock, LoweredUNet
 from qdiff.engine.layers import IntegerLayer
-from qdiff.engine.lower import kernels_for, pack
+from qdiff.engine.lower import backend_for, lower, small_weight_layer
+from qdiff.exchange import Exchanged
 from qdiff.quant_layer import QuantModule
 
-has_kernels = pytest.mark.skipif(not onednn.works(), reason="no exact integer kernels here")
+CPU = torch.device("cpu")
+# For CPUs on which the order of oneDNN's last products is not known. With the wrong order the golden UNet's outputs
+# were those of the simulation up to a PSNR of 160 to 166 dB where no code tipped over, and of 44.5 dB where some did
+# (three inputs, float32 and bfloat16).
+LEAST_PSNR = 35
 
 
 @pytest.fixture
@@ -39,66 +48,24 @@ def make_calibrated(make_qnn, golden):
 
 
 @pytest.fixture
-def packed(make_calibrated):
-    """(engine, **settings) -> a packed model, and inputs."""
+def lowered(make_calibrated):
+    """(backend, blocks, **settings) -> a lowered model, and inputs."""
     make, inputs = make_calibrated
 
-    def build(engine, *, fast=True, **settings):
+    def build(backend, *, blocks=True, **settings):
         qnn = make(**settings)
-        pack(qnn, engine, fast=fast)
+        lower(qnn, backend, blocks=blocks)
         return qnn, inputs
 
     return build
 
 
-def test_all_layers_are_integer_and_no_float_weight_is_left(packed):
-    qnn, _ = packed(ReferenceLayer)
-    assert not any(isinstance(module, QuantModule) for module in qnn.modules())
-    assert sum(isinstance(module, IntegerLayer) for module in qnn.modules()) > 50
-    floats = sum(p.numel() for p in qnn.parameters()) + sum(b.numel() for b in qnn.buffers() if b.is_floating_point())
-    integers = sum(b.numel() for b in qnn.buffers() if b.dtype == torch.int8)
-    assert integers > 5 * floats
-
-
-def test_float_weights_are_let_go(make_calibrated):
-    import weakref
-
-    make, _ = make_calibrated
-    qnn = make()
-    layer = next(iter(qnn.layers().values()))
-    weight = weakref.ref(layer.weight)
-    del layer
-    pack(qnn, ReferenceLayer)
-    assert weight() is None
-    with pytest.raises(ValueError, match="float weights are gone"):
-        qnn.restore()
-
-
-@has_kernels
-@pytest.mark.parametrize("settings", [{}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}])
-@torch.no_grad()
-def test_kernels_and_simulation_agree_bit_for_bit(packed, settings):
-    (simulated, inputs), (fast, _) = (
-        packed(ReferenceLayer, fast=False, **settings),
-        packed(OneDNNLayer, **settings),
-    )
-    expected = simulated(*inputs)
-    assert torch.isfinite(expected).all() and expected.std() > 0
-    assert torch.equal(fast(*inputs), expected)
-
-
-@has_kernels
-@torch.no_grad()
-def test_they_agree_with_merged_tokens_and_odd_sizes(packed):
-    (simulated, (x, t, context)), (fast, _) = packed(ReferenceLayer, fast=False), packed(OneDNNLayer)
-    x = torch.randn(3, x.shape[1], 10, 14, generator=torch.Generator().manual_seed(0))
-    outputs = []
-    for qnn in (simulated, fast):
-        tomesd.apply_patch(qnn, ratio=0.5)
-        outputs.append(qnn(x, t[:1].expand(3), context[:1].expand(3, -1, -1)))
-    assert torch.equal(*outputs)
-    plain, _ = packed(OneDNNLayer)
-    assert not torch.equal(outputs[1], plain(x, t[:1].expand(3), context[:1].expand(3, -1, -1)))
+@pytest.fixture
+def odd(make_calibrated):
+    """Inputs of an odd batch and of odd sizes."""
+    _, (x, t, context) = make_calibrated
+    latents = torch.randn(3, x.shape[1], 10, 14, generator=torch.Generator().manual_seed(0))
+    return latents, t[:1].expand(3), context[:1].expand(3, -1, -1)
 
 
 def bfloat16(qnn, *inputs):
@@ -106,38 +73,116 @@ def bfloat16(qnn, *inputs):
         return qnn(*inputs)
 
 
-@has_kernels
-@pytest.mark.parametrize("settings", [{}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_bit": 6}])
-@pytest.mark.parametrize("ratio", [0, 0.5])
+def psnr(actual, expected):
+    """Return the peak signal-to-noise ratio in dB; the peak is the range of the expected values."""
+    error = (actual - expected).double().pow(2).mean()
+    return float("inf") if error == 0 else (20 * (expected.max() - expected.min()).log10() - 10 * error.log10()).item()
+
+
+def assert_same(actual, expected, case):
+    assert torch.isfinite(expected).all() and expected.std() > 0, case
+    if onednn.step_order(torch.float32) is not None:
+        assert torch.equal(actual, expected), f"{case}: PSNR {psnr(actual, expected):.1f} dB"
+    else:
+        assert psnr(actual, expected) > LEAST_PSNR, case
+
+
+# --- what it computes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 @torch.no_grad()
-def test_in_bfloat16_they_agree_bit_for_bit_too(packed, settings, ratio):
+def test_backends_and_simulation_agree(lowered, cpu_backend):
+    for settings in ({}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}):
+        backend = cpu_backend(**settings)
+        if backend is not None:
+            simulated, inputs = lowered(SimulatedLayer, blocks=False, **settings)
+            fast, _ = lowered(backend, **settings)
+            assert_same(fast(*inputs), simulated(*inputs), settings)
+
+
+@torch.no_grad()
+def test_they_agree_with_merged_tokens_and_odd_sizes(lowered, cpu_backend, odd):
+    backend = cpu_backend()
+    if backend is None:
+        return
     outputs = []
-    for engine in (ReferenceLayer, OneDNNLayer):
-        qnn, (x, t, context) = packed(engine, **settings)
-        if ratio:
-            tomesd.apply_patch(qnn, ratio=ratio)
-        odd = torch.randn(3, x.shape[1], 10, 14, generator=torch.Generator().manual_seed(0))
-        outputs.append(
-            [bfloat16(qnn, x, t, context), bfloat16(qnn, odd, t[:1].expand(3), context[:1].expand(3, -1, -1))]
-        )
-    for reference, kernels in zip(*outputs, strict=True):
-        assert kernels.dtype == torch.float32 and kernels.std() > 0
-        assert torch.equal(reference, kernels)
+    for qnn, _ in (lowered(SimulatedLayer, blocks=False), lowered(backend)):
+        tomesd.apply_patch(qnn, ratio=0.5)
+        outputs.append(qnn(*odd))
+    assert_same(outputs[1], outputs[0], "ratio 0.5")
+    plain, _ = lowered(backend)
+    assert not torch.equal(outputs[1], plain(*odd))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_in_bfloat16_they_agree_too(lowered, cpu_backend, odd):
+    for settings, ratio in (
+        ({}, 0),
+        ({"weight_bit": 8}, 0),
+        ({"split": False}, 0.5),
+        ({"sm_abit": 8}, 0.5),
+        ({"act_bit": 6}, 0.5),
+    ):
+        backend = cpu_backend(**settings)
+        if backend is None:
+            continue
+        outputs = []
+        for each in (SimulatedLayer, backend):
+            qnn, inputs = lowered(each, **settings)
+            if ratio:
+                tomesd.apply_patch(qnn, ratio=ratio)
+            outputs.append(bfloat16(qnn, *(odd if ratio else inputs)))
+        assert outputs[1].dtype == torch.float32
+        assert_same(outputs[1], outputs[0], f"{settings}, ratio {ratio}")
 
 
 @torch.no_grad()
-def test_bfloat16_is_float32_up_to_its_rounding(make_calibrated, packed):
+def test_the_wrong_order_of_the_steps_is_seen_and_small(lowered, cpu_backend, monkeypatch):
+    """The limit for CPUs whose order is not known."""
+    backend = cpu_backend()
+    if backend is None:
+        return
+    (qnn, inputs), (simulated, _) = lowered(backend), lowered(SimulatedLayer)
+    other = {"one by one": "together"}.get(onednn.step_order(torch.float32), "one by one")
+    monkeypatch.setattr(onednn, "step_order", lambda dtype: other)
+    assert LEAST_PSNR < psnr(simulated(*inputs), qnn(*inputs)) < float("inf")
+
+
+@torch.no_grad()
+def test_blocks_with_merged_feed_forward_layers_agree(lowered, odd):
+    """A merged feed-forward layer gets its residual unmerged."""
+    latents, t, context = odd
+    inputs = latents[:2], t[:2], context[:2]
+    outputs = []
+    for blocks in (False, True):
+        qnn, _ = lowered(SimulatedLayer, blocks=blocks)
+        tomesd.apply_patch(qnn, ratio=0.5, merge_crossattn=True, merge_mlp=True)
+        outputs.append(qnn(*inputs))
+        if blocks:
+            outputs.append(bfloat16(qnn, *inputs))
+            tomesd.remove_patch(qnn)
+            assert not torch.equal(bfloat16(qnn, *inputs), outputs[-1])
+    assert torch.equal(outputs[0], outputs[1])
+    # In bfloat16 other tokens are matched, so that it is no closer; without the residual it would be 1 or more.
+    assert 0 < (outputs[2] - outputs[1]).norm() < 0.5 * outputs[1].norm()
+
+
+@torch.no_grad()
+def test_bfloat16_is_float32_up_to_its_rounding(make_calibrated, lowered):
     """Few bits make much of small differences: as far off as the float model's bfloat16, times a few."""
     make, inputs = make_calibrated
     expected = make(act_bit=8, weight_bit=8)(*inputs)
-    qnn, _ = packed(ReferenceLayer, act_bit=8, weight_bit=8)
+    qnn, _ = lowered(SimulatedLayer, act_bit=8, weight_bit=8)
     assert (bfloat16(qnn, *inputs) - expected).norm() < 0.25 * expected.norm()
 
 
-@pytest.mark.skipif(not native.library(), reason="no C compiler here")
 @torch.no_grad()
-def test_without_a_compiler_it_works_too(packed, monkeypatch):
-    qnn, inputs = packed(ReferenceLayer)
+def test_without_a_compiler_it_works_too(lowered, monkeypatch):
+    if native.library() is None:
+        pytest.skip("there is none here: all other tests show it")
+    qnn, inputs = lowered(SimulatedLayer)
     exact, fused = qnn(*inputs), bfloat16(qnn, *inputs)
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "has_attention", lambda: False)
@@ -146,68 +191,37 @@ def test_without_a_compiler_it_works_too(packed, monkeypatch):
 
 
 @torch.no_grad()
-def test_time_embeddings_are_computed_once_a_step(packed):
-    qnn, (x, t, context) = packed(ReferenceLayer)
-    calls = []
-    qnn.model.time_embed.register_forward_hook(lambda *_: calls.append(1))
-    block = next(module for module in qnn.modules() if isinstance(module, OncePerStep))
-    block.layer.register_forward_hook(lambda *_: calls.append(1))
-    first = qnn(x, t * 0 + 7, context)
-    assert torch.equal(qnn(x, t * 0 + 7, context), first) and len(calls) == 2
-    assert not torch.equal(qnn(x, t * 0 + 8, context), first) and len(calls) == 4
-    assert torch.equal(qnn(x, t * 0 + 7, context), first) and len(calls) == 4
-    both = [qnn(x, torch.full_like(t, n), context) for n in (7, 8)]
-    mixed = qnn(torch.cat([x, x]), torch.cat([t * 0 + 7, t * 0 + 8]), torch.cat([context, context]))
-    assert torch.allclose(mixed, torch.cat(both), atol=1e-5)
-    for n in range(STEPS_KEPT + 5):
-        qnn(x, torch.full_like(t, n), context)
-    assert len(block._outputs) == STEPS_KEPT
-
-
-@torch.no_grad()
-def test_packed_model_is_the_simulation_up_to_rounding(make_calibrated, packed):
+def test_a_lowered_model_is_the_quantized_one_up_to_rounding(make_calibrated, lowered):
     make, inputs = make_calibrated
-    qnn, _ = packed(ReferenceLayer, fast=False)
+    qnn, _ = lowered(SimulatedLayer, blocks=False)
     expected = make()(*inputs)
     assert (qnn(*inputs) - expected).norm() < 2e-2 * expected.norm()  # a few codes tip over, and tip others
 
 
 @torch.no_grad()
-def test_packed_model_refuses_what_needs_its_weights(packed, tmp_path):
-    qnn, _ = packed(ReferenceLayer)
-    for attempt in (
-        lambda: save_cali_ckpt(qnn, tmp_path / "x.safetensors"),
-        lambda: unet_bytes(qnn),
-        lambda: qnn.set_quant_state(False, False),
-        qnn.restore,
-    ):
-        with pytest.raises(ValueError, match="the model is packed"):
-            attempt()
-    assert not list(tmp_path.iterdir())
-
-
-@has_kernels
-def test_packed_model_runs_in_inference_mode(packed):
-    qnn, inputs = packed(OneDNNLayer)
-    with torch.no_grad():
-        expected = qnn(*inputs)
-    with torch.inference_mode():
-        assert torch.equal(qnn(*(value.clone() for value in inputs)), expected)
-
-
-@torch.no_grad()
-def test_a_sample_does_not_depend_on_its_batch(packed):
-    qnn, (x, t, context) = packed(ReferenceLayer)
+def test_a_sample_does_not_depend_on_its_batch(lowered):
+    qnn, (x, t, context) = lowered(SimulatedLayer)
     both = qnn(torch.cat([x, x.flip(0)]), torch.cat([t, t]), torch.cat([context, context]))
     alone = qnn(x, t, context)
     assert (both[: len(x)] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
+def test_it_runs_in_inference_mode(lowered):
+    qnn, inputs = lowered(SimulatedLayer)
+    with torch.no_grad():
+        expected = qnn(*inputs)
+    with torch.inference_mode(), step_cache.walk(qnn, inputs[1].tolist()):
+        for _ in range(2):
+            assert torch.equal(qnn(*(value.clone() for value in inputs)), expected)
+    with torch.no_grad(), step_cache.walk(qnn, inputs[1].tolist()):
+        assert torch.equal(qnn(*inputs), expected)
+
+
 @torch.no_grad()
-def test_large_attention_is_fused(packed, monkeypatch):
-    qnn, inputs = packed(ReferenceLayer)
+def test_large_attention_is_fused(lowered, monkeypatch):
+    qnn, inputs = lowered(SimulatedLayer)
     expected = qnn(*inputs)
-    blocks = [module for module in qnn.modules() if isinstance(module, PackedCrossAttention)]
+    blocks = [module for module in qnn.modules() if isinstance(module, LoweredCrossAttention)]
     assert len(blocks) > 2
     monkeypatch.setattr(attention, "SMALL", 0)
     qkv = [torch.randn(2, 2, n, 8) for n in (9, 7, 7)]
@@ -223,49 +237,168 @@ def test_large_attention_is_fused(packed, monkeypatch):
     assert torch.equal(qnn(*inputs), expected)  # nothing here is large
 
 
-@torch.no_grad()
-def test_keys_and_values_of_a_context_are_computed_once():
-    calls = []
-
-    class Layer(torch.nn.Module):
-        def forward(self, context):
-            calls.append(context)
-            return context * 2
-
-    once = OncePerContext(Layer())
-    first, second = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
-    assert once(first) is once(first) and len(calls) == 1
-    once(second)
-    assert len(calls) == 2
-    second += 1  # another content in the same place
-    assert torch.equal(once(second), second * 2) and len(calls) == 3
+# --- what it keeps -----------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_packed_stays_as_it_is(make_calibrated):
+def test_all_layers_are_integer_and_no_float_weight_is_left(lowered):
+    qnn, _ = lowered(SimulatedLayer)
+    assert not any(isinstance(module, QuantModule) for module in qnn.modules())
+    assert sum(isinstance(module, IntegerLayer) for module in qnn.modules()) > 50
+    floats = sum(p.numel() for p in qnn.parameters()) + sum(b.numel() for b in qnn.buffers() if b.is_floating_point())
+    integers = sum(b.numel() for b in qnn.buffers() if b.dtype == torch.int8)
+    assert integers > 5 * floats
+
+
+def test_float_weights_are_let_go(make_calibrated):
     make, _ = make_calibrated
-    for settings, says in (
-        ({"quant_act": False}, "activations are float"),
-        ({"act_bit": 12}, "does not fit into bytes"),
+    for blocks in (False, True):
+        qnn = make()
+        weights = [weakref.ref(layer.weight) for layer in qnn.layers().values()]
+        lower(qnn, SimulatedLayer, blocks=blocks)
+        gc.collect()
+        assert not [weight for weight in weights if weight() is not None], blocks
+        with pytest.raises(ValueError, match="float weights are gone"):
+            qnn.restore()
+        with pytest.raises(ValueError, match="float weights are gone"):
+            lower(qnn, SimulatedLayer)
+
+
+def test_lowered_blocks_have_all_that_their_originals_had(make_calibrated):
+    make, _ = make_calibrated
+    qnn = make()
+    before = {name: module for name, module in qnn.named_modules() if not isinstance(module, QuantModule)}
+    plain = set(vars(nn.Module())) | {"_original", "_modules", "_parameters", "_buffers"}
+    fields = {name: {k: v for k, v in vars(m).items() if k not in plain} for name, m in before.items()}
+    children = {name: [child for child, _ in module.named_children()] for name, module in before.items()}
+    lower(qnn, SimulatedLayer)
+    exchanged = {name: module for name, module in qnn.named_modules() if isinstance(module, Exchanged)}
+    assert {type(module).__name__ for module in exchanged.values()} >= {
+        "LoweredUNet", "LoweredResBlock", "LoweredSpatialTransformer", "LoweredTransformerBlock",
+        "LoweredCrossAttention", "LoweredFeedForward",
+    }  # fmt: skip
+    for name, module in exchanged.items():
+        assert fields[name].items() <= vars(module).items(), name
+        assert children[name] == [child for child, _ in module.named_children()], name
+
+
+@torch.no_grad()
+def test_within_a_walk_what_is_the_same_is_computed_once(lowered):
+    qnn, (x, t, context) = lowered(SimulatedLayer)
+    calls = []
+    block = next(module for module in qnn.modules() if isinstance(module, LoweredResBlock))
+    transformer = next(module for module in qnn.modules() if isinstance(module, LoweredCrossAttention))
+    for layer in (qnn.model.time_embed, block.emb_layers.layer):
+        layer.register_forward_hook(lambda *_: calls.append("time"))
+    attn2 = next(module.attn2 for module in qnn.modules() if hasattr(module, "attn2"))
+    attn2.to_k.layer.register_forward_hook(lambda *_: calls.append("context"))
+    assert transformer is not attn2
+
+    def count(time, context):
+        before = len(calls)
+        output = qnn(x, torch.full_like(t, time, dtype=torch.float32), context)
+        return output, calls[before:]
+
+    expected = {time: count(time, context)[0] for time in (7, 8.5, 9)}
+    assert len(calls) == 9 and count(7, context)[1] == ["time", "time", "context"]
+    with step_cache.walk(qnn, [7, 8.5]):
+        for time, ran in ((7, {"time", "context"}), (7, set()), (8.5, {"time"}), (7, set()), (9, {"time"})):
+            output, made = count(time, context)
+            assert torch.equal(output, expected[time]) and set(made) == ran, time
+        other = context.clone()
+        assert torch.equal(count(7, other)[0], expected[7]) and count(7, other)[1] == []
+    with step_cache.walk(qnn, [7, 8.5]):
+        output, made = count(8.5, context)
+        assert torch.equal(output, expected[8.5]) and made == ["context"]
+        bfloat16(qnn, x, t * 0 + 7, context)  # floats and codes of a context are not mixed up
+        assert torch.equal(count(7, context)[0], expected[7])
+    with step_cache.walk(qnn, [7]):
+        mixed = qnn(torch.cat([x, x]), torch.cat([t * 0 + 7, t * 0 + 9]), torch.cat([context, context]))
+    assert torch.allclose(mixed, torch.cat([expected[7], expected[9]]), atol=1e-5)
+
+
+# --- what it refuses ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_it_refuses_what_needs_its_weights(lowered, tmp_path):
+    qnn, _ = lowered(SimulatedLayer)
+    for attempt in (
+        lambda: save_cali_ckpt(qnn, tmp_path / "x.safetensors"),
+        lambda: quantized_bytes(qnn),
+        lambda: qnn.set_quant_state(False, False),
+        qnn.restore,
+    ):
+        with pytest.raises(ValueError, match="the model is lowered"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_what_cannot_be_lowered_stays_as_it_is(make_calibrated):
+    make, inputs = make_calibrated
+
+    def merge(qnn):
+        tomesd.apply_patch(qnn, ratio=0.5)
+
+    def last_layer_is_wide(qnn):
+        list(qnn.layers().values())[-1].act_quantizer.n_bits = 12
+
+    for settings, change, says in (
+        ({"quant_act": False}, None, "activations are float"),
+        ({"act_bit": 12}, None, "does not fit into bytes"),
+        ({}, last_layer_is_wide, "out.2: W4A12 does not fit into bytes"),
+        ({}, merge, "merge tokens last"),
     ):
         qnn = make(**settings)
-        before = {name: type(module) for name, module in qnn.named_modules()}
+        if change is not None:
+            change(qnn)
+        before = dict(qnn.named_modules()), qnn(*inputs)
         with pytest.raises(ValueError, match=says):
-            pack(qnn, ReferenceLayer)
-        assert {name: type(module) for name, module in qnn.named_modules()} == before
+            lower(qnn, SimulatedLayer)
+        assert dict(qnn.named_modules()) == before[0], says
+        if change is not merge:  # which draws at each call
+            assert torch.equal(qnn(*inputs), before[1]), says
 
 
-def test_kernels_are_chosen_by_bits_and_device(monkeypatch):
-    cpu = torch.device("cpu")
-    for config, says in (
-        (QuantConfig(quant_act=False), "activations are float"),
-        (QuantConfig(act_bit=16), "W4A16 does not fit"),
+def test_backends_are_chosen_by_bits_and_device(monkeypatch):
+    for config, device, says in (
+        (QuantConfig(quant_act=False), CPU, "activations are float"),
+        (QuantConfig(act_bit=16), CPU, "W4A16 does not fit"),
+        (QuantConfig(), torch.device("meta"), "no kernels for meta"),
     ):
         with pytest.raises(ValueError, match=says):
-            kernels_for(config, cpu)
-    with pytest.raises(ValueError, match="no kernels for meta"):
-        kernels_for(QuantConfig(), torch.device("meta"))
-    monkeypatch.setattr(onednn, "works", lambda: False)
-    with pytest.raises(ValueError, match="no exact integer kernels"):
-        kernels_for(QuantConfig(), cpu)
-    monkeypatch.setattr(onednn, "works", lambda: True)
-    assert kernels_for(QuantConfig(), cpu) is OneDNNLayer
+            backend_for(config, device)
+    for largest, bits, expected in (
+        (128, 8, OneDNNLayer),
+        (128, 4, OneDNNLayer),
+        (64, 6, small_weight_layer),
+        (64, 7, "weights of 7 bits: .* no VNNI"),
+        (64, 8, "weights of 8 bits: .* no VNNI"),
+        (0, 4, "no exact integer kernels"),
+    ):
+        monkeypatch.setattr(onednn, "largest_exact_weight", lambda largest=largest: largest)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                backend_for(QuantConfig(weight_bit=bits), CPU)
+        else:
+            assert backend_for(QuantConfig(weight_bit=bits), CPU) is expected, (largest, bits)
+
+
+def test_this_cpu_refuses_only_what_overflows_on_it(cpu_backend):
+    assert (cpu_backend(weight_bit=4) is None) == (onednn.largest_exact_weight() == 0)
+    if cpu.isa() in ("AVX2", "AVX512_CORE"):
+        assert cpu_backend(weight_bit=8) is None
+    elif cpu.isa():
+        assert cpu_backend(weight_bit=8) is OneDNNLayer
+
+
+@torch.no_grad()
+def test_moving_the_model_drops_what_it_keeps(lowered):
+    qnn, (x, t, context) = lowered(SimulatedLayer)
+    assert isinstance(qnn.model, LoweredUNet)
+    calls = []
+    qnn.model.time_embed.register_forward_hook(lambda *_: calls.append(1))
+    with step_cache.walk(qnn, [7]):
+        expected = qnn(x, t * 0 + 7, context)
+        qnn.to("cpu")
+        assert torch.equal(qnn(x, t * 0 + 7, context), expected) and len(calls) == 2
