@@ -17,7 +17,7 @@ test: $(VENV)/ready
 # The tests of the integer engine as on older CPUs, one process each, and without a C compiler.
 ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI NO_COMPILER
 test-isa: $(VENV)/ready
-	set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \
+	@set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \
 		NO_COMPILER) CC=/bin/false OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
 		*) ONEDNN_MAX_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
 	esac; done

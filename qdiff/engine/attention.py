@@ -1,11 +1,14 @@
 """Attention of a lowered model: its operands are codes, its products are float."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, params_of
+from qdiff.engine.step_cache import ContextLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
 from qdiff.quant_layer import Quantizer
@@ -23,7 +26,17 @@ class LoweredCrossAttention(QuantCrossAttention):
 
     Below float32 the layers before it end in the codes of q, k and v, and it ends in the codes of the layer after it. A
     softmax quantizer of 16 bits is left out there, whatever its range is: bfloat16 is coarser.
+
+    to_k, to_v: ContextLayers where the attention is over a context.
     """
+
+    to_q: CodesLayer
+    to_k: CodesLayer | ContextLayer
+    to_v: CodesLayer | ContextLayer
+    act_quantizer_q: Quantizer
+    act_quantizer_k: Quantizer
+    act_quantizer_v: Quantizer
+    act_quantizer_w: Quantizer
 
     def __init__(self, original: QuantCrossAttention):
         Exchanged.__init__(self, original)  # with its quantizers
@@ -32,16 +45,19 @@ class LoweredCrossAttention(QuantCrossAttention):
         if x.dtype == torch.float32 or mask is not None or self.act_quantizer_w.n_bits < FINE:
             return super().forward(x, context, mask)
         params = params_of(self.act_quantizer_q), params_of(self.act_quantizer_k), params_of(self.act_quantizer_v)
-        if context is None and isinstance(self.to_k, CodesLayer):
+        if isinstance(self.to_k, ContextLayer) and isinstance(self.to_v, ContextLayer):
+            context = x if context is None else context
+            q = self.to_q.to_codes(self.to_q.quantize(x), params[0])
+            k, v = self.to_k.to_codes(context, params[1]), self.to_v.to_codes(context, params[2])
+        elif isinstance(self.to_k, CodesLayer) and isinstance(self.to_v, CodesLayer) and context is None:
             layers = (self.to_q, self.to_k, self.to_v)
             inputs = fused_ops.quantize(x, *(layer.params for layer in layers))
             q, k, v = (layer.to_codes(own, to) for layer, own, to in zip(layers, inputs, params, strict=True))
         else:
-            context = x if context is None else context
-            q = self.to_q.to_codes(self.to_q.quantize(x), params[0])
-            k, v = self.to_k.to_codes(context, params[1]), self.to_v.to_codes(context, params[2])
-        out = fused_ops.attention((q, k, v), params, self.heads, self.to_out[0].params, x.dtype)
-        return self.to_out[1:](self.to_out[0].to_float(out, x.dtype))
+            return super().forward(x, context, mask)
+        last = cast(CodesLayer, self.to_out[0])
+        out = fused_ops.attention((q, k, v), params, self.heads, last.params, x.dtype)
+        return self.to_out[1:](last.to_float(out, x.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(d)) v on [B, heads, N, d]."""

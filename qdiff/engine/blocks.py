@@ -6,14 +6,16 @@ In float32 the blocks compute what they inherit.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.modules.attention import FeedForward, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from qdiff.engine import fused_ops
+from qdiff.engine.attention import LoweredCrossAttention
 from qdiff.engine.layers import CodesLayer
 from qdiff.engine.step_cache import StepCache, TimeLayer
 from qdiff.exchange import Exchanged
@@ -81,11 +83,12 @@ class LoweredResBlock(QuantResBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if x.dtype == torch.float32 or self.updown or self.use_scale_shift_norm or x.ndim != 4:
             return super()._forward(x, emb)
-        first, second = self.in_layers[2], self.out_layers[3]
-        codes = fused_ops.group_norm(self.in_layers[0], x, first.params, silu=True)
+        first, second = cast(CodesLayer, self.in_layers[2]), cast(CodesLayer, self.out_layers[3])
+        norms = cast(nn.GroupNorm, self.in_layers[0]), cast(nn.GroupNorm, self.out_layers[0])
+        codes = fused_ops.group_norm(norms[0], x, first.params, silu=True)
         h = first.to_float(codes, x.dtype)
         added = self.emb_layers(emb).expand(len(x), -1)
-        codes = fused_ops.group_norm(self.out_layers[0], h, second.params, added=added, silu=True)
+        codes = fused_ops.group_norm(norms[1], h, second.params, added=added, silu=True)
         return second.to_float(codes, x.dtype).add_(self.skip_connection(x))
 
 
@@ -110,6 +113,8 @@ class LoweredTransformerBlock(QuantBasicTransformerBlock):
 
     attn1, attn2 and ff are called as modules, so that the hooks of token merging see them.
     """
+
+    attn2: LoweredCrossAttention
 
     def __init__(self, original: QuantBasicTransformerBlock):
         Exchanged.__init__(self, original)

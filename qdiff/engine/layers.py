@@ -129,7 +129,7 @@ class OffsetIntegerLayer(CodesLayer):
 def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
     """Return `layer` in whole numbers, made by the backend `make`. Raises ValueError for what bytes do not hold."""
     parts = [_part(layer, name, make) for name in layer.weight_parts()]
-    return SplitIntegerLayer(*parts, layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
+    return SplitIntegerLayer(parts[0], parts[1], layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
 
 
 def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:

@@ -6,9 +6,11 @@ bit, but for large attention (see `attention.can_fuse`): sums are exact, and all
 order.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from ldm.modules.attention import FeedForward, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -97,18 +99,16 @@ def lower(qnn: QuantModel, backend: MakeLayer, *, blocks: bool = True) -> None:
 
 def _lower_blocks(qnn: QuantModel) -> None:
     cache = StepCache()
-    exchange(
-        qnn,
-        {
-            UNetModel: partial(LoweredUNet, step_cache=cache),
-            QuantResBlock: partial(LoweredResBlock, step_cache=cache),
-            SpatialTransformer: LoweredSpatialTransformer,
-            QuantBasicTransformerBlock: LoweredTransformerBlock,
-            QuantCrossAttention: LoweredCrossAttention,
-            QuantAttentionBlock: LoweredAttentionBlock,
-            FeedForward: LoweredFeedForward,
-        },
-    )
+    lowered: dict[type[nn.Module], Callable[..., nn.Module]] = {
+        UNetModel: partial(LoweredUNet, step_cache=cache),
+        QuantResBlock: partial(LoweredResBlock, step_cache=cache),
+        SpatialTransformer: LoweredSpatialTransformer,
+        QuantBasicTransformerBlock: LoweredTransformerBlock,
+        QuantCrossAttention: LoweredCrossAttention,
+        QuantAttentionBlock: LoweredAttentionBlock,
+        FeedForward: LoweredFeedForward,
+    }
+    exchange(qnn, lowered)
     for block in qnn.modules():
         if isinstance(block, LoweredTransformerBlock):  # its second attention is over the context
             block.attn2.to_k = ContextLayer(block.attn2.to_k, cache)

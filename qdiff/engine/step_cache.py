@@ -23,16 +23,13 @@ def walk(unet: nn.Module, timesteps: Iterable[float]) -> Iterator[None]:
     called, such as `Sampler.schedule` gives. Other times may come, too: nothing is kept for them. The same bits come
     out with and without a walk.
     """
-    cache = next((module.step_cache for module in unet.modules() if isinstance(_cache_of(module), StepCache)), None)
-    if cache is None:
-        yield
-        return
-    with cache.walk(timesteps):
-        yield
-
-
-def _cache_of(module: nn.Module) -> Any:
-    return getattr(module, "step_cache", None)
+    for module in unet.modules():
+        cache = getattr(module, "step_cache", None)
+        if isinstance(cache, StepCache):
+            with cache.walk(timesteps):
+                yield
+            return
+    yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +122,9 @@ class TimeLayer(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    """A layer of the context that the cache keeps the results of."""
+    """A layer of the context that the cache keeps the results of. layer: a CodesLayer."""
+
+    layer: Any
 
     def __init__(self, layer: nn.Module, cache: StepCache):
         super().__init__()

@@ -42,7 +42,7 @@ class IntMatmulLayer(IntegerLayer):
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         rows, shape = self._rows((codes ^ 128).view(torch.int8))
         padding = (0, self.weight.shape[1] - rows.shape[1], 0, max(0, ROWS - len(rows)) or -len(rows) % MULTIPLE)
-        sums = torch._int_mm(F.pad(rows, padding), self.weight.t())[: len(rows), : self.outputs]
+        sums = torch.ops.aten._int_mm(F.pad(rows, padding), self.weight.t())[: len(rows), : self.outputs]
         outputs = (sums + self.shift).float() * self.step
         outputs = outputs if self.bias is None else outputs + self.bias
         outputs = outputs.to(dtype).view(*shape, self.outputs)
