@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import PIL
@@ -68,7 +69,7 @@ class PictureSet(Dataset[Tensor], ABC):
         pixels = np.asarray(self.framing(self.picture(index)))
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
-    def framed(self, framing: Framing) -> "PictureSet":
+    def framed(self, framing: Framing) -> Self:
         """Return the same pictures, all of one size. Raises ValueError if `framing` leaves several sizes."""
         if framing.mode == "none" and len(self.sizes) > 1:
             first, second = [f"{size_text(size)} in {example}" for size, example in self.sizes.items()][:2]

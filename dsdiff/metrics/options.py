@@ -1,4 +1,4 @@
-"""What pictures are scored against, and how. Imports no torch."""
+"""The options of scoring: what pictures are compared with, and how. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class ScoringOptions:
 
     @property
     def needs_features(self) -> bool:
-        """Whether a network has to see the pictures."""
+        """True if a network has to see the pictures."""
         return self.reference is not None or self.save_stats is not None
 
     def check_for(self, pictures: str) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,8 +176,9 @@ def build_clip(source: str, device: torch.device) -> Callable[[Tensor, Sequence[
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(source, local_files_only=True).to(device).eval()
-    processor = CLIPProcessor.from_pretrained(source, local_files_only=True)
+    model: Any = CLIPModel.from_pretrained(source, local_files_only=True)
+    model = model.to(device).eval()
+    processor: Any = CLIPProcessor.from_pretrained(source, local_files_only=True)
 
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:

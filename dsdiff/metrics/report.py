@@ -16,7 +16,7 @@ Facts = Mapping[str, Any]  # plain values, as they are stored
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringProtocol:
-    """What was compared, and how.
+    """The protocol of a scoring: what was compared, and how.
 
     pictures, reference, paired: the sets, by their facts. resize: how they came to one size, in words. features: the
     extractor, by its facts. seed: of intervals and extrapolation. kid_and_is_seed: of KID's subsets and the Inception

@@ -40,16 +40,16 @@ def write_statistics(path: Path, gaussian: Gaussian) -> None:
 
     path: ends in .npz or .safetensors, which decides the format. Its folder is made.
     """
-    arrays = {"mu": gaussian.mu, "sigma": gaussian.sigma}
     facts = json.dumps(dict(gaussian.facts))
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
+            arrays = {"mu": gaussian.mu, "sigma": gaussian.sigma}
             save_file(arrays, temporary, metadata={"n": str(gaussian.n), "facts": facts})
             return
         with open(temporary, "wb") as file:
-            np.savez(file, n=np.array(gaussian.n), facts=np.array(facts), **arrays)
+            np.savez(file, mu=gaussian.mu, sigma=gaussian.sigma, n=np.array(gaussian.n), facts=np.array(facts))
 
     write_atomically(path, write)
 

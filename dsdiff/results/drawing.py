@@ -16,7 +16,7 @@ from dsdiff.pipeline import DrawSettings, Pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class DrawModel:
-    """What opens a pipeline: a model, a device, and what of a calibrated model is asked for (None: a float one)."""
+    """A pipeline that can be opened: its model, its device, and the calibrated model asked for (None: a float one)."""
 
     spec: ModelSpec
     device: str
@@ -72,7 +72,7 @@ class DrawTask:
 
     @property
     def engine(self) -> str:
-        """What computes the UNet: float, int8, simulate, or calibration."""
+        """The name of what computes the UNet: float, int8, simulate, or calibration."""
         quantization = self.settings.quantization
         return "float" if quantization is None else quantization.engine or "calibration"
 

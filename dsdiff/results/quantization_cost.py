@@ -1,4 +1,4 @@
-"""What quantization costs: the same captions from the same noise, in full precision and in few bits, side by side.
+"""The costs of quantization: the same captions from the same noise, in full precision and in few bits, side by side.
 
 Compared are the PSNR to the full-precision pictures, the share of attributes that are right, and the bytes of the
 UNet's weights. Calibrations and pictures are kept, so that an interrupted run goes on where it stopped.

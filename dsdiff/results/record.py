@@ -60,7 +60,7 @@ class RowResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The table of results. drawing: what the table says of it. calibration: of the cali_ckpt, as its header has it.
+    """The table of results. drawing: the table's options. calibration: of the cali_ckpt, as its header has it.
     shown: indices of the prompts whose pictures are in the page. rows: the first is the baseline."""
 
     model: str
@@ -77,7 +77,7 @@ class Results:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """What the table says of drawing; what it leaves to the model is absent."""
+        """The table's options of drawing; those that it leaves to the model are absent."""
         return {name: value for name, value in asdict(self.drawing).items() if value}
 
     def to_dict(self) -> dict[str, Any]:

@@ -171,9 +171,9 @@ def check_names(where: str, values: object, known: Sequence[str], required: Sequ
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """Return a value of YAML as the type of a field has it. Raises ValueError if it is of another type."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds: tuple[type[Any], ...] = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
-        if is_dataclass(kind) and isinstance(value, Mapping):
+        if _is_options(kind) and isinstance(value, Mapping):
             return build(kind, value, where)
         if kind is Path and isinstance(value, str):
             return Path(value)
@@ -183,3 +183,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return value
     names = " or ".join("empty" if kind is types.NoneType else kind.__name__ for kind in kinds)
     raise ValueError(f"{where} is {value!r}: it must be of type {names}")
+
+
+def _is_options(kind: type[Any]) -> bool:
+    return is_dataclass(kind)
