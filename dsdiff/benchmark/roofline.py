@@ -14,9 +14,9 @@ from torch import Tensor
 from dsdiff.benchmark.variants import rest_precision
 from qdiff.config import QuantConfig
 from qdiff.engine import fused_ops
-from qdiff.engine.fused_ops import QuantParams
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 from qdiff.engine.lower import backend_for
+from qdiff.engine.quant_params import QuantParams
 
 LATENTS, TOKENS, HEADS, WIDTH, CONTEXT = 64, 4096, 8, 40, 1280  # of Stable Diffusion v1's largest layers
 INPUT = QuantParams(delta=0.01, zero_point=128, high=255)
