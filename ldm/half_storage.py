@@ -4,6 +4,7 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -66,5 +67,6 @@ def give_back_freed() -> None:
 
 
 @functools.cache
-def _madvise() -> "ctypes._CFuncPtr | None":
+def _madvise() -> Callable[..., int] | None:
+    """Return the system's madvise(address, length, advice), or None where there is none."""
     return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None

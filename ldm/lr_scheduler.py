@@ -24,7 +24,7 @@ class LambdaLinearScheduler:
             raise ValueError("the scheduler's lists must have one value for each cycle, so the same length")
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
-    def schedule(self, step: int) -> float:
+    def schedule(self, step: float) -> float:
         """Return the factor at a step, counted from 0. After the last cycle it is that cycle's `f_min`."""
         for warm_up, f_min, f_max, f_start, length in self.cycles:
             if step < warm_up:
@@ -32,4 +32,4 @@ class LambdaLinearScheduler:
             if step < length:
                 return f_min + (f_max - f_min) * (length - step) / length
             step -= length
-        return f_min
+        return self.cycles[-1][1]

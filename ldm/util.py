@@ -4,12 +4,14 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
 
@@ -79,6 +81,28 @@ def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> No
         raise ValueError(f"params of {name}: {error}") from error
 
 
+class _NoInitialWeights(TorchFunctionMode):
+    """Within the block, drawing initial weights leaves a tensor as it is."""
+
+    DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within the block, build networks whose parameters have shapes and no numbers (on the meta device).
+
+    No initial weights are drawn: on the meta device that would import PyTorch's compiler, which takes a second.
+    """
+    with torch.device("meta"), _NoInitialWeights():
+        yield
+
+
 def load_model_from_config(
     config: Mapping[str, Any],
     ckpt: str | Path,
@@ -104,7 +128,7 @@ def load_model_from_config(
     """
     source = str(ckpt)
     tensors = read_weights(ckpt)
-    with torch.device("meta"):  # the weights come from the file and need no memory here; the schedule is computed
+    with without_weights():  # they come from the file; the noise schedule is computed
         model = instantiate_from_config(for_inference(config.get("model", config)))
     _place_tokenizer(model, Path(ckpt), tokenizer)
     if use_ema:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -102,7 +102,7 @@ def build_trainer(config: TrainerConfig, options: TrainingOptions, samples: Samp
         # Buffers are averages of weights that are equal in all processes: they need not be sent at each step.
         strategy=DDPStrategy(broadcast_buffers=False) if options.devices > 1 else "auto",
         max_steps=config.max_steps,
-        precision=config.precision,  # type: ignore[arg-type]  (Lightning checks it)
+        precision=cast(Any, config.precision),  # checked by Lightning
         gradient_clip_val=config.gradient_clip_val,
         logger=CSVLogger(options.folder, name="log"),
         callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10), samples],

@@ -5,10 +5,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsdiff.models.spec import read_config
+from dsdiff.models.configs import read_config
 from ldm.fileio import check_writable
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +98,9 @@ class TrainingConfig:
     trainer: TrainerConfig
 
 
+T = TypeVar("T", DataConfig, TrainerConfig)
+
+
 def read_training_config(options: TrainingOptions) -> TrainingConfig:
     """Read the config file, and change in it what the options say.
 
@@ -142,7 +143,7 @@ def _export_path(options: TrainingOptions, trainer: TrainerConfig) -> Path | Non
 
 def _read_part(kind: type[T], content: Mapping[str, Any], what: str) -> T:
     """Make a dataclass from a part of a config. Raise ValueError for fields that are unknown or missing."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(kind)}
     unknown = sorted(set(map(str, content)) - known.keys())
     if unknown:
         raise ValueError(f"{what}: unknown {', '.join(unknown)} (known: {', '.join(known)})")

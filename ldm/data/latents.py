@@ -50,7 +50,8 @@ class CachedLatents(Dataset):
 
     def _write_moments(self, file: Path, model: AutoencoderKL, batch_size: int) -> list[str]:
         """Encode all pictures into `file` and return their captions."""
-        moments, captions = None, []
+        moments: np.memmap | None = None
+        captions: list[str] = []
         with tqdm(total=len(self.source), desc="encoding", unit="picture", smoothing=0.05) as bar:
             for batch in DataLoader(self.source, batch_size=batch_size, num_workers=1):
                 with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
@@ -61,7 +62,8 @@ class CachedLatents(Dataset):
                 moments[len(captions) : len(captions) + len(encoded)] = encoded.numpy()
                 captions += batch["caption"]
                 bar.update(len(encoded))
-        moments.flush()
+        if moments is not None:
+            moments.flush()
         return captions
 
     def __len__(self) -> int:

@@ -165,7 +165,7 @@ class ShapesReader(nn.Module):
         self.head.bias.data[0] = -4.0  # few cells hold a centre
 
     @classmethod
-    def from_file(cls, path: str | PathLike, **params: int | float) -> "ShapesReader":
+    def from_file(cls, path: str | PathLike, **params: int) -> "ShapesReader":
         """Return a reader in eval mode with the weights of a safetensors file, as float32.
 
         params: the arguments of the constructor. Raises ValueError for a file that does not hold such a reader.
@@ -264,7 +264,8 @@ def judge(spec: SceneSpec, seen: Sequence[SeenObject]) -> dict[str, bool]:
                 verdict[f"{name} {n}"] = found is not None and getattr(found, name) == wanted
     verdict["count"] = len(seen) == len(spec.objects)
     if spec.relation is not None:
-        verdict["relation"] = None not in matched and relation_holds(spec.relation, *matched)
+        found = [one for one in matched if one is not None]
+        verdict["relation"] = len(found) == 2 and relation_holds(spec.relation, *found)
     return verdict
 
 

@@ -97,7 +97,7 @@ def _place(rng: np.random.Generator, radius: float) -> tuple[float, float]:
     return rng.uniform(low, high), rng.uniform(low, high)
 
 
-def _place_pair(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
+def _place_pair(rng: np.random.Generator, radii: list[float], relation: str | None) -> list[tuple[float, float]]:
     """Draw the centres of two objects: well apart along the relation, close across it, never touching."""
     first_comes_first = relation in ("left of", "above")
     r_low, r_high = radii if first_comes_first else radii[::-1]

@@ -158,7 +158,8 @@ class _Canvas:
     def __init__(self, obj: SceneObject, resolution: int) -> None:
         centre = np.array([obj.x, obj.y]) * resolution
         reach = 1.25 * obj.radius * resolution
-        self.corner = tuple(int(c) for c in np.floor(centre - reach))
+        left, top = np.floor(centre - reach)
+        self.corner = (int(left), int(top))
         side = math.ceil(2 * reach) + 2
         self.size = (side, side)
         self.scale = obj.radius * resolution * _OVERSAMPLING
@@ -214,7 +215,8 @@ def _draw_object(picture: Image.Image, obj: SceneObject) -> None:
 
 
 def _bytes(color: Rgb) -> tuple[int, int, int]:
-    return tuple(round(255 * c) for c in color)
+    red, green, blue = (round(255 * c) for c in color)
+    return red, green, blue
 
 
 def _gradient(scene: Scene, resolution: int) -> Image.Image:

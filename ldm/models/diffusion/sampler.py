@@ -189,10 +189,10 @@ def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int
     Where `mask` is 1 it replaces x_t by x0 at the noise level of x_t; elsewhere it leaves x_t. Without a mask it
     leaves x_t everywhere. Raises ValueError unless both are None, or both broadcast to `batch_shape` [B, C, H, W].
     """
-    if (mask is None) != (x0 is None):
-        raise ValueError("inpainting needs both mask and x0, got only one of them")
-    if mask is None:
+    if mask is None and x0 is None:
         return lambda x, alpha_bar: x
+    if mask is None or x0 is None:
+        raise ValueError("inpainting needs both mask and x0, got only one of them")
     for name, value in (("mask", mask), ("x0", x0)):
         wanted = batch_shape[-value.ndim :] if value.ndim else ()
         if value.ndim > 4 or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=False)):
@@ -309,4 +309,4 @@ class Sampler:
 
     def _progress(self, steps: Iterator[Step], n_steps: int, verbose: bool) -> Iterator[Step]:
         """Yield the steps and show a bar, which stays on the screen unless it is inside another bar."""
-        return tqdm(steps, self.name, n_steps, leave=None, unit="step", disable=not verbose)
+        return iter(tqdm(steps, self.name, n_steps, leave=None, unit="step", disable=not verbose))

@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> torch.Tensor:
         """The weight of the last convolution, to which adversarial losses scale their gradients."""
         return self.conv_out.weight
 

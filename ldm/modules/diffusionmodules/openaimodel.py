@@ -341,7 +341,7 @@ class UNetModel(nn.Module):
         factor = 1
         for level, mult in enumerate(self.channel_mult):
             for _ in range(self.num_res_blocks):
-                layers = [self._res_block(channels, emb, mult * self.model_channels)]
+                layers: list[nn.Module] = [self._res_block(channels, emb, mult * self.model_channels)]
                 channels = mult * self.model_channels
                 if factor in self.attention_resolutions:
                     layers.append(self._attention(channels, self.num_heads))
@@ -366,7 +366,7 @@ class UNetModel(nn.Module):
         blocks = []
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
-                layers = [self._res_block(channels + skips.pop(), emb, self.model_channels * mult)]
+                layers: list[nn.Module] = [self._res_block(channels + skips.pop(), emb, self.model_channels * mult)]
                 channels = self.model_channels * mult
                 if factor in self.attention_resolutions:
                     layers.append(self._attention(channels, self.num_heads_upsample))

@@ -139,7 +139,8 @@ class FrozenCLIPEmbedder(nn.Module):
 def _text_config(version: str, given: Mapping[str, Any] | None) -> ClipTextConfig:
     if given is None and version != VIT_L_14:
         raise ValueError(f"the sizes of {version!r} are not known here: give text_config, or version {VIT_L_14!r}")
-    return ClipTextConfig.from_fields({str(key): given[key] for key in given or {}})
+    given = given or {}
+    return ClipTextConfig.from_fields({str(key): given[key] for key in given})
 
 
 def _accept_other_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_unused: Any) -> None:
@@ -148,6 +149,7 @@ def _accept_other_names(module: nn.Module, state_dict: dict[str, Tensor], prefix
     Newer files have neither `text_model.` in their names nor position ids. Some files in half precision hold the
     position ids as floats.
     """
+    assert isinstance(module, FrozenCLIPEmbedder)
     prefix += "transformer."
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)

@@ -41,7 +41,7 @@ class ClipTokenizer:
 
     def __init__(
         self,
-        vocab: Mapping[str, int] | str,
+        vocab: dict[str, int] | str,
         merges: Sequence[tuple[str, str]] | str,
         special: Mapping[str, AddedToken] | None = None,
         added: Sequence[AddedToken] = (),
@@ -65,13 +65,17 @@ class ClipTokenizer:
         known = {token.content for token in added}
         by_text = {token.content: token for token in tokens.values()}  # one text may have several roles
         self._backend.add_tokens([*added, *(token for text, token in by_text.items() if text not in known)])
-        self.bos_id, self.eos_id, self.pad_id = (
-            self._backend.token_to_id(self.special[role]) for role in ("bos_token", "eos_token", "pad_token")
-        )
+        self.bos_id, self.eos_id, self.pad_id = map(self._id_of, ("bos_token", "eos_token", "pad_token"))
         end, start = (self.special["eos_token"], self.eos_id), (self.special["bos_token"], self.bos_id)
         self._backend.post_processor = processors.RobertaProcessing(
             end, start, trim_offsets=False, add_prefix_space=False
         )
+
+    def _id_of(self, role: str) -> int:
+        index = self._backend.token_to_id(self.special[role])
+        if index is None:
+            raise ValueError(f"the tokenizer has no {role} {self.special[role]!r}")
+        return index
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "ClipTokenizer":
@@ -129,8 +133,8 @@ def _added_token(token: str | dict[str, Any], **more: bool) -> AddedToken:
     """Make an AddedToken from its text, or from its text and flags as the files hold them."""
     if isinstance(token, str):
         return AddedToken(token, **more)
-    flags = {name: value for name, value in token.items() if name not in ("id", "__type")}
-    return AddedToken(**(flags | more))
+    flags: dict[str, Any] = {name: value for name, value in token.items() if name not in ("id", "__type")}
+    return AddedToken(**flags | more)
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
