@@ -173,6 +173,7 @@ def test_the_schedule_refuses_what_sample_refuses():
 # --- whole trajectories of the tiny model ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trajectory(tiny):
     for name, S in itertools.product(SAMPLERS, (10, 50)):
         samples, inter = run(SAMPLERS[name](tiny), S=S)
