@@ -118,6 +118,8 @@ def step_order(dtype: torch.dtype) -> StepOrder | None:
         AVX2_VNNI, AVX512_CORE, AVX512_CORE_VNNI, AVX512_CORE_BF16      one by one
         AVX2                        together in float32, one by one in bfloat16
         AVX512_CORE_AMX                                                 together
+
+    Convolutions of several groups may have another order: with AVX2_VNNI they do.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-7, 8, (512, 64), generator=generator, dtype=torch.int8)

@@ -8,6 +8,7 @@ from dsdiff.benchmark import operations, variants
 from dsdiff.benchmark.source import UNET_PREFIX, Source, random_unet, trained_unet
 from dsdiff.models.registry import CONFIGS, EMBEDDED
 from ldm.checkpoint import save_checkpoint
+from qdiff.engine.backends import onednn
 
 CPU = torch.device("cpu")
 CONFIG = variants.quant_config(4)
@@ -50,7 +51,12 @@ def test_engines_compute_the_same_in_other_ways(source, float32):
 @pytest.mark.skipif(not HAS_KERNELS, reason="no exact integer kernels here")
 def test_the_simulation_and_the_kernels_agree(source):
     simulated, lowered = (variants.build(name, source, CONFIG) for name in ("simulate", "int8-float32"))
-    assert distance(output(lowered), output(simulated)) < 1e-5
+    if (
+        onednn.step_order(torch.float32) is None
+    ):  # a CPU of which oneDNN's last formula is not known: codes may tip over
+        assert distance(output(lowered), output(simulated)) < 0.05
+    else:
+        assert torch.equal(output(lowered), output(simulated))
     assert lowered.weight_bytes == simulated.weight_bytes
 
 

@@ -69,16 +69,18 @@ def assert_backends_agree():
     """(actual, expected, case): a result of oneDNN is that of the simulation.
 
     They are equal bit for bit wherever `onednn.step_order` knows the kernels' order, as on every x86 CPU with
-    PyTorch 2.14; elsewhere each output is within 2e-7 of the largest.
+    PyTorch 2.14. Elsewhere, and for convolutions of several groups, the difference is below 2e-7 of the largest output,
+    in bfloat16 below the rounding of that.
     """
 
     def check(actual, expected, case):
         assert actual.shape == expected.shape and actual.dtype == expected.dtype, case
         assert actual.stride() == expected.stride(), case
-        if onednn.step_order(expected.dtype) is not None:
+        if onednn.step_order(expected.dtype) is not None and "of groups" not in case:
             assert torch.equal(actual, expected), case
         else:
-            assert (actual - expected).abs().max() <= 2e-7 * expected.abs().max(), case
+            limit = {torch.float32: 2e-7, torch.bfloat16: 2**-7}[expected.dtype]
+            assert (actual - expected).abs().max() <= limit * expected.abs().max(), case
 
     return check
 

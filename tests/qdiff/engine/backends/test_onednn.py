@@ -57,7 +57,7 @@ def test_codes_are_those_of_the_simulation(quantized, cpu_backend, assert_backen
 
 def assert_codes_agree(assert_backends_agree, actual, expected, case):
     """Codes are equal where the float outputs before them are."""
-    if onednn.step_order(torch.float32) is not None:
+    if onednn.step_order(torch.float32) is not None and "of groups" not in case:
         assert torch.equal(actual, expected), case
     else:
         assert (actual.int() - expected.int()).abs().max() <= 1, case
