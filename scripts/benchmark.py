@@ -21,7 +21,7 @@ OUTDIR.
 
 --startup measures how long the commands take to start instead, and writes startup.json and startup.md: the seconds of
 txt2img.py --help, and those from the start of a process to the first step of the embedded model, float and --ptq; with
---model sd-v1 also of a bundle of Stable Diffusion v1's shapes, which it makes in OUTDIR (1.3 GB).
+--model sd-v1 also of a bundle of Stable Diffusion v1's shapes, which it makes in OUTDIR (850 MB).
 """
 
 import argparse

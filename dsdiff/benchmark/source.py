@@ -12,7 +12,7 @@ from dsdiff.models.configs import read_config
 from dsdiff.models.registry import CHECKPOINTS
 from ldm.checkpoint import averaged_weights, fill, read_weights
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, without_weights
 
 UNET_PREFIX = "model.diffusion_model."
 CLIP_TOKENS = 77  # of a prompt, unless the config says otherwise
@@ -52,7 +52,7 @@ class Source:
 
     def parameters(self) -> int:
         """Return how many parameters the UNet has."""
-        with torch.device("meta"):
+        with without_weights():
             return sum(parameter.numel() for parameter in instantiate_from_config(self.unet_config).parameters())
 
     def inputs(self) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def trained_unet(config: dict[str, Any], ckpt: Path) -> UNetModel:
     """Return the UNet of a checkpoint, in float32; nothing else is built. Errors are those of ldm.checkpoint."""
     tensors = read_weights(ckpt)
     tensors |= averaged_weights(tensors, str(ckpt))
-    with torch.device("meta"):
+    with without_weights():
         unet = instantiate_from_config(config)
     own = {name.removeprefix(UNET_PREFIX): tensors[name] for name in tensors if name.startswith(UNET_PREFIX)}
     fill(unet, own, str(ckpt))

@@ -26,7 +26,7 @@ from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import for_inference, get_obj_from_str, instantiate_from_config
+from ldm.util import for_inference, get_obj_from_str, instantiate_from_config, without_weights
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.quant_model import QuantModel
 from qdiff.quant_state import activation_tensors, check_keys, expected_keys, load_tensors, weight_tensors
@@ -123,7 +123,7 @@ def load_bundle(path: Path, device: torch.device) -> tuple[LatentDiffusion, Quan
     if config is None:
         raise ValueError(f"{source!r} is no bundle: scripts/export.py makes one")
     try:
-        with torch.device("meta"):
+        with without_weights():
             model = instantiate_from_config(for_inference(config_for_drawing(config)["model"]))
         kinds = {LatentDiffusion: model, UNetModel: model.model.diffusion_model, AutoencoderKL: model.first_stage_model}
     except Exception as error:  # the sizes are the file's: whatever they lead to

@@ -1,12 +1,15 @@
 """The time that commands take to start: how marks are read, and real starts."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dsdiff.benchmark import startup
 from dsdiff.benchmark.options import BenchmarkOptions
 from dsdiff.benchmark.process import WorkerError
 from dsdiff.benchmark.startup import Start
-from dsdiff.models.registry import EMBEDDED
+from dsdiff.models.registry import EMBEDDED, ROOT
 
 TOLD = """
 import time: self [us] | cumulative | imported package
@@ -55,3 +58,14 @@ def test_a_start_that_fails_is_told_in_one_line(tmp_path):
     with pytest.raises(WorkerError) as failed:
         startup.model_start({**request, "threads": None})
     assert "no checkpoint at" in str(failed.value) and "\n" not in str(failed.value)
+
+
+@pytest.mark.slow
+def test_a_model_is_built_without_pytorchs_compiler():
+    """Its import takes a second. Initial weights drawn on the meta device would need it."""
+    code = (
+        "import sys, dsdiff\n"
+        "pipeline = dsdiff.load('embedded', engine='simulate', device='cpu')\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
