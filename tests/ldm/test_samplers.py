@@ -17,7 +17,6 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import (
     draw_noise,
     guided,
-    initial_noise,
     make_ddim_timesteps,
     seeded_generators,
 )
@@ -375,10 +374,14 @@ def test_a_picture_does_not_depend_on_its_batch():
         assert not torch.allclose(draw(*case, [44], [0]), alone[:1]), case
 
 
-def test_initial_noise_is_what_sample_draws_first():
+def noise_of(seeds):
+    return draw_noise((len(seeds), *SHAPE), seeded_generators(seeds), "cpu")
+
+
+def test_each_picture_starts_from_the_noise_of_its_seed():
     _, inter = run(DDIMSampler(StubModel()), x_T=None, generator=seeded_generators([3, 5]))
-    assert torch.equal(inter["x_inter"][0], initial_noise([3, 5], SHAPE))
-    assert torch.equal(initial_noise([5], SHAPE), initial_noise([3, 5], SHAPE)[1:])
+    assert torch.equal(inter["x_inter"][0], noise_of([3, 5]))
+    assert torch.equal(noise_of([5]), noise_of([3, 5])[1:])
 
 
 def test_noise_differs_from_step_to_step():
@@ -412,7 +415,7 @@ def test_inpainting_keeps_the_masked_half_at_the_noise_level_of_each_step():
         run(sampler(model), **unguided, x0=x0, mask=mask, generator=seeded_generators([0, 1]))
         first, last = model.calls[0], model.calls[-1]
         assert torch.equal(first.x[..., 8:], G["x_T"][..., 8:]), name
-        assert error(noise_put_on_x0(first), initial_noise([0, 1], SHAPE)[..., :8]) < 1e-5, name
+        assert error(noise_put_on_x0(first), noise_of([0, 1])[..., :8]) < 1e-5, name
         assert abs(float(noise_put_on_x0(last).std()) - 1) < 0.1, name
 
 

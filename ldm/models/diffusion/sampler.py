@@ -174,15 +174,6 @@ def draw_noise(batch_shape: Sequence[int], generator: Generators, device: torch.
     return torch.stack([randn(*batch_shape[1:], generator=g) for g in generator]).to(device)
 
 
-def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return x_T [len(seeds), *shape], each picture from its own seed.
-
-    `sample(generator=seeded_generators(seeds))` draws the same noise first. Do not pass both this x_T and such
-    fresh generators with eta > 0: the first step would then add the same noise a second time.
-    """
-    return draw_noise((len(seeds), *shape), seeded_generators(seeds), device)
-
-
 def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int], noise: DrawNoise) -> KeepKnown:
     """Return the function that restores the known region before each step of inpainting.
 
