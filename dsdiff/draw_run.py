@@ -31,7 +31,7 @@ class DrawRun:
         self.seconds = self.sampling_seconds = 0.0
 
     def is_done(self, batch: Batch) -> bool:
-        """Whether nothing of a batch is left to draw."""
+        """Return True if nothing of a batch is left to draw."""
         return self.keep and all(self._read(job) is not None for job in batch)
 
     def execute(self, outdir: Path, batches: Sequence[Batch], pending: Sequence[bool]) -> None:

@@ -77,7 +77,7 @@ class DrawOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationOptions:
-    """What of a calibrated model is asked for; None leaves it to the file.
+    """Options that a calibrated model is read by; None leaves one to the file.
 
     cali_ckpt: the file (None: the model's own). weight_bit, act_bit, sm_abit, split, quant_mode: what it must have been
     made with. quant_act: True asks for quantized activations, False leaves them float. With None the file decides, or,
@@ -111,7 +111,7 @@ class QuantizationOptions:
 
     @property
     def names_settings(self) -> bool:
-        """Whether any of the settings is given that `quant_act` was read together with in the original work."""
+        """True if any of the settings is given that `quant_act` was read together with in the original work."""
         named = (self.weight_bit, self.act_bit, self.sm_abit, self.split, self.quant_mode)
         return any(value is not None for value in named)
 

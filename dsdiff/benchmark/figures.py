@@ -21,7 +21,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured: an engine or peer by its name, and the part of the tokens that it merges (0: none)."""
+    """A thing to measure: an engine or peer by its name, and the part of the tokens that it merges (0: none)."""
 
     engine: str
     ratio: float

@@ -90,7 +90,7 @@ def _describe(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch ran out of memory. It is asked by name: a command that fails early has not imported torch."""
+    """Return True if torch ran out of memory. Its error goes by name: a command that fails early imports no torch."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
