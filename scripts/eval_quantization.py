@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What quantization costs, in one table: python scripts/eval_quantization.py
+"""Measure what quantization costs, in one table: python scripts/eval_quantization.py
 
 Draws the same captions from the same noise with the full-precision embedded model and with quantized ones, by rounding
 to nearest (linear) and by Q-Diffusion (qdiff), and compares: PSNR to the full-precision pictures, the share of
