@@ -1,6 +1,7 @@
 """The small quantized UNet of the recorded reference data."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,23 +11,23 @@ from safetensors.torch import load_file
 from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel, load_cali_ckpt
 
-GOLDENS = "tests/goldens"
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 
 @pytest.fixture(scope="session")
 def golden():
-    return load_file(f"{GOLDENS}/q_ckpt_golden.safetensors")
+    return load_file(GOLDENS / "q_ckpt_golden.safetensors")
 
 
 @pytest.fixture(scope="session")
 def golden_facts():
-    with open(f"{GOLDENS}/q_ckpt_golden.json") as file:
+    with open(GOLDENS / "q_ckpt_golden.json") as file:
         return json.load(file)
 
 
 @pytest.fixture(scope="session")
 def golden_ckpt():
-    return f"{GOLDENS}/q_cali_w4a8.pth"
+    return GOLDENS / "q_cali_w4a8.pth"
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def make_unet(golden_tensors):
     """() -> the float UNet of the golden cali_ckpt, anew."""
 
     def make():
-        unet = instantiate_from_config(OmegaConf.load(f"{GOLDENS}/q_unet.yaml"))
+        unet = instantiate_from_config(OmegaConf.load(GOLDENS / "q_unet.yaml"))
         names = unet.state_dict().keys()
         unet.load_state_dict({name: golden_tensors[f"model.{name}"] for name in names})
         return unet.eval()

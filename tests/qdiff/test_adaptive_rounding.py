@@ -1,6 +1,7 @@
 """AdaRoundQuantizer and soft_rounding, against recorded outputs of the reference implementation and by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
 from qdiff.config import QuantConfig
 from qdiff.quant_layer import FrozenQuantizer, SplitQuantModule, UniformAffineQuantizer
 
-GOLDENS = "tests/goldens"
-with open(f"{GOLDENS}/q_unit.json") as file:
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+with open(GOLDENS / "q_unit.json") as file:
     CASES = json.load(file)["adaround"]
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    return load_file(f"{GOLDENS}/q_unit.safetensors")
+    return load_file(GOLDENS / "q_unit.safetensors")
 
 
 @pytest.fixture(params=CASES)
@@ -100,19 +101,21 @@ def test_recorded_gradient_of_alpha(case):
 # --- by hand -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("alpha", "codes"), [(-1.0, [[2.0], [1.0]]), (1.0, [[3.0], [2.0]]), (0.0, [[3.0], [2.0]])])
-def test_the_sign_of_alpha_rounds_up_or_down(alpha, codes):
+def test_the_sign_of_alpha_rounds_up_or_down(subtests):
     """0.6 steps lie between codes 0 + 2 and 1 + 2, -0.6 steps between -1 + 2 and 0 + 2."""
-    adaround, weight = by_hand(alpha)
-    assert adaround.codes(weight).tolist() == codes
+    for alpha, codes in [(-1.0, [[2.0], [1.0]]), (1.0, [[3.0], [2.0]]), (0.0, [[3.0], [2.0]])]:
+        with subtests.test(alpha=alpha, codes=codes):
+            adaround, weight = by_hand(alpha)
+            assert adaround.codes(weight).tolist() == codes
 
 
-@pytest.mark.parametrize(("alpha", "up"), [(0.0, 0.5), (2.5, 1.0), (-2.5, 0.0), (100.0, 1.0)])
-def test_soft_codes_lie_between(alpha, up):
+def test_soft_codes_lie_between(subtests):
     """h(alpha) is the sigmoid stretched to [-0.1, 1.1], and cut off at 0 and 1."""
-    adaround, weight = by_hand(alpha)
-    with soft_rounding(adaround):
-        torch.testing.assert_close(adaround.codes(weight).detach(), torch.tensor([[2 + up], [1 + up]]))
+    for alpha, up in [(0.0, 0.5), (2.5, 1.0), (-2.5, 0.0), (100.0, 1.0)]:
+        with subtests.test(alpha=alpha, up=up):
+            adaround, weight = by_hand(alpha)
+            with soft_rounding(adaround):
+                torch.testing.assert_close(adaround.codes(weight).detach(), torch.tensor([[2 + up], [1 + up]]))
 
 
 def test_codes_stay_within_their_limits():
@@ -141,35 +144,38 @@ def test_a_tie_goes_up():
     assert uniform.codes(weight).tolist() == [[6, 8, 8, 10]]
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_signed_codes_keep_negative_weights(soft):
-    weight = some_weight(6, 20)
-    uniform = UniformAffineQuantizer(4, symmetric=True, channel_wise=True).fit(weight)
-    adaround = AdaRoundQuantizer.from_uniform(uniform, weight)
-    if soft:
-        with soft_rounding(adaround):
-            torch.testing.assert_close(adaround(weight).detach(), weight, rtol=1e-5, atol=1e-5)
-    else:
-        assert torch.equal(adaround(weight), uniform(weight))  # there is no tie among these
-        assert adaround.codes(weight).min() < -4
+def test_signed_codes_keep_negative_weights(subtests):
+    for soft in [False, True]:
+        with subtests.test(soft=soft):
+            weight = some_weight(6, 20)
+            uniform = UniformAffineQuantizer(4, symmetric=True, channel_wise=True).fit(weight)
+            adaround = AdaRoundQuantizer.from_uniform(uniform, weight)
+            if soft:
+                with soft_rounding(adaround):
+                    torch.testing.assert_close(adaround(weight).detach(), weight, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(adaround(weight), uniform(weight))  # there is no tie among these
+                assert adaround.codes(weight).min() < -4
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights(dtype):
-    weight = some_weight(4, 30).to(dtype)
-    adaround = adaround_of(weight)
-    assert adaround.alpha.dtype == torch.float32
-    assert adaround(weight).dtype == dtype
-    assert torch.equal(adaround(weight), adaround(weight.float()).to(dtype))
+def test_half_precision_weights(subtests):
+    for dtype in [torch.float16, torch.bfloat16]:
+        with subtests.test(dtype=dtype):
+            weight = some_weight(4, 30).to(dtype)
+            adaround = adaround_of(weight)
+            assert adaround.alpha.dtype == torch.float32
+            assert adaround(weight).dtype == dtype
+            assert torch.equal(adaround(weight), adaround(weight.float()).to(dtype))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8, 12])
-def test_frozen_codes_are_the_hard_ones(n_bits, symmetric):
-    weight = some_weight(5, 3, 3, 3)
-    adaround = adaround_of(weight, n_bits, symmetric)
-    adaround.alpha.data = some_weight(5, 3, 3, 3).flip(0)
-    assert torch.equal(FrozenQuantizer(adaround, weight)(weight), adaround(weight))
+def test_frozen_codes_are_the_hard_ones(subtests):
+    for n_bits in [2, 3, 4, 8, 12]:
+        for symmetric in [False, True]:
+            with subtests.test(n_bits=n_bits, symmetric=symmetric):
+                weight = some_weight(5, 3, 3, 3)
+                adaround = adaround_of(weight, n_bits, symmetric)
+                adaround.alpha.data = some_weight(5, 3, 3, 3).flip(0)
+                assert torch.equal(FrozenQuantizer(adaround, weight)(weight), adaround(weight))
 
 
 def test_only_alpha_is_a_parameter():
@@ -179,14 +185,15 @@ def test_only_alpha_is_a_parameter():
     assert set(adaround.state_dict()) == {"alpha", "delta", "zero_point"}
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_being_on_or_off_is_taken_over(enabled):
-    weight = some_weight(4, 30)
-    uniform = UniformAffineQuantizer(4, channel_wise=True).fit(weight)
-    uniform.enabled = enabled
-    adaround = AdaRoundQuantizer.from_uniform(uniform, weight)
-    assert adaround.enabled is enabled
-    assert (adaround(weight) is weight) is not enabled
+def test_being_on_or_off_is_taken_over(subtests):
+    for enabled in [True, False]:
+        with subtests.test(enabled=enabled):
+            weight = some_weight(4, 30)
+            uniform = UniformAffineQuantizer(4, channel_wise=True).fit(weight)
+            uniform.enabled = enabled
+            adaround = AdaRoundQuantizer.from_uniform(uniform, weight)
+            assert adaround.enabled is enabled
+            assert (adaround(weight) is weight) is not enabled
 
 
 def test_an_unfitted_range_is_refused():

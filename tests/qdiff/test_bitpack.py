@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 
 from qdiff.bitpack import pack, packed_bytes, unpack
@@ -62,48 +61,54 @@ def test_four_bits_take_two_codes_a_byte():
     assert pack(some_codes((6, 64), 4), 4).shape == (6, 32)
 
 
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bytes_of_all_widths(shape, n_bits):
-    codes = some_codes(shape, n_bits)
-    packed = pack(codes, n_bits)
-    assert packed.dtype == torch.uint8
-    assert packed.tolist() == [bytes_of(row, n_bits) for row in codes.reshape(shape[0], -1).tolist()]
+def test_bytes_of_all_widths(subtests):
+    for shape in SHAPES:
+        for n_bits in BITS:
+            with subtests.test(shape=shape, n_bits=n_bits):
+                codes = some_codes(shape, n_bits)
+                packed = pack(codes, n_bits)
+                assert packed.dtype == torch.uint8
+                assert packed.tolist() == [bytes_of(row, n_bits) for row in codes.reshape(shape[0], -1).tolist()]
 
 
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trip(shape, n_bits):
-    codes = some_codes(shape, n_bits)
-    unpacked = unpack(pack(codes, n_bits), shape, n_bits)
-    assert unpacked.dtype == (torch.uint8 if n_bits <= 8 else torch.int32)
-    assert unpacked.shape == shape
-    assert torch.equal(unpacked.long(), codes)
+def test_round_trip(subtests):
+    for shape in SHAPES:
+        for n_bits in BITS:
+            with subtests.test(shape=shape, n_bits=n_bits):
+                codes = some_codes(shape, n_bits)
+                unpacked = unpack(pack(codes, n_bits), shape, n_bits)
+                assert unpacked.dtype == (torch.uint8 if n_bits <= 8 else torch.int32)
+                assert unpacked.shape == shape
+                assert torch.equal(unpacked.long(), codes)
 
 
-@pytest.mark.parametrize("n_bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed_bytes_are_those_of_a_row(shape, n_bits):
-    assert packed_bytes(shape, n_bits) == pack(some_codes(shape, n_bits), n_bits).shape[1]
+def test_packed_bytes_are_those_of_a_row(subtests):
+    for shape in SHAPES:
+        for n_bits in BITS:
+            with subtests.test(shape=shape, n_bits=n_bits):
+                assert packed_bytes(shape, n_bits) == pack(some_codes(shape, n_bits), n_bits).shape[1]
 
 
-@pytest.mark.parametrize("n_bits", [3, 4, 8, 12])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int32, torch.int16])
-def test_codes_of_any_dtype(n_bits, dtype):
-    codes = some_codes((3, 11), n_bits)
-    assert torch.equal(pack(codes.to(dtype), n_bits), pack(codes, n_bits))
+def test_codes_of_any_dtype(subtests):
+    for dtype in [torch.float32, torch.int64, torch.int32, torch.int16]:
+        for n_bits in [3, 4, 8, 12]:
+            with subtests.test(dtype=dtype, n_bits=n_bits):
+                codes = some_codes((3, 11), n_bits)
+                assert torch.equal(pack(codes.to(dtype), n_bits), pack(codes, n_bits))
 
 
-@pytest.mark.parametrize("n_bits", [3, 4, 8, 12])
-def test_slices_of_a_larger_weight(n_bits):
-    whole = some_codes((4, 10, 3, 3), n_bits)
-    part = whole[:, 3:8]
-    assert torch.equal(unpack(pack(part, n_bits), part.shape, n_bits).long(), part)
+def test_slices_of_a_larger_weight(subtests):
+    for n_bits in [3, 4, 8, 12]:
+        with subtests.test(n_bits=n_bits):
+            whole = some_codes((4, 10, 3, 3), n_bits)
+            part = whole[:, 3:8]
+            assert torch.equal(unpack(pack(part, n_bits), part.shape, n_bits).long(), part)
 
 
-@pytest.mark.parametrize("n_bits", BITS)
-def test_rows_are_packed_by_themselves(n_bits):
-    codes = some_codes((4, 13), n_bits)
-    packed = pack(codes, n_bits)
-    for i in range(4):
-        assert torch.equal(pack(codes[i : i + 1], n_bits)[0], packed[i])
+def test_rows_are_packed_by_themselves(subtests):
+    for n_bits in BITS:
+        with subtests.test(n_bits=n_bits):
+            codes = some_codes((4, 13), n_bits)
+            packed = pack(codes, n_bits)
+            for i in range(4):
+                assert torch.equal(pack(codes[i : i + 1], n_bits)[0], packed[i])

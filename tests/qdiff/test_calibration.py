@@ -1,5 +1,7 @@
 """Calibration data, what is captured with it, and the ranges fitted to it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data():
-    tensors = load_file("tests/goldens/q_cali_data.safetensors")
+    tensors = load_file(Path(__file__).resolve().parents[1] / "goldens" / "q_cali_data.safetensors")
     return CalibrationSet(tensors["xs"][:6], tensors["ts"][:6], tensors["cs"][:6])
 
 
@@ -44,18 +46,18 @@ def test_qdiffusion_layout_counts_both_branches_at_spread_timesteps(tmp_path):
     assert data.context.mean(dim=[1, 2]).tolist() == [1] * 4 + [0] * 4
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_other_content_is_refused(subtests):
+    for content, message in [
         ({"xs": [torch.zeros(1, 4, 2, 2)]}, "xs and ts"),
         ([1, 2], "xs and ts"),
         ({"xs": [torch.zeros(1, 4, 2, 2)], "ts": [torch.zeros(2)]}, "as many"),
         ({"xs": [None], "ts": [torch.zeros(2)]}, "damaged"),
-    ],
-)
-def test_other_content_is_refused(content, message):
-    with pytest.raises(ValueError, match=message):
-        from_qdiffusion(content, "file.pt")
+    ]:
+        with (
+            subtests.test(content=content, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            from_qdiffusion(content, "file.pt")
 
 
 def test_data_with_nan_is_refused(data):
@@ -79,9 +81,10 @@ def test_a_subset_is_reproducible_and_within_the_data(data):
     assert data.subset(100, seed=5) is data
 
 
-@pytest.mark.parametrize("calls, steps, chosen", [(10, 5, [0, 2, 4, 6, 8]), (4, 9, [0, 1, 2, 3]), (51, 2, [0, 25])])
-def test_chosen_calls_are_spread(calls, steps, chosen):
-    assert chosen_calls(calls, steps) == chosen
+def test_chosen_calls_are_spread(subtests):
+    for calls, steps, chosen in [(10, 5, [0, 2, 4, 6, 8]), (4, 9, [0, 1, 2, 3]), (51, 2, [0, 25])]:
+        with subtests.test(calls=calls, steps=steps, chosen=chosen):
+            assert chosen_calls(calls, steps) == chosen
 
 
 def test_recorded_inputs_are_those_of_the_wanted_calls(make_unet, data):
@@ -93,19 +96,20 @@ def test_recorded_inputs_are_those_of_the_wanted_calls(make_unet, data):
     assert not unet._forward_pre_hooks
 
 
-@pytest.mark.parametrize("limit", [0, 10**9])  # on disk, in memory
 @torch.no_grad()
-def test_captured_inputs_give_the_captured_output(make_qnn, data, tmp_path, limit, assert_close):
-    qnn = make_qnn()
-    for name in ("model.middle_block.1.transformer_blocks.0", "model.output_blocks.0.0", "model.out.2"):
-        cache = Cache(limit, tmp_path / "cache")
-        unit = qnn.units()[name]
-        inputs = capture(qnn, unit, data, 4, cache)
-        (output,) = capture(qnn, unit, data, 4, cache, output=True)
-        assert len(output) == len(data)
-        assert_close(unit(*inputs), output)
-        cache.clear()
-    assert not (tmp_path / "cache").exists()
+def test_captured_inputs_give_the_captured_output(make_qnn, data, tmp_path, assert_close, subtests):
+    for limit in [0, 10**9]:
+        with subtests.test(limit=limit):
+            qnn = make_qnn()
+            for name in ("model.middle_block.1.transformer_blocks.0", "model.output_blocks.0.0", "model.out.2"):
+                cache = Cache(limit, tmp_path / "cache")
+                unit = qnn.units()[name]
+                inputs = capture(qnn, unit, data, 4, cache)
+                (output,) = capture(qnn, unit, data, 4, cache, output=True)
+                assert len(output) == len(data)
+                assert_close(unit(*inputs), output)
+                cache.clear()
+            assert not (tmp_path / "cache").exists()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Our own format of a calibrated model: what is in a file, what it gives back, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from qdiff.checkpoint import (
     save_cali_ckpt,
 )
 
-GOLDENS = "tests/goldens"
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 SPLIT = "model.output_blocks.0.0.skip_connection"
 LAST = "model.out.2"  # [4, 32, 3, 3]
 
@@ -33,7 +34,7 @@ NAMES = {"dsdiff": "x.safetensors", "qdiff": "x.pth"}
 
 @pytest.fixture(scope="module")
 def unet_config():
-    return OmegaConf.load(f"{GOLDENS}/q_unet.yaml")
+    return OmegaConf.load(GOLDENS / "q_unet.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_outputs_are_bit_equal_in_a_fresh_model(make_qnn, loaded, saved, golden)
         assert torch.equal(qnn(*inputs(golden, name)), loaded(*inputs(golden, name)))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+@torch.no_grad()
+def test_outputs_of_other_settings_are_bit_equal(make_small, golden, tmp_path, subtests):
+    for settings in [
         {"weight_bit": 8},
         {"weight_bit": 2, "act_bit": 8, "sm_abit": 8},
         {"weight_bit": 3, "act_bit": 2, "sm_abit": 4},
@@ -136,18 +137,15 @@ def test_outputs_are_bit_equal_in_a_fresh_model(make_qnn, loaded, saved, golden)
         {"quant_act": False},
         {"split": False},
         {"act_symmetric": True},
-    ],
-    ids=["w8", "w2", "w3", "w16", "weights only", "no split", "signed activations"],
-)
-@torch.no_grad()
-def test_outputs_of_other_settings_are_bit_equal(make_small, golden, tmp_path, settings):
-    first, second = make_small(**settings), make_small(**settings)
-    calibrate(second, scale=1.5)  # to be forgotten
-    save_cali_ckpt(first, tmp_path / "x.safetensors")
-    load_cali_ckpt(second, tmp_path / "x.safetensors")
-    assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
-    for name, part in parts(first):
-        assert torch.equal(second.get_submodule(name).codes(), first.get_submodule(name).codes(part)), name
+    ]:
+        with subtests.test(settings=settings):
+            first, second = make_small(**settings), make_small(**settings)
+            calibrate(second, scale=1.5)  # to be forgotten
+            save_cali_ckpt(first, tmp_path / "x.safetensors")
+            load_cali_ckpt(second, tmp_path / "x.safetensors")
+            assert torch.equal(second(*inputs(golden)), first(*inputs(golden)))
+            for name, part in parts(first):
+                assert torch.equal(second.get_submodule(name).codes(), first.get_submodule(name).codes(part)), name
 
 
 def parts(qnn):
@@ -216,19 +214,20 @@ def test_codes_are_those_of_the_golden_roundings(saved, golden_tensors):
         assert torch.equal(tensors[f"{name}.zero_point"], zero_point), name
 
 
-@pytest.mark.parametrize("bits, first_row", [(2, 10), (3, 15), (4, 20), (16, 72)])
-def test_codes_take_their_width_up_to_the_padding_of_rows(make_small, tmp_path, bits, first_row):
-    qnn = make_small(weight_bit=bits)
-    save_cali_ckpt(qnn, tmp_path / "x.safetensors")
-    tensors, _ = content_of(tmp_path / "x.safetensors")
-    for name, part in parts(qnn):
-        codes = tensors[f"{name}.codes"]
-        assert codes.dtype == torch.uint8
-        if name == "model.input_blocks.0.0.weight_quantizer":  # 36 codes a row; packed by eights, they fill 40 places
-            assert tuple(codes.shape) == (32, first_row)
-        else:
-            assert part[0].numel() % 8 == 0
-            assert codes.numel() == part.numel() * bits // 8, name
+def test_codes_take_their_width_up_to_the_padding_of_rows(make_small, tmp_path, subtests):
+    for bits, first_row in [(2, 10), (3, 15), (4, 20), (16, 72)]:
+        with subtests.test(bits=bits, first_row=first_row):
+            qnn = make_small(weight_bit=bits)
+            save_cali_ckpt(qnn, tmp_path / "x.safetensors")
+            tensors, _ = content_of(tmp_path / "x.safetensors")
+            for name, part in parts(qnn):
+                codes = tensors[f"{name}.codes"]
+                assert codes.dtype == torch.uint8
+                if name == "model.input_blocks.0.0.weight_quantizer":  # 36 codes a row, padded to 40
+                    assert tuple(codes.shape) == (32, first_row)
+                else:
+                    assert part[0].numel() % 8 == 0
+                    assert codes.numel() == part.numel() * bits // 8, name
 
 
 def test_file_is_a_sixth_of_the_float_weights(loaded, saved):
@@ -329,20 +328,23 @@ def test_failed_save_leaves_nothing(small, tmp_path, failing_write):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
-def test_save_replaces_the_old_file_and_leaves_no_other(small, tmp_path, format):
-    path = tmp_path / ("x.safetensors" if format == "dsdiff" else "x.pth")
-    path.write_bytes(b"the old content")
-    save_cali_ckpt(small.qnn, path, format=format)
-    assert read_cali_header(path).format == format
-    assert list(tmp_path.iterdir()) == [path]
+def test_save_replaces_the_old_file_and_leaves_no_other(small, tmp_path, subtests):
+    for format in ["dsdiff", "qdiff"]:
+        with subtests.test(format=format):
+            path = tmp_path / NAMES[format]
+            path.write_bytes(b"the old content")
+            save_cali_ckpt(small.qnn, path, format=format)
+            assert read_cali_header(path).format == format
+            assert list(tmp_path.iterdir()) == [path]
+            path.unlink()
 
 
-@pytest.mark.parametrize("format", ["dsdiff", "qdiff"])
-def test_uncalibrated_model_is_not_saved(make_qnn, tmp_path, format):
-    with pytest.raises(ValueError, match=r"quantizers have no range yet, such as model\..*: calibrate first"):
-        save_cali_ckpt(make_qnn(), tmp_path / NAMES[format], format=format)
-    assert list(tmp_path.iterdir()) == []
+def test_uncalibrated_model_is_not_saved(make_qnn, tmp_path, subtests):
+    for format in ["dsdiff", "qdiff"]:
+        with subtests.test(format=format):
+            with pytest.raises(ValueError, match=r"quantizers have no range yet, such as model\..*: calibrate first"):
+                save_cali_ckpt(make_qnn(), tmp_path / NAMES[format], format=format)
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_model_that_lacks_a_single_range_is_not_saved(make_small, tmp_path):
@@ -367,17 +369,19 @@ def test_saving_leaves_the_model_as_it_is(small, tmp_path):
 # --- other settings, other models --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [{}, {"weight_bit": 4, "act_bit": 8, "sm_abit": 16}, {"weight_bit": None}])
-def test_flags_that_agree_with_the_file(small_file, given):
-    check_settings(read_cali_header(small_file), given, "x")
+def test_flags_that_agree_with_the_file(small_file, subtests):
+    for given in [{}, {"weight_bit": 4, "act_bit": 8, "sm_abit": 16}, {"weight_bit": None}]:
+        with subtests.test(given=given):
+            check_settings(read_cali_header(small_file), given, "x")
 
 
-@pytest.mark.parametrize(
-    "name, value, stored", [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]
-)
-def test_flag_that_contradicts_the_file_is_refused(small_file, name, value, stored):
-    with pytest.raises(ValueError, match=rf"^{name} {value} contradicts 'x\.file', which .* with {name} {stored}: "):
-        check_settings(read_cali_header(small_file), {name: value}, "x.file")
+def test_flag_that_contradicts_the_file_is_refused(small_file, subtests):
+    for name, value, stored in [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]:
+        with (
+            subtests.test(name=name, value=value, stored=stored),
+            pytest.raises(ValueError, match=rf"^{name} {value} contradicts 'x\.file', which .* with {name} {stored}: "),
+        ):
+            check_settings(read_cali_header(small_file), {name: value}, "x.file")
 
 
 def test_bits_that_contradict_the_file_are_refused_with_its_name(small_file):
@@ -386,21 +390,20 @@ def test_bits_that_contradict_the_file_are_refused_with_its_name(small_file):
         read_cali_header(small_file, weight_bit=3)
 
 
-@pytest.mark.parametrize(
-    "name, value, stored",
-    [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)],
-)
-def test_model_of_other_settings_is_refused(make_small, witness, small_file, name, value, stored):
-    seen = witness(make_small(**{name: value}))
-    seen.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
+def test_model_of_other_settings_is_refused(make_small, witness, small_file, subtests):
+    for name, value, stored in [("weight_bit", 8, 4), ("act_bit", 6, 8), ("sm_abit", 8, 16), ("split", False, True)]:
+        with subtests.test(name=name, value=value, stored=stored):
+            seen = witness(make_small(**{name: value}))
+            seen.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
 
 
-@pytest.mark.parametrize("parameter", ["time_embed.0.weight", "out.0.bias", "output_blocks.1.0.skip_connection.weight"])
-def test_another_source_model_is_refused(make_small, witness, small_file, parameter):
-    qnn = make_small()
-    with torch.no_grad():
-        qnn.model.get_parameter(parameter).view(-1)[3] += 0.01
-    witness(qnn).assert_refuses(small_file, "was made from another model with other weights than this model's")
+def test_another_source_model_is_refused(make_small, witness, small_file, subtests):
+    for parameter in ["time_embed.0.weight", "out.0.bias", "output_blocks.1.0.skip_connection.weight"]:
+        with subtests.test(parameter=parameter):
+            qnn = make_small()
+            with torch.no_grad():
+                qnn.model.get_parameter(parameter).view(-1)[3] += 0.01
+            witness(qnn).assert_refuses(small_file, "was made from another model with other weights than this model's")
 
 
 def test_source_model_that_would_fit_is_named(make_small, witness, detailed):
@@ -442,20 +445,17 @@ def test_file_serves_the_source_model_in_float16(make_unet, saved):
         assert quantizer.delta.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "params, match",
-    [
+def test_another_architecture_is_refused(make_small, witness, small_file, subtests):
+    for params, match in [
         ({"num_res_blocks": 2}, "splits other layers than this model"),
         (
             {"transformer_depth": 2},
             r"lacks model\..*transformer_blocks\.1\..*and \d+ more: it is of another architecture",
         ),
         ({"attention_resolutions": []}, r"has unknown model\..*: it is of another architecture"),
-    ],
-    ids=["deeper", "more blocks", "fewer blocks"],
-)
-def test_another_architecture_is_refused(make_small, witness, small_file, params, match):
-    witness(make_small(params)).assert_refuses(small_file, match)
+    ]:
+        with subtests.test(params=params, match=match):
+            witness(make_small(params)).assert_refuses(small_file, match)
 
 
 # --- broken files ------------------------------------------------------------------------------------------
@@ -465,10 +465,11 @@ def test_missing_file(small, tmp_path):
     small.assert_refuses(tmp_path / "none.safetensors", r"No such file: .*none\.safetensors", FileNotFoundError)
 
 
-@pytest.mark.parametrize("left", [0, 7, 1000, 50_000, -1])
-def test_truncated_file_is_refused(small, small_file, tmp_path, left):
-    (tmp_path / "x.safetensors").write_bytes(small_file.read_bytes()[:left])
-    small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
+def test_truncated_file_is_refused(small, small_file, tmp_path, subtests):
+    for left in [0, 7, 1000, 50_000, -1]:
+        with subtests.test(left=left):
+            (tmp_path / "x.safetensors").write_bytes(small_file.read_bytes()[:left])
+            small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
 
 
 def test_text_is_refused(small, tmp_path):
@@ -476,10 +477,11 @@ def test_text_is_refused(small, tmp_path):
     small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_foreign_safetensors_are_refused(small, tmp_path, metadata):
-    save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata=metadata)
-    small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no cali_ckpt")
+def test_foreign_safetensors_are_refused(small, tmp_path, subtests):
+    for metadata in [None, {"format": "pt"}]:
+        with subtests.test(metadata=metadata):
+            save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata=metadata)
+            small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no cali_ckpt")
 
 
 def header(**changes):
@@ -571,10 +573,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_file_is_refused(small, small_file, tmp_path, damage):
-    edit, match = DAMAGES[damage]
-    small.assert_refuses(rewrite(small_file, tmp_path / "x.safetensors", edit), match)
+def test_damaged_file_is_refused(small, small_file, tmp_path, subtests):
+    for damage in DAMAGES:
+        with subtests.test(damage=damage):
+            edit, match = DAMAGES[damage]
+            small.assert_refuses(rewrite(small_file, tmp_path / "x.safetensors", edit), match)
 
 
 def test_copy_without_damage_is_loaded(make_small, small_file, tmp_path):
@@ -586,11 +589,12 @@ def test_copy_without_damage_is_loaded(make_small, small_file, tmp_path):
     assert torch.equal(qnn.get_submodule(name).delta, 1.5 * load_file(small_file)[f"{name}.delta"])
 
 
-@pytest.mark.parametrize("format, name", [("dsdiff", "x.pth"), ("qdiff", "x.safetensors")])
-def test_a_name_of_the_other_format_is_refused(small, tmp_path, format, name):
-    with pytest.raises(ValueError, match="name of the other format"):
-        save_cali_ckpt(small.qnn, tmp_path / name, format=format)
-    assert list(tmp_path.iterdir()) == []
+def test_a_name_of_the_other_format_is_refused(small, tmp_path, subtests):
+    for format, name in [("dsdiff", "x.pth"), ("qdiff", "x.safetensors")]:
+        with subtests.test(format=format, name=name):
+            with pytest.raises(ValueError, match="name of the other format"):
+                save_cali_ckpt(small.qnn, tmp_path / name, format=format)
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_told(small, tmp_path):

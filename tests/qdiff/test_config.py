@@ -45,83 +45,108 @@ def test_defaults_are_those_of_the_published_settings():
     assert config.scale_method == config.act_scale_method == "max"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_examples_change_every_setting(kind):
+def test_examples_change_every_setting(subtests):
     """So that no setting can be lost in the round trips below."""
-    assert CHANGED[kind].keys() == {field.name for field in dataclasses.fields(kind)}
-    assert all(getattr(kind(), name) != value for name, value in CHANGED[kind].items())
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            assert CHANGED[kind].keys() == {field.name for field in dataclasses.fields(kind)}
+            assert all(getattr(kind(), name) != value for name, value in CHANGED[kind].items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_to_dict_holds_the_settings(kind):
-    assert kind(**CHANGED[kind]).to_dict() == CHANGED[kind]
+def test_to_dict_holds_the_settings(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            assert kind(**CHANGED[kind]).to_dict() == CHANGED[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_through_json(kind):
-    config = kind(**CHANGED[kind])
-    assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_round_trip_through_json(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            config = kind(**CHANGED[kind])
+            assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_dict_fills_in_defaults(kind):
-    assert kind.from_dict({}) == kind()
+def test_from_dict_fills_in_defaults(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            assert kind.from_dict({}) == kind()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_dict_refuses_unknown_names(kind):
-    with pytest.raises(ValueError, match=f"^{kind.__name__} knows no bits, weight_bits: the file is of"):
-        kind.from_dict(kind().to_dict() | {"weight_bits": 4, "bits": 4})
+def test_from_dict_refuses_unknown_names(subtests):
+    for kind in KINDS:
+        with (
+            subtests.test(kind=kind),
+            pytest.raises(ValueError, match=f"^{kind.__name__} knows no bits, weight_bits: the file is of"),
+        ):
+            kind.from_dict(kind().to_dict() | {"weight_bits": 4, "bits": 4})
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [(QuantConfig, {"act_bit": 1}), (ReconConfig, {"batch_size": 0})])
-def test_from_dict_refuses_what_the_constructor_refuses(kind, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        kind.from_dict(wrong)
+def test_from_dict_refuses_what_the_constructor_refuses(subtests):
+    for kind, wrong in [(QuantConfig, {"act_bit": 1}), (ReconConfig, {"batch_size": 0})]:
+        with (
+            subtests.test(kind=kind, wrong=wrong),
+            pytest.raises(ValueError, match=next(iter(wrong))),
+        ):
+            kind.from_dict(wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_settings_are_frozen(kind):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(kind(), dataclasses.fields(kind)[0].name, 8)
+def test_settings_are_frozen(subtests):
+    for kind in KINDS:
+        with (
+            subtests.test(kind=kind),
+            pytest.raises(dataclasses.FrozenInstanceError),
+        ):
+            setattr(kind(), dataclasses.fields(kind)[0].name, 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_settings_have_to_be_named(kind):
-    with pytest.raises(TypeError):
-        kind(4)
+def test_settings_have_to_be_named(subtests):
+    for kind in KINDS:
+        with (
+            subtests.test(kind=kind),
+            pytest.raises(TypeError),
+        ):
+            kind(4)
 
 
-@pytest.mark.parametrize("name", ["weight_bit", "act_bit", "sm_abit"])
-def test_bits_from_2_to_16(name):
-    for bits in range(2, 17):
-        assert getattr(QuantConfig(**{name: bits}), name) == bits
+def test_bits_from_2_to_16(subtests):
+    for name in ["weight_bit", "act_bit", "sm_abit"]:
+        with subtests.test(name=name):
+            for bits in range(2, 17):
+                assert getattr(QuantConfig(**{name: bits}), name) == bits
 
 
-@pytest.mark.parametrize("name", ["weight_bit", "act_bit", "sm_abit"])
-@pytest.mark.parametrize("value", [-4, 0, 1, 17, 4.0, 4.5, "4", True, None])
-def test_other_bits_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is {value!r}: it must be a whole number in 2\.\.16$"):
-        QuantConfig(**{name: value})
+def test_other_bits_are_refused(subtests):
+    for value in [-4, 0, 1, 17, 4.0, 4.5, "4", True, None]:
+        for name in ["weight_bit", "act_bit", "sm_abit"]:
+            with (
+                subtests.test(value=value, name=name),
+                pytest.raises(ValueError, match=rf"^{name} is {value!r}: it must be a whole number in 2\.\.16$"),
+            ):
+                QuantConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["quant_act", "split", "act_symmetric"])
-@pytest.mark.parametrize("value", [0, 1, None, "yes"])
-def test_switches_are_booleans(name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be True or False$"):
-        QuantConfig(**{name: value})
+def test_switches_are_booleans(subtests):
+    for value in [0, 1, None, "yes"]:
+        for name in ["quant_act", "split", "act_symmetric"]:
+            with (
+                subtests.test(value=value, name=name),
+                pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be True or False$"),
+            ):
+                QuantConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["scale_method", "act_scale_method"])
-@pytest.mark.parametrize("value", ["", "Max", "min", None, 4])
-def test_unknown_methods_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be one of max, max_scale, mse$"):
-        QuantConfig(**{name: value})
+def test_unknown_methods_are_refused(subtests):
+    for value in ["", "Max", "min", None, 4]:
+        for name in ["scale_method", "act_scale_method"]:
+            with (
+                subtests.test(value=value, name=name),
+                pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be one of max, max_scale, mse$"),
+            ):
+                QuantConfig(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
+def test_limits_of_a_reconstruction_are_allowed(subtests):
+    for name, allowed in [
         ("iters_w", [0, 1]),
         ("iters_a", [0, 1]),
         ("seed", [0, 2**40]),
@@ -133,16 +158,14 @@ def test_unknown_methods_are_refused(name, value):
         ("b_start", [2.0, 100]),
         ("b_end", [1, 20.0]),
         ("warmup", [0, 0.5, 1]),
-    ],
-)
-def test_limits_of_a_reconstruction_are_allowed(name, allowed):
-    for value in allowed:
-        assert getattr(ReconConfig(**{name: value}), name) == value
+    ]:
+        with subtests.test(name=name, allowed=allowed):
+            for value in allowed:
+                assert getattr(ReconConfig(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize(
-    ("name", "refused"),
-    [
+def test_other_values_of_a_reconstruction_are_refused(subtests):
+    for name, refused in [
         ("iters_w", [-1, 1.0, True, "1", None]),
         ("iters_a", [-1, 1.0, True]),
         ("seed", [-1, 0.5, False]),
@@ -156,12 +179,11 @@ def test_limits_of_a_reconstruction_are_allowed(name, allowed):
         ("warmup", [-0.1, 1.1, NAN]),
         ("sym", [0, None]),
         ("grad_checkpoint", [1, "no"]),
-    ],
-)
-def test_other_values_of_a_reconstruction_are_refused(name, refused):
-    for value in refused:
-        with pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be"):
-            ReconConfig(**{name: value})
+    ]:
+        with subtests.test(name=name, refused=refused):
+            for value in refused:
+                with pytest.raises(ValueError, match=f"^{name} is {value!r}: it must be"):
+                    ReconConfig(**{name: value})
 
 
 def test_annealing_does_not_rise():

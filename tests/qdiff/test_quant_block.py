@@ -100,17 +100,19 @@ def seen_weights():
 # --- the attention product ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"act_bit": 4, "sm_abit": 8}, {"act_symmetric": True}, {"act_scale_method": "mse", "sm_abit": 8}],
-    ids=str,
-)
 @torch.no_grad()
-def test_attention_on_quantized_operands(settings):
-    attention, (q, k, v) = cross_attention(**settings), operands()
-    expected = plain_attention(attention, q, k, v, attention.scale)
-    torch.testing.assert_close(attention.attend(q, k, v).double(), expected, rtol=0, atol=1e-4)
-    assert (expected - softmax_of(q, k, attention.scale) @ v.double()).abs().max() > 1e-3  # quantization tells
+def test_attention_on_quantized_operands(subtests):
+    for settings in [
+        {},
+        {"act_bit": 4, "sm_abit": 8},
+        {"act_symmetric": True},
+        {"act_scale_method": "mse", "sm_abit": 8},
+    ]:
+        with subtests.test(settings=settings):
+            attention, (q, k, v) = cross_attention(**settings), operands()
+            expected = plain_attention(attention, q, k, v, attention.scale)
+            torch.testing.assert_close(attention.attend(q, k, v).double(), expected, rtol=0, atol=1e-4)
+            assert (expected - softmax_of(q, k, attention.scale) @ v.double()).abs().max() > 1e-3  # quantization tells
 
 
 @torch.no_grad()
@@ -141,15 +143,16 @@ def test_recorded_attention(make_qnn, golden, golden_tensors, assert_close):
     assert_close(out, golden[f"resumed_qa1/teacher_B1/{prefix}.to_out.0/in0"])
 
 
-@pytest.mark.parametrize("case", ["switched off", "weights only"])
-@pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_float_operands_are_attended_as_inherited(case, masked):
-    attention = cross_attention(quant_act=case != "weights only")
-    switch(attention, False)
-    mask = torch.arange(7) < torch.tensor([[4], [7]])
-    arguments = (*operands(), mask[:, None, None] if masked else None)
-    assert torch.equal(attention.attend(*arguments), CrossAttention.attend(attention, *arguments))
+def test_float_operands_are_attended_as_inherited(subtests):
+    for masked in [False, True]:
+        for case in ["switched off", "weights only"]:
+            with subtests.test(masked=masked, case=case):
+                attention = cross_attention(quant_act=case != "weights only")
+                switch(attention, False)
+                mask = torch.arange(7) < torch.tensor([[4], [7]])
+                arguments = (*operands(), mask[:, None, None] if masked else None)
+                assert torch.equal(attention.attend(*arguments), CrossAttention.attend(attention, *arguments))
 
 
 @torch.no_grad()
@@ -200,17 +203,20 @@ def test_mask_of_the_whole_layer():
 # --- some heads at a time ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "heads"), [(1, [1] * 6), (5 * 7 * 4, [4, 2]), (5 * 7 * 6, [6])])
-@pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_heads_at_a_time_make_no_difference(monkeypatch, seen_weights, limit, heads, masked):
-    attention, (q, k, v) = cross_attention(), operands()
-    mask = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]]).bool()[:, None, None] if masked else None
-    whole = attention.attend(q, k, v, mask)
-    shapes = seen_weights(attention)
-    monkeypatch.setattr(quant_block, "MAX_SCORES", limit)
-    assert torch.equal(attention.attend(q, k, v, mask), whole)
-    assert shapes == [(count, 5, 7) for count in heads]
+def test_heads_at_a_time_make_no_difference(monkeypatch, seen_weights, subtests):
+    for masked in [False, True]:
+        for limit, heads in [(1, [1] * 6), (5 * 7 * 4, [4, 2]), (5 * 7 * 6, [6])]:
+            with subtests.test(masked=masked, limit=limit, heads=heads):
+                attention, (q, k, v) = cross_attention(), operands()
+                hidden = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]]).bool()
+                mask = hidden[:, None, None] if masked else None
+                whole = attention.attend(q, k, v, mask)
+                shapes = seen_weights(attention)
+                with monkeypatch.context() as patch:
+                    patch.setattr(quant_block, "MAX_SCORES", limit)
+                    assert torch.equal(attention.attend(q, k, v, mask), whole)
+                assert shapes == [(count, 5, 7) for count in heads]
 
 
 @torch.no_grad()
@@ -224,16 +230,17 @@ def test_small_attention_is_done_at_once(seen_weights):
 # --- its quantizers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act_symmetric", [False, True])
-def test_settings_reach_the_operands(act_symmetric):
-    config = QuantConfig(act_bit=5, sm_abit=7, act_symmetric=act_symmetric, act_scale_method="mse")
-    attention = QuantCrossAttention(CrossAttention(12, 10, HEADS, DIM), config)
-    for name in OPERANDS:
-        quantizer, softmax = getattr(attention, name), name == "act_quantizer_w"
-        assert quantizer.n_bits == (7 if softmax else 5)
-        assert quantizer.symmetric is (act_symmetric and not softmax)
-        assert quantizer.always_zero is softmax
-        assert not quantizer.channel_wise and quantizer.scale_method == "mse"
+def test_settings_reach_the_operands(subtests):
+    for act_symmetric in [False, True]:
+        with subtests.test(act_symmetric=act_symmetric):
+            config = QuantConfig(act_bit=5, sm_abit=7, act_symmetric=act_symmetric, act_scale_method="mse")
+            attention = QuantCrossAttention(CrossAttention(12, 10, HEADS, DIM), config)
+            for name in OPERANDS:
+                quantizer, softmax = getattr(attention, name), name == "act_quantizer_w"
+                assert quantizer.n_bits == (7 if softmax else 5)
+                assert quantizer.symmetric is (act_symmetric and not softmax)
+                assert quantizer.always_zero is softmax
+                assert not quantizer.channel_wise and quantizer.scale_method == "mse"
 
 
 def test_softmax_is_quantized_from_zero():
@@ -244,14 +251,15 @@ def test_softmax_is_quantized_from_zero():
     assert attention.act_quantizer_w.delta.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_half_precision_operands(dtype):
-    attention, (q, k, v) = cross_attention(), (x.to(dtype) for x in operands())
-    out = attention.attend(q, k, v)
-    assert out.dtype == dtype
-    expected = plain_attention(attention, q, k, v, attention.scale)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-3 if dtype == torch.float16 else 4e-2)
+def test_half_precision_operands(subtests):
+    for dtype in [torch.float16, torch.bfloat16]:
+        with subtests.test(dtype=dtype):
+            attention, (q, k, v) = cross_attention(), (x.to(dtype) for x in operands())
+            out = attention.attend(q, k, v)
+            assert out.dtype == dtype
+            expected = plain_attention(attention, q, k, v, attention.scale)
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-3 if dtype == torch.float16 else 4e-2)
 
 
 # --- AttentionBlock ----------------------------------------------------------------------------------------
@@ -275,22 +283,23 @@ def qkv_of(block, x, new_order):
     return [torch.stack(heads, 1).transpose(2, 3) for heads in parts]
 
 
-@pytest.mark.parametrize("new_order", [False, True])
 @torch.no_grad()
-def test_attention_block_on_quantized_operands(new_order):
-    block, x = attention_block(new_order), random(2, 32, 3, 4)
-    q, k, v = qkv_of(block, x, new_order)
-    before = block(x)
-    block = QuantAttentionBlock(block, QuantConfig())
-    fit(block, q, k, v, 16**-0.5)
-    heads = plain_attention(block, q, k, v, 16**-0.5)
-    tokens = heads.transpose(2, 3).flatten(1, 2)
-    expected = copy.deepcopy(block.proj_out).double()(tokens).reshape(x.shape) + x.double()
-    # A code of the softmax, 16 bits wide, may tip over with the order of a sum.
-    torch.testing.assert_close(block(x).double(), expected, rtol=0, atol=1e-4)
-    assert (expected - before.double()).abs().max() > 1e-3
-    switch(block, False)
-    assert torch.equal(block(x), before)
+def test_attention_block_on_quantized_operands(subtests):
+    for new_order in [False, True]:
+        with subtests.test(new_order=new_order):
+            block, x = attention_block(new_order), random(2, 32, 3, 4)
+            q, k, v = qkv_of(block, x, new_order)
+            before = block(x)
+            block = QuantAttentionBlock(block, QuantConfig())
+            fit(block, q, k, v, 16**-0.5)
+            heads = plain_attention(block, q, k, v, 16**-0.5)
+            tokens = heads.transpose(2, 3).flatten(1, 2)
+            expected = copy.deepcopy(block.proj_out).double()(tokens).reshape(x.shape) + x.double()
+            # A code of the softmax, 16 bits wide, may tip over with the order of a sum.
+            torch.testing.assert_close(block(x).double(), expected, rtol=0, atol=1e-4)
+            assert (expected - before.double()).abs().max() > 1e-3
+            switch(block, False)
+            assert torch.equal(block(x), before)
 
 
 @torch.no_grad()

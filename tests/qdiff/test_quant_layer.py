@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,15 +21,15 @@ from qdiff.quant_layer import (
     round_ste,
 )
 
-GOLDENS = "tests/goldens"
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 CASE = re.compile(r"uaq/[wa]_(?P<data>\w+)/b(?P<bits>\d+)_sym(?P<sym>\d)_cw(?P<cw>\d)_(?P<method>\w+)_az(?P<az>\d)")
-with open(f"{GOLDENS}/q_unit.json") as file:
+with open(GOLDENS / "q_unit.json") as file:
     FACTS = json.load(file)
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(f"{GOLDENS}/q_unit.safetensors")
+    return load_file(GOLDENS / "q_unit.safetensors")
 
 
 def quantizer_of(case: re.Match) -> UniformAffineQuantizer:
@@ -82,31 +83,33 @@ def test_fitted_ranges_and_outputs_are_exact(golden):
 # --- what the reference does next --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["max", "mse"])
-def test_second_input_with_a_fitted_range(golden, method):
-    name = f"uaq/frozen_act4d/b8_sym0_cw0_{method}_az0"
-    quantizer = UniformAffineQuantizer(8, scale_method=method).fit(golden["uaq/x_act4d"])
-    assert torch.equal(quantizer(golden[f"{name}/y"]), golden[f"{name}/y_out"])
-    assert torch.equal(quantizer.delta, golden[f"{name}/delta"])
+def test_second_input_with_a_fitted_range(golden, subtests):
+    for method in ["max", "mse"]:
+        with subtests.test(method=method):
+            name = f"uaq/frozen_act4d/b8_sym0_cw0_{method}_az0"
+            quantizer = UniformAffineQuantizer(8, scale_method=method).fit(golden["uaq/x_act4d"])
+            assert torch.equal(quantizer(golden[f"{name}/y"]), golden[f"{name}/y_out"])
+            assert torch.equal(quantizer.delta, golden[f"{name}/delta"])
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "always_zero"), [(8, 0, 0), (8, 0, 1), (16, 0, 1), (8, 1, 0)])
-def test_ranges_that_follow_the_batches(golden, bits, symmetric, always_zero):
+def test_ranges_that_follow_the_batches(golden, subtests):
     """An exponential average of the extremes in steps 0 to 4; step 5 leaves the range alone."""
-    name = f"running/b{bits}_sym{symmetric}_az{always_zero}"
-    quantizer = UniformAffineQuantizer(bits, bool(symmetric), always_zero=bool(always_zero))
-    x = golden[f"{name}/step0/x"]
-    low, high = x.min(), x.max()
-    # The first range that the reference fits with a pinned zero point does not begin at 0: a defect.
-    quantizer.fit(x)
-    for step in range(1 if always_zero else 0, 6):
-        x = golden[f"{name}/step{step}/x"]
-        if 0 < step < 5:
-            low, high = 0.95 * low + 0.05 * x.min(), 0.95 * high + 0.05 * x.max()
-            quantizer.set_range(low, high)
-        assert torch.equal(quantizer.delta, golden[f"{name}/step{step}/delta"]), step
-        assert torch.equal(quantizer.zero_point, golden[f"{name}/step{step}/zero_point"].float()), step
-        assert torch.equal(quantizer(x), golden[f"{name}/step{step}/out"]), step
+    for bits, symmetric, always_zero in [(8, 0, 0), (8, 0, 1), (16, 0, 1), (8, 1, 0)]:
+        with subtests.test(bits=bits, symmetric=symmetric, always_zero=always_zero):
+            name = f"running/b{bits}_sym{symmetric}_az{always_zero}"
+            quantizer = UniformAffineQuantizer(bits, bool(symmetric), always_zero=bool(always_zero))
+            x = golden[f"{name}/step0/x"]
+            low, high = x.min(), x.max()
+            # The first range that the reference fits with a pinned zero point does not begin at 0: a defect.
+            quantizer.fit(x)
+            for step in range(1 if always_zero else 0, 6):
+                x = golden[f"{name}/step{step}/x"]
+                if 0 < step < 5:
+                    low, high = 0.95 * low + 0.05 * x.min(), 0.95 * high + 0.05 * x.max()
+                    quantizer.set_range(low, high)
+                assert torch.equal(quantizer.delta, golden[f"{name}/step{step}/delta"]), step
+                assert torch.equal(quantizer.zero_point, golden[f"{name}/step{step}/zero_point"].float()), step
+                assert torch.equal(quantizer(x), golden[f"{name}/step{step}/out"]), step
 
 
 def test_straight_through_gradients(golden):
@@ -120,10 +123,11 @@ def test_straight_through_gradients(golden):
     torch.testing.assert_close(quantizer.delta.grad, golden["grad/uaq/grad_delta"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("p", [2.0, 2.4])
-def test_lp_loss(golden, p):
-    loss = lp_loss(golden["loss/pred"], golden["loss/tgt"], p)
-    torch.testing.assert_close(loss, golden[f"loss/lp_p{p}_none"], rtol=1e-6, atol=0)
+def test_lp_loss(golden, subtests):
+    for p in [2.0, 2.4]:
+        with subtests.test(p=p):
+            loss = lp_loss(golden["loss/pred"], golden["loss/tgt"], p)
+            torch.testing.assert_close(loss, golden[f"loss/lp_p{p}_none"], rtol=1e-6, atol=0)
 
 
 def test_gradients_do_not_change_the_rounding():
@@ -160,11 +164,12 @@ def test_signed_codes_by_hand():
     assert quantizer(x).tolist() == [-8, -8, 0, 0, 4, 4, 6]
 
 
-@pytest.mark.parametrize("n_bits", range(2, 17))
-def test_limits_of_the_codes(n_bits):
-    unsigned, signed = Quantizer(n_bits), Quantizer(n_bits, symmetric=True)
-    assert (unsigned.low, unsigned.high) == (0, 2**n_bits - 1)
-    assert (signed.low, signed.high) == (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+def test_limits_of_the_codes(subtests):
+    for n_bits in range(2, 17):
+        with subtests.test(n_bits=n_bits):
+            unsigned, signed = Quantizer(n_bits), Quantizer(n_bits, symmetric=True)
+            assert (unsigned.low, unsigned.high) == (0, 2**n_bits - 1)
+            assert (signed.low, signed.high) == (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
 
 
 def test_one_range_a_channel_by_hand():
@@ -175,24 +180,27 @@ def test_one_range_a_channel_by_hand():
     assert quantizer(torch.tensor([[1.2, 9.0], [12.0, -5.0]])).tolist() == [[1, 2], [10, 0]]
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2)])
-def test_ranges_broadcast_over_the_channel(shape):
-    x = random(*shape)
-    quantizer = UniformAffineQuantizer(8, channel_wise=True).fit(x)
-    assert quantizer.delta.shape == quantizer.zero_point.shape == (4, *[1] * (len(shape) - 1))
-    assert UniformAffineQuantizer(8).fit(x).delta.shape == ()
+def test_ranges_broadcast_over_the_channel(subtests):
+    for shape in [(4, 3), (4, 3, 5), (4, 3, 2, 2)]:
+        with subtests.test(shape=shape):
+            x = random(*shape)
+            quantizer = UniformAffineQuantizer(8, channel_wise=True).fit(x)
+            assert quantizer.delta.shape == quantizer.zero_point.shape == (4, *[1] * (len(shape) - 1))
+            assert UniformAffineQuantizer(8).fit(x).delta.shape == ()
 
 
-@pytest.mark.parametrize(
-    ("settings", "delta", "zero_point"),
-    [({}, 4 / 3, 1.0), ({"symmetric": True}, 3.0, 0.0), ({"always_zero": True}, 1.0, 0.0)],
-)
-def test_set_range_by_hand(settings, delta, zero_point):
+def test_set_range_by_hand(subtests):
     """[-1, 3] in two bits: codes 0..3 (0 is code round(3 / 4)), -2..1, and 0..3 from 0 on."""
-    quantizer = UniformAffineQuantizer(2, **settings)
-    quantizer.set_range(torch.tensor(-1.0), torch.tensor(3.0))
-    assert quantizer.delta.item() == pytest.approx(delta, rel=1e-6)
-    assert quantizer.zero_point.item() == zero_point
+    for settings, delta, zero_point in [
+        ({}, 4 / 3, 1.0),
+        ({"symmetric": True}, 3.0, 0.0),
+        ({"always_zero": True}, 1.0, 0.0),
+    ]:
+        with subtests.test(settings=settings, delta=delta, zero_point=zero_point):
+            quantizer = UniformAffineQuantizer(2, **settings)
+            quantizer.set_range(torch.tensor(-1.0), torch.tensor(3.0))
+            assert quantizer.delta.item() == pytest.approx(delta, rel=1e-6)
+            assert quantizer.zero_point.item() == zero_point
 
 
 def test_set_range_of_channels():
@@ -211,23 +219,25 @@ def test_a_fit_keeps_no_graph():
 # --- defects of the reference that are not ours ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channel_wise", [False, True])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_one_sided_data_does_not_clip(sign, channel_wise):
-    x = sign * (3 + random(4, 50).abs())
-    quantizer = UniformAffineQuantizer(4, channel_wise=channel_wise).fit(x)
-    assert bool(((quantizer(x) - x).abs() <= quantizer.delta * 0.5001).all())
-    assert quantizer(torch.zeros(4, 1)).tolist() == [[0]] * 4
+def test_one_sided_data_does_not_clip(subtests):
+    for sign in [1, -1]:
+        for channel_wise in [False, True]:
+            with subtests.test(sign=sign, channel_wise=channel_wise):
+                x = sign * (3 + random(4, 50).abs())
+                quantizer = UniformAffineQuantizer(4, channel_wise=channel_wise).fit(x)
+                assert bool(((quantizer(x) - x).abs() <= quantizer.delta * 0.5001).all())
+                assert quantizer(torch.zeros(4, 1)).tolist() == [[0]] * 4
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", [2, 4, 6, 8, 16])
-def test_max_scale_scales_the_step(n_bits, symmetric):
-    x = random(4, 50)
-    full = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(x)
-    scaled = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True, scale_method="max_scale").fit(x)
-    torch.testing.assert_close(scaled.delta, full.delta * (n_bits + 2) / 8, rtol=1e-6, atol=0)
-    assert torch.equal(scaled.zero_point, full.zero_point)
+def test_max_scale_scales_the_step(subtests):
+    for n_bits in [2, 4, 6, 8, 16]:
+        for symmetric in [False, True]:
+            with subtests.test(n_bits=n_bits, symmetric=symmetric):
+                x = random(4, 50)
+                full = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(x)
+                scaled = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True, scale_method="max_scale").fit(x)
+                torch.testing.assert_close(scaled.delta, full.delta * (n_bits + 2) / 8, rtol=1e-6, atol=0)
+                assert torch.equal(scaled.zero_point, full.zero_point)
 
 
 def steps_of_least_error(x, n_bits):
@@ -239,66 +249,72 @@ def steps_of_least_error(x, n_bits):
     return torch.stack(steps)[best, torch.arange(len(x))]
 
 
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
-def test_mse_of_signed_codes_has_the_least_error(n_bits):
-    x = random(6, 200) ** 3  # with outliers, so that the full range is not the best
-    quantizer = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True, scale_method="mse").fit(x)
-    expected = steps_of_least_error(x, n_bits)
-    torch.testing.assert_close(quantizer.delta.double(), expected, rtol=1e-6, atol=0)
-    assert quantizer.zero_point.abs().max() == 0
-    full = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True).fit(x)
-    assert (quantizer.delta < full.delta).any()
+def test_mse_of_signed_codes_has_the_least_error(subtests):
+    for n_bits in [2, 3, 4, 8]:
+        with subtests.test(n_bits=n_bits):
+            x = random(6, 200) ** 3  # with outliers, so that the full range is not the best
+            quantizer = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True, scale_method="mse").fit(x)
+            expected = steps_of_least_error(x, n_bits)
+            torch.testing.assert_close(quantizer.delta.double(), expected, rtol=1e-6, atol=0)
+            assert quantizer.zero_point.abs().max() == 0
+            full = UniformAffineQuantizer(n_bits, symmetric=True, channel_wise=True).fit(x)
+            assert (quantizer.delta < full.delta).any()
 
 
-@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
-def test_softmax_outputs_keep_their_zero(method):
+def test_softmax_outputs_keep_their_zero(subtests):
     """The range begins at 0 although the data does not."""
-    x = 0.2 + random(3, 8, 8).abs()
-    quantizer = UniformAffineQuantizer(8, scale_method=method, always_zero=True).fit(x)
-    assert quantizer.zero_point == 0
-    assert quantizer(torch.zeros(2)).tolist() == [0, 0]
-    if method == "max":
-        torch.testing.assert_close(quantizer.delta, x.max() / 255)
+    for method in ["max", "max_scale", "mse"]:
+        with subtests.test(method=method):
+            x = 0.2 + random(3, 8, 8).abs()
+            quantizer = UniformAffineQuantizer(8, scale_method=method, always_zero=True).fit(x)
+            assert quantizer.zero_point == 0
+            assert quantizer(torch.zeros(2)).tolist() == [0, 0]
+            if method == "max":
+                torch.testing.assert_close(quantizer.delta, x.max() / 255)
 
 
-@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
-@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"always_zero": True}, {"channel_wise": True}], ids=str)
-def test_zeros_stay_zeros(settings, method):
-    quantizer = UniformAffineQuantizer(4, scale_method=method, **settings).fit(torch.zeros(3, 5))
-    assert quantizer.is_set
-    assert torch.equal(quantizer(torch.zeros(3, 5)), torch.zeros(3, 5))
+def test_zeros_stay_zeros(subtests):
+    for settings in [{}, {"symmetric": True}, {"always_zero": True}, {"channel_wise": True}]:
+        for method in ["max", "max_scale", "mse"]:
+            with subtests.test(settings=settings, method=method):
+                quantizer = UniformAffineQuantizer(4, scale_method=method, **settings).fit(torch.zeros(3, 5))
+                assert quantizer.is_set
+                assert torch.equal(quantizer(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
 # --- dtypes, and switched off ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_bits", [4, 8, 16])
-def test_half_precision_is_computed_in_float32(n_bits, dtype):
-    x = random(8, 40).to(dtype)
-    quantizer = UniformAffineQuantizer(n_bits).fit(x)
-    assert quantizer.delta.dtype == quantizer.zero_point.dtype == torch.float32
-    assert torch.equal(quantizer.delta, UniformAffineQuantizer(n_bits).fit(x.float()).delta)
-    assert quantizer(x).dtype == dtype
-    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
+def test_half_precision_is_computed_in_float32(subtests):
+    for n_bits in [4, 8, 16]:
+        for dtype in [torch.float16, torch.bfloat16]:
+            with subtests.test(n_bits=n_bits, dtype=dtype):
+                x = random(8, 40).to(dtype)
+                quantizer = UniformAffineQuantizer(n_bits).fit(x)
+                assert quantizer.delta.dtype == quantizer.zero_point.dtype == torch.float32
+                assert torch.equal(quantizer.delta, UniformAffineQuantizer(n_bits).fit(x.float()).delta)
+                assert quantizer(x).dtype == dtype
+                assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", range(2, 17))
-def test_frozen_codes_of_half_precision_weights(n_bits, symmetric):
-    weight = random(4, 30).half()
-    quantizer = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(weight)
-    frozen = FrozenQuantizer(quantizer, weight)(weight)
-    assert frozen.dtype == torch.float16
-    assert torch.equal(frozen, quantizer(weight))
+def test_frozen_codes_of_half_precision_weights(subtests):
+    for n_bits in range(2, 17):
+        for symmetric in [False, True]:
+            with subtests.test(n_bits=n_bits, symmetric=symmetric):
+                weight = random(4, 30).half()
+                quantizer = UniformAffineQuantizer(n_bits, symmetric, channel_wise=True).fit(weight)
+                frozen = FrozenQuantizer(quantizer, weight)(weight)
+                assert frozen.dtype == torch.float16
+                assert torch.equal(frozen, quantizer(weight))
 
 
-@pytest.mark.parametrize("n_bits", [2, 8])
-def test_switched_off_is_the_identity(n_bits):
-    x = random(3, 4)
-    for quantizer in (UniformAffineQuantizer(n_bits), UniformAffineQuantizer(n_bits).fit(x)):
-        quantizer.enabled = False
-        assert quantizer(x) is x
+def test_switched_off_is_the_identity(subtests):
+    for n_bits in [2, 8]:
+        with subtests.test(n_bits=n_bits):
+            x = random(3, 4)
+            for quantizer in (UniformAffineQuantizer(n_bits), UniformAffineQuantizer(n_bits).fit(x)):
+                quantizer.enabled = False
+                assert quantizer(x) is x
 
 
 def test_unset_until_fitted():
@@ -311,10 +327,13 @@ def test_unset_until_fitted():
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_bits", [0, 1, 17, 32, 4.5, "8", None, True])
-def test_other_bits_are_refused(n_bits):
-    with pytest.raises(ValueError, match=rf"^n_bits is {n_bits!r}: it must be a whole number in 2\.\.16$"):
-        UniformAffineQuantizer(n_bits)
+def test_other_bits_are_refused(subtests):
+    for n_bits in [0, 1, 17, 32, 4.5, "8", None, True]:
+        with (
+            subtests.test(n_bits=n_bits),
+            pytest.raises(ValueError, match=rf"^n_bits is {n_bits!r}: it must be a whole number in 2\.\.16$"),
+        ):
+            UniformAffineQuantizer(n_bits)
 
 
 def test_an_unknown_method_is_refused():
@@ -330,9 +349,8 @@ def test_signed_codes_with_a_pinned_zero_are_refused():
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
-    ("delta", "zero_point", "message"),
-    [
+def test_impossible_values_are_refused_and_change_nothing(subtests):
+    for delta, zero_point, message in [
         ([0.0], [0.0], "delta must be positive and finite"),
         ([-0.5], [0.0], "delta must be positive and finite"),
         ([0.5, NAN], [0.0, 0.0], "delta must be positive and finite"),
@@ -341,24 +359,24 @@ NAN, INF = float("nan"), float("inf")
         ([0.5], [NAN], "zero_point must be a whole number"),
         ([0.5], [INF], "zero_point must be a whole number"),
         ([0.5, 0.5], [0.0], r"delta \(2,\) and zero_point \(1,\) differ in shape"),
-    ],
-)
-def test_impossible_values_are_refused_and_change_nothing(delta, zero_point, message):
-    quantizer = with_range(8, 0.25, 3.0)
-    with pytest.raises(ValueError, match=message):
-        quantizer.set(torch.tensor(delta), torch.tensor(zero_point))
-    assert (quantizer.delta.item(), quantizer.zero_point.item()) == (0.25, 3.0)
+    ]:
+        with subtests.test(delta=delta, zero_point=zero_point, message=message):
+            quantizer = with_range(8, 0.25, 3.0)
+            with pytest.raises(ValueError, match=message):
+                quantizer.set(torch.tensor(delta), torch.tensor(zero_point))
+            assert (quantizer.delta.item(), quantizer.zero_point.item()) == (0.25, 3.0)
 
 
-@pytest.mark.parametrize("method", ["max", "max_scale", "mse"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_fit_to_values_that_are_not_finite_is_refused(value, method):
-    x = random(4, 5)
-    x[2, 3] = value
-    quantizer = UniformAffineQuantizer(8, channel_wise=True, scale_method=method)
-    with pytest.raises(ValueError, match="cannot fit a range to data with NaN or infinite values"):
-        quantizer.fit(x)
-    assert not quantizer.is_set
+def test_a_fit_to_values_that_are_not_finite_is_refused(subtests):
+    for value in [NAN, INF, -INF]:
+        for method in ["max", "max_scale", "mse"]:
+            with subtests.test(value=value, method=method):
+                x = random(4, 5)
+                x[2, 3] = value
+                quantizer = UniformAffineQuantizer(8, channel_wise=True, scale_method=method)
+                with pytest.raises(ValueError, match="cannot fit a range to data with NaN or infinite values"):
+                    quantizer.fit(x)
+                assert not quantizer.is_set
 
 
 # --- frozen codes ------------------------------------------------------------------------------------------
@@ -372,21 +390,23 @@ def frozen_of(n_bits, shape=(4, 3, 3, 3), symmetric=False):
     return quantizer, weight, FrozenQuantizer(quantizer, weight)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("n_bits", range(2, 17))
-@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
-def test_frozen_equals_what_it_froze(shape, n_bits, symmetric):
-    quantizer, weight, frozen = frozen_of(n_bits, shape, symmetric)
-    assert torch.equal(frozen(weight), quantizer(weight))
-    assert torch.equal(frozen.codes(weight), quantizer.codes(weight))
+def test_frozen_equals_what_it_froze(subtests):
+    for shape in WEIGHTS:
+        for n_bits in range(2, 17):
+            for symmetric in [False, True]:
+                with subtests.test(shape=shape, n_bits=n_bits, symmetric=symmetric):
+                    quantizer, weight, frozen = frozen_of(n_bits, shape, symmetric)
+                    assert torch.equal(frozen(weight), quantizer(weight))
+                    assert torch.equal(frozen.codes(weight), quantizer.codes(weight))
 
 
-@pytest.mark.parametrize("n_bits", range(2, 17))
-@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
-def test_frozen_codes_from_a_file(shape, n_bits):
-    quantizer, weight, frozen = frozen_of(n_bits, shape)
-    loaded = FrozenQuantizer.from_packed(frozen.packed, shape, n_bits, frozen.delta, frozen.zero_point)
-    assert torch.equal(loaded(weight), quantizer(weight))
+def test_frozen_codes_from_a_file(subtests):
+    for shape in WEIGHTS:
+        for n_bits in range(2, 17):
+            with subtests.test(shape=shape, n_bits=n_bits):
+                quantizer, weight, frozen = frozen_of(n_bits, shape)
+                loaded = FrozenQuantizer.from_packed(frozen.packed, shape, n_bits, frozen.delta, frozen.zero_point)
+                assert torch.equal(loaded(weight), quantizer(weight))
 
 
 def test_frozen_codes_do_not_follow_the_weight():
@@ -412,9 +432,8 @@ def test_frozen_while_switched_off():
     assert torch.equal(frozen(weight), expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_packed_codes_that_do_not_fit_are_refused(subtests):
+    for change, message in [
         ({"shape": (4, 17)}, r"codes \(4, 8\) torch.uint8 do not hold 4 bits for \(4, 17\)"),
         ({"shape": (5, 16)}, r"codes \(4, 8\) torch.uint8 do not hold 4 bits for \(5, 16\)"),
         ({"n_bits": 3}, "do not hold 3 bits"),
@@ -426,19 +445,18 @@ def test_frozen_while_switched_off():
         ({"delta": torch.zeros(4, 1)}, "delta must be positive"),
         ({"zero_point": torch.full((4, 1), 0.5)}, "zero_point must be a whole number"),
         ({"zero_point": torch.zeros(4)}, "differ in shape"),
-    ],
-)
-def test_packed_codes_that_do_not_fit_are_refused(change, message):
-    fitting = {
-        "packed": torch.zeros(4, 8, dtype=torch.uint8),
-        "shape": (4, 16),
-        "n_bits": 4,
-        "delta": torch.ones(4, 1),
-        "zero_point": torch.zeros(4, 1),
-    }
-    FrozenQuantizer.from_packed(**fitting)
-    with pytest.raises(ValueError, match=message):
-        FrozenQuantizer.from_packed(**(fitting | change))
+    ]:
+        with subtests.test(change=change, message=message):
+            fitting = {
+                "packed": torch.zeros(4, 8, dtype=torch.uint8),
+                "shape": (4, 16),
+                "n_bits": 4,
+                "delta": torch.ones(4, 1),
+                "zero_point": torch.zeros(4, 1),
+            }
+            FrozenQuantizer.from_packed(**fitting)
+            with pytest.raises(ValueError, match=message):
+                FrozenQuantizer.from_packed(**(fitting | change))
 
 
 # --- layers ------------------------------------------------------------------------------------------------
@@ -468,27 +486,32 @@ def switch(module, weights, acts):
             quantizer.enabled = weights if "weight" in name else acts
 
 
-@pytest.mark.parametrize("acts", [False, True])
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("split", [0, 7])
-def test_recorded_layers(golden, split, weights, acts):
-    layer = nn.Conv2d(10, 6, 1)
-    layer.load_state_dict({name: golden[f"quantmodule/{name}"] for name in ("weight", "bias")})
-    config = QuantConfig(scale_method="mse")
-    module = SplitQuantModule(layer, config, split) if split else QuantModule(layer, config)
-    module.fit_weight()
-    x = golden["quantmodule/x"]
-    for name, part in zip(("act_quantizer", "act_quantizer_0"), x.split([7, 3], 1) if split else [x], strict=False):
-        getattr(module, name).fit(part)
-    quantizers = {name: part for name, part in module.named_modules() if isinstance(part, Quantizer)}
-    assert len(quantizers) == (4 if split else 2)
-    for name, quantizer in quantizers.items():
-        assert torch.equal(quantizer.delta, golden[f"quantmodule/split{split}/{name}.delta"])
-        assert torch.equal(quantizer.zero_point, golden[f"quantmodule/split{split}/{name}.zero_point"].float())
-    switch(module, weights, acts)
-    expected = golden[f"quantmodule/split{split}/w{weights:d}a{acts:d}"]
-    error = (module(x) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-6
+def test_recorded_layers(golden, subtests):
+    for split in [0, 7]:
+        for weights in [False, True]:
+            for acts in [False, True]:
+                with subtests.test(split=split, weights=weights, acts=acts):
+                    layer = nn.Conv2d(10, 6, 1)
+                    layer.load_state_dict({name: golden[f"quantmodule/{name}"] for name in ("weight", "bias")})
+                    config = QuantConfig(scale_method="mse")
+                    module = SplitQuantModule(layer, config, split) if split else QuantModule(layer, config)
+                    module.fit_weight()
+                    x = golden["quantmodule/x"]
+                    for name, part in zip(
+                        ("act_quantizer", "act_quantizer_0"), x.split([7, 3], 1) if split else [x], strict=False
+                    ):
+                        getattr(module, name).fit(part)
+                    quantizers = {name: part for name, part in module.named_modules() if isinstance(part, Quantizer)}
+                    assert len(quantizers) == (4 if split else 2)
+                    for name, quantizer in quantizers.items():
+                        assert torch.equal(quantizer.delta, golden[f"quantmodule/split{split}/{name}.delta"])
+                        assert torch.equal(
+                            quantizer.zero_point, golden[f"quantmodule/split{split}/{name}.zero_point"].float()
+                        )
+                    switch(module, weights, acts)
+                    expected = golden[f"quantmodule/split{split}/w{weights:d}a{acts:d}"]
+                    error = (module(x) - expected).abs().max() / expected.abs().max()
+                    assert error < 1e-6
 
 
 @torch.no_grad()
@@ -551,22 +574,29 @@ def test_halves_of_a_split_layer_by_hand():
     assert module.act_quantizer_0.delta > 5 * module.act_quantizer.delta
 
 
-@pytest.mark.parametrize("split", [-1, 0, 10, 11])
-def test_a_split_outside_of_the_channels_is_refused(split):
-    with pytest.raises(ValueError, match=f"^split is {split}: it must lie within the 10 input channels$"):
-        SplitQuantModule(nn.Conv2d(10, 6, 1), QuantConfig(), split)
+def test_a_split_outside_of_the_channels_is_refused(subtests):
+    for split in [-1, 0, 10, 11]:
+        with (
+            subtests.test(split=split),
+            pytest.raises(ValueError, match=f"^split is {split}: it must lie within the 10 input channels$"),
+        ):
+            SplitQuantModule(nn.Conv2d(10, 6, 1), QuantConfig(), split)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [nn.LayerNorm(4), nn.ConvTranspose2d(4, 4, 3), nn.Conv3d(2, 2, 1), nn.Conv2d(4, 4, 3, padding_mode="reflect")],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_other_layers_are_refused(layer):
-    with pytest.raises(
-        ValueError, match=rf"^cannot quantize {type(layer).__name__}\(.*: Linear, Conv1d and Conv2d with"
-    ):
-        QuantModule(layer, QuantConfig())
+def test_other_layers_are_refused(subtests):
+    for layer in [
+        nn.LayerNorm(4),
+        nn.ConvTranspose2d(4, 4, 3),
+        nn.Conv3d(2, 2, 1),
+        nn.Conv2d(4, 4, 3, padding_mode="reflect"),
+    ]:
+        with (
+            subtests.test(layer=layer),
+            pytest.raises(
+                ValueError, match=rf"^cannot quantize {type(layer).__name__}\(.*: Linear, Conv1d and Conv2d with"
+            ),
+        ):
+            QuantModule(layer, QuantConfig())
 
 
 def test_settings_reach_the_quantizers_of_a_layer():

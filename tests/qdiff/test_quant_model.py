@@ -1,6 +1,10 @@
 """QuantModel: against recorded outputs of the reference implementation, and against the float UNet it is made of."""
 
+import gc
+import hashlib
 import json
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +18,18 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
+from qdiff.exchange import put_module
 from qdiff.quant_block import QuantAttentionBlock, QuantBasicTransformerBlock, QuantCrossAttention, QuantResBlock
 from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
 
-GOLDENS = "tests/goldens"
-with open(f"{GOLDENS}/q_unet_tiny.json") as file:
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
+with open(GOLDENS / "q_unet_tiny.json") as file:
     RUNS = json.load(file)
 # The other run differs in its activations only, and no input of its own is robust to rounding noise.
 WEIGHT_RUNS = [name for name, facts in RUNS.items() if not facts.get("a_sym")]
 ROBUST_RUNS = [name for name, facts in RUNS.items() if facts["wa_B_input_robust_to_1e-7_noise"]]
-with open(f"{GOLDENS}/q_tome.json") as file:
+with open(GOLDENS / "q_tome.json") as file:
     TOME = json.load(file)
 
 
@@ -96,17 +102,17 @@ def states_of(qnn):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_file(f"{GOLDENS}/q_unet_tiny.safetensors")
+    return load_file(GOLDENS / "q_unet_tiny.safetensors")
 
 
 @pytest.fixture(scope="module")
 def make_tiny(tiny):
     """(run, anew=False) -> its UNet quantized: fitted weights, recorded ranges of activations. Built once, or anew."""
-    params = OmegaConf.load(f"{GOLDENS}/tiny_ldm.yaml").model.params.unet_config
+    params = OmegaConf.load(GOLDENS / "tiny_ldm.yaml").model.params.unet_config
     prefix = "model.diffusion_model."
     weights = {
         key.removeprefix(prefix): value.float()
-        for key, value in load_file(f"{GOLDENS}/tiny_ldm.safetensors").items()
+        for key, value in load_file(GOLDENS / "tiny_ldm.safetensors").items()
         if key.startswith(prefix)
     }
     built = {}
@@ -148,36 +154,40 @@ def make_tiny(tiny):
     return make
 
 
-@pytest.mark.parametrize("run", WEIGHT_RUNS)
-def test_recorded_ranges_of_weights(make_tiny, tiny, run):
-    for name, quantizer in make_tiny(run).weight_quantizers().items():
-        assert torch.equal(quantizer.delta, tiny[f"{run}/quantizers/{name}.delta"]), name
-        assert torch.equal(quantizer.zero_point, tiny[f"{run}/quantizers/{name}.zero_point"].float()), name
+def test_recorded_ranges_of_weights(make_tiny, tiny, subtests):
+    for run in WEIGHT_RUNS:
+        with subtests.test(run=run):
+            for name, quantizer in make_tiny(run).weight_quantizers().items():
+                assert torch.equal(quantizer.delta, tiny[f"{run}/quantizers/{name}.delta"]), name
+                assert torch.equal(quantizer.zero_point, tiny[f"{run}/quantizers/{name}.zero_point"].float()), name
 
 
-@pytest.mark.parametrize("run", WEIGHT_RUNS)
-def test_quantizers_stand_where_the_reference_has_them(make_tiny, tiny, run):
-    qnn, prefix = make_tiny(run), f"{run}/quantizers/"
-    recorded = {key.removeprefix(prefix).rsplit(".", 1)[0] for key in tiny if key.startswith(prefix)}
-    assert qnn.weight_quantizers().keys() | qnn.act_quantizers().keys() == recorded
-    assert not qnn.weight_quantizers().keys() & qnn.act_quantizers().keys()
+def test_quantizers_stand_where_the_reference_has_them(make_tiny, tiny, subtests):
+    for run in WEIGHT_RUNS:
+        with subtests.test(run=run):
+            qnn, prefix = make_tiny(run), f"{run}/quantizers/"
+            recorded = {key.removeprefix(prefix).rsplit(".", 1)[0] for key in tiny if key.startswith(prefix)}
+            assert qnn.weight_quantizers().keys() | qnn.act_quantizers().keys() == recorded
+            assert not qnn.weight_quantizers().keys() & qnn.act_quantizers().keys()
 
 
-@pytest.mark.parametrize("run", WEIGHT_RUNS)
 @torch.no_grad()
-def test_recorded_outputs_of_quantized_weights(make_tiny, tiny, assert_close, run):
-    qnn = make_tiny(run)
-    with qnn.quant_state(True, False):
-        for name in ("A", "B"):
-            assert_close(qnn(*inputs(tiny, f"in_{name}")), tiny[f"{run}/w_{name}"])
+def test_recorded_outputs_of_quantized_weights(make_tiny, tiny, assert_close, subtests):
+    for run in WEIGHT_RUNS:
+        with subtests.test(run=run):
+            qnn = make_tiny(run)
+            with qnn.quant_state(True, False):
+                for name in ("A", "B"):
+                    assert_close(qnn(*inputs(tiny, f"in_{name}")), tiny[f"{run}/w_{name}"])
 
 
-@pytest.mark.parametrize("run", ROBUST_RUNS)
 @torch.no_grad()
-def test_recorded_outputs_of_quantized_activations(make_tiny, tiny, assert_close, run):
-    qnn = make_tiny(run)
-    with qnn.quant_state(True, True):
-        assert_close(qnn(*inputs(tiny, f"{run}/in_B")), tiny[f"{run}/wa_B"])
+def test_recorded_outputs_of_quantized_activations(make_tiny, tiny, assert_close, subtests):
+    for run in ROBUST_RUNS:
+        with subtests.test(run=run):
+            qnn = make_tiny(run)
+            with qnn.quant_state(True, True):
+                assert_close(qnn(*inputs(tiny, f"{run}/in_B")), tiny[f"{run}/wa_B"])
 
 
 @torch.no_grad()
@@ -208,26 +218,28 @@ def test_recorded_outputs_of_adaptive_rounding(make_tiny, tiny, assert_close):
 # --- against the reference: a calibrated UNet --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant_act", [False, True])
 @torch.no_grad()
-def test_every_unit_and_layer_on_recorded_inputs(calibrated, golden, assert_close, quant_act):
-    calibrated.set_quant_state(True, quant_act)
-    prefix = f"resumed_qa{quant_act:d}/teacher_B1/"
-    names = sorted({key.removeprefix(prefix).rsplit("/", 1)[0] for key in golden if key.startswith(prefix)})
-    assert set(calibrated.units()) <= set(names)
-    for name in names:
-        recorded = {what: golden.get(f"{prefix}{name}/{what}") for what in ("in0", "in1", "in_context", "out")}
-        arguments = [recorded[what] for what in ("in0", "in1") if recorded[what] is not None]
-        options = {} if recorded["in_context"] is None else {"context": recorded["in_context"]}
-        assert_close(calibrated.get_submodule(name)(*arguments, **options), recorded["out"], rtol=2e-6)
+def test_every_unit_and_layer_on_recorded_inputs(calibrated, golden, assert_close, subtests):
+    for quant_act in [False, True]:
+        with subtests.test(quant_act=quant_act):
+            calibrated.set_quant_state(True, quant_act)
+            prefix = f"resumed_qa{quant_act:d}/teacher_B1/"
+            names = sorted({key.removeprefix(prefix).rsplit("/", 1)[0] for key in golden if key.startswith(prefix)})
+            assert set(calibrated.units()) <= set(names)
+            for name in names:
+                recorded = {what: golden.get(f"{prefix}{name}/{what}") for what in ("in0", "in1", "in_context", "out")}
+                arguments = [recorded[what] for what in ("in0", "in1") if recorded[what] is not None]
+                options = {} if recorded["in_context"] is None else {"context": recorded["in_context"]}
+                assert_close(calibrated.get_submodule(name)(*arguments, **options), recorded["out"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("quant_act", [False, True])
-@pytest.mark.parametrize("name", ["R", "B1"])
 @torch.no_grad()
-def test_recorded_outputs_of_a_calibrated_model(calibrated, golden, assert_close, name, quant_act):
-    calibrated.set_quant_state(True, quant_act)
-    assert_close(calibrated(*inputs(golden, f"in_{name}")), golden[f"resumed_qa{quant_act:d}/{name}"])
+def test_recorded_outputs_of_a_calibrated_model(calibrated, golden, assert_close, subtests):
+    for name in ["R", "B1"]:
+        for quant_act in [False, True]:
+            with subtests.test(name=name, quant_act=quant_act):
+                calibrated.set_quant_state(True, quant_act)
+                assert_close(calibrated(*inputs(golden, f"in_{name}")), golden[f"resumed_qa{quant_act:d}/{name}"])
 
 
 def test_units_are_reconstructed_in_the_recorded_order(calibrated, golden_facts):
@@ -255,14 +267,14 @@ def test_keys_of_the_recorded_checkpoint(make_qnn, golden_facts):
 @pytest.fixture(scope="module")
 def sd_v1():
     """Without memory: on the meta device."""
-    config = OmegaConf.load("configs/stable-diffusion/v1-inference.yaml").model.params.unet_config
+    config = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config
     with torch.device("meta"):
         return QuantModel(instantiate_from_config(config), QuantConfig())
 
 
 @pytest.fixture(scope="module")
 def sd_v1_facts():
-    with open(f"{GOLDENS}/sd_v1_qdiff_w4a8_state_dict.json") as file:
+    with open(GOLDENS / "sd_v1_qdiff_w4a8_state_dict.json") as file:
         return json.load(file)
 
 
@@ -295,13 +307,14 @@ def test_float_weights_of_stable_diffusion(sd_v1, sd_v1_facts):
 # --- switched off, it is the float UNet --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"split": False}, {"quant_act": False}], ids=str)
 @torch.no_grad()
-def test_off_at_first(make_unet, settings):
-    unet = make_unet()
-    expected = unet(*some_inputs())
-    qnn = QuantModel(unet, QuantConfig(**settings))
-    assert torch.equal(qnn(*some_inputs()), expected)
+def test_off_at_first(make_unet, subtests):
+    for settings in [{}, {"split": False}, {"quant_act": False}]:
+        with subtests.test(settings=settings):
+            unet = make_unet()
+            expected = unet(*some_inputs())
+            qnn = QuantModel(unet, QuantConfig(**settings))
+            assert torch.equal(qnn(*some_inputs()), expected)
 
 
 @torch.no_grad()
@@ -388,6 +401,38 @@ def test_blocks_and_layers_are_of_quantized_kinds(calibrated):
     assert not layers
 
 
+# --- names and their order: files, and the seeds of units, depend on them -----------------------------------
+
+
+def digest(names):
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def test_names_are_those_of_the_float_unet_and_of_quantizers(make_unet):
+    unets = (make_unet(), UNetModel(**SETTINGS), UNetModel(**(SETTINGS | OTHERS["resampling in ResBlocks"])))
+    for unet in unets:
+        modules, keys = ([name for name, _ in unet.named_modules()], list(unet.state_dict()))
+        qnn = QuantModel(unet, QuantConfig())
+        quantized = [name for name, _ in qnn.model.named_modules()]
+        assert [name for name in quantized if "quantizer" not in name] == modules
+        assert [name for name in qnn.model.state_dict() if "quantizer" not in name] == keys
+        for name, layer in qnn.layers().items():  # the quantizers of a layer follow its weight and bias
+            first = list(layer.state_dict())
+            assert first[: len(first) - 2 * len([*layer.children()])] == [n for n, _ in layer.named_parameters()], name
+
+
+def test_names_and_classes_stand_in_the_order_of_earlier_versions(make_unet):
+    """Recorded when blocks were quantized in place, by another mechanism."""
+    recorded = [
+        (make_unet(), 651, "aa8763e2103fb953", "f3c2079e65236f61"),
+        (UNetModel(**(SETTINGS | OTHERS["resampling in ResBlocks"])), 310, "505efa8f0c8ab317", "26f107f6cc2db378"),
+    ]
+    for unet, count, modules, keys in recorded:
+        qnn = QuantModel(unet, QuantConfig())
+        names = [f"{name} {type(module).__name__}" for name, module in qnn.named_modules()]
+        assert (len(names), digest(names), digest(qnn.state_dict())) == (count, modules, keys)
+
+
 # --- weights are shared, not copied ------------------------------------------------------------------------
 
 
@@ -411,29 +456,30 @@ def test_frozen_codes_are_small(fitted, make_unet):
 # --- restore -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["new", "calibrated", "frozen"])
 @torch.no_grad()
-def test_restore_gives_back_the_unet(make_unet, golden_tensors, state):
-    unet = make_unet()
-    kinds, modules = kinds_of(unet), list(unet.modules())
-    tensors = {key: value.clone() for key, value in unet.state_dict().items()}
-    addresses = {key: value.data_ptr() for key, value in unet.state_dict().items()}
-    out = unet(*some_inputs())
-    qnn = QuantModel(unet, QuantConfig())
-    if state != "new":
-        load_weights(qnn, golden_tensors)
-        load_act_ranges(qnn, golden_tensors)
-        qnn.set_quant_state(True, True)
-    if state == "frozen":
-        qnn.freeze()
-    restored = qnn.restore()
-    assert restored is unet
-    assert kinds_of(unet) == kinds
-    assert all(now is before for now, before in zip(unet.modules(), modules, strict=True))
-    assert list(unet.state_dict()) == list(tensors)
-    assert all(torch.equal(value, tensors[key]) for key, value in unet.state_dict().items())
-    assert {key: value.data_ptr() for key, value in unet.state_dict().items()} == addresses
-    assert torch.equal(unet(*some_inputs()), out)
+def test_restore_gives_back_the_unet(make_unet, golden_tensors, subtests):
+    for state in ["new", "calibrated", "frozen"]:
+        with subtests.test(state=state):
+            unet = make_unet()
+            kinds, modules = kinds_of(unet), list(unet.modules())
+            tensors = {key: value.clone() for key, value in unet.state_dict().items()}
+            addresses = {key: value.data_ptr() for key, value in unet.state_dict().items()}
+            out = unet(*some_inputs())
+            qnn = QuantModel(unet, QuantConfig())
+            if state != "new":
+                load_weights(qnn, golden_tensors)
+                load_act_ranges(qnn, golden_tensors)
+                qnn.set_quant_state(True, True)
+            if state == "frozen":
+                qnn.freeze()
+            restored = qnn.restore()
+            assert restored is unet
+            assert kinds_of(unet) == kinds
+            assert all(now is before for now, before in zip(unet.modules(), modules, strict=True))
+            assert list(unet.state_dict()) == list(tensors)
+            assert all(torch.equal(value, tensors[key]) for key, value in unet.state_dict().items())
+            assert {key: value.data_ptr() for key, value in unet.state_dict().items()} == addresses
+            assert torch.equal(unet(*some_inputs()), out)
 
 
 def test_restored_other_architectures(other_unet):
@@ -612,22 +658,23 @@ def test_freezing_keeps_what_is_off_off(fitted):
 # --- with merged tokens ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant_act", [False, True])
-@pytest.mark.parametrize("variant", ["default", "ds2", "all"])
 @torch.no_grad()
-def test_recorded_outputs_with_merged_tokens(calibrated, assert_close, variant, quant_act):
-    recorded = load_file(f"{GOLDENS}/q_tome.safetensors")
-    assert TOME[f"input_{variant}"]["robust_to_rounding_noise"]
-    case = f"qa{quant_act:d}/tome_{variant}"
-    calibrated.set_quant_state(True, quant_act)
-    arguments = inputs(recorded, f"in_{variant}")
-    unmerged = calibrated(*arguments)
-    tomesd.apply_patch(calibrated, **TOME[case]["kwargs"])
-    merged, counts = calibrated(*arguments), tomesd.token_report(calibrated)
-    tomesd.remove_patch(calibrated)
-    assert len(counts) == TOME[case]["patched_blocks"]
-    assert_close(merged, recorded[case])
-    assert torch.equal(calibrated(*arguments), unmerged)
+def test_recorded_outputs_with_merged_tokens(calibrated, assert_close, subtests):
+    for variant in ["default", "ds2", "all"]:
+        for quant_act in [False, True]:
+            with subtests.test(variant=variant, quant_act=quant_act):
+                recorded = load_file(GOLDENS / "q_tome.safetensors")
+                assert TOME[f"input_{variant}"]["robust_to_rounding_noise"]
+                case = f"qa{quant_act:d}/tome_{variant}"
+                calibrated.set_quant_state(True, quant_act)
+                arguments = inputs(recorded, f"in_{variant}")
+                unmerged = calibrated(*arguments)
+                tomesd.apply_patch(calibrated, **TOME[case]["kwargs"])
+                merged, counts = calibrated(*arguments), tomesd.token_report(calibrated)
+                tomesd.remove_patch(calibrated)
+                assert len(counts) == TOME[case]["patched_blocks"]
+                assert_close(merged, recorded[case])
+                assert torch.equal(calibrated(*arguments), unmerged)
 
 
 def test_merging_finds_every_transformer_block(make_qnn):
@@ -655,6 +702,35 @@ def test_restore_is_refused_while_patched(make_qnn):
         qnn.restore()
     tomesd.remove_patch(qnn)
     assert type(qnn.restore().middle_block[1].transformer_blocks[0]) is BasicTransformerBlock
+
+
+@torch.no_grad()
+def test_restore_gives_back_hooks(make_unet):
+    unet, calls = make_unet(), []
+    for name in ("input_blocks.1.0", "middle_block.1.transformer_blocks.0.attn1", "out.2"):
+        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    unet(*some_inputs())
+    before = list(calls)
+    calls.clear()
+    QuantModel(unet, QuantConfig()).restore()(*some_inputs())
+    assert calls == before and len(before) == 3
+
+
+def test_no_float_weight_is_kept_once_it_is_forgotten(make_unet):
+    unet = make_unet()
+    blocks = [weakref.ref(module) for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    weights = [weakref.ref(module.weight) for module in unet.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    qnn = QuantModel(unet, QuantConfig())
+    del unet
+    for name in qnn.layers():  # as lowering does
+        put_module(qnn, name, nn.Identity())
+    gc.collect()
+    assert all(reference() is not None for reference in (*blocks, *weights))
+    qnn.forget_float()
+    gc.collect()
+    assert not [reference for reference in (*blocks, *weights) if reference() is not None]
+    with pytest.raises(ValueError, match="the model is lowered, its float weights are gone: load it anew"):
+        qnn.restore()
 
 
 def test_restore_gives_back_the_training_mode(make_unet):
