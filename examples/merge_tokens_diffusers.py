@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed where dsdiff is installed
 

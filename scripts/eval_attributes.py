@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flags.add_noise_arguments(parser)
     flags.add_tome_arguments(parser)
     flags.add_quantization_arguments(parser)
-    parser.set_defaults(config=EMBEDDED, seed=0, batch_size=16)
+    parser.set_defaults(seed=0, batch_size=16)
     args = parser.parse_args(argv)
     if args.images is not None:
         refuse_generation(parser, argv, args)
@@ -67,10 +67,14 @@ def refuse_generation(parser: ArgumentParser, argv: Sequence[str], args: argpars
 
 def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawSettings"]:
     """Return the pipeline, its weights not read yet, and the settings that the flags mean."""
+    from dsdiff.models.bundle import is_bundle
     from dsdiff.models.spec import find_model
     from dsdiff.pipeline import Pipeline
 
-    spec = find_model(flags.model_options(args))
+    model = flags.model_options(args)
+    if model.config is None and not (model.ckpt is not None and is_bundle(model.ckpt)):
+        model = replace(model, config=EMBEDDED)
+    spec = find_model(model)
     options = flags.draw_options(args)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
     pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization)

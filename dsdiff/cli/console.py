@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
 logger = logging.getLogger("dsdiff")
@@ -22,7 +22,7 @@ logger = logging.getLogger("dsdiff")
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that tells bad flags in one line, and wants flags written in full."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -48,7 +48,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
-def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], None]:
+class Command(Protocol):
+    """A command's entry: it takes the arguments, those of the process where none are given."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
+
+
+def command(main: Callable[[list[str]], None]) -> Command:
     """Make `main(argv)` a command: an error becomes one line on stderr and an exit status.
 
     The status is 2 for bad input (with --verbose a traceback comes first) and 130 for Ctrl-C, whose line holds the text

@@ -54,6 +54,11 @@ def bundle_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
+def is_bundle(path: Path) -> bool:
+    """Return True for a bundle. Raises ValueError for a damaged one."""
+    return path.is_file() and bundle_config(path) is not None
+
+
 def _check_targets(config: Any, source: str) -> None:
     """Raise ValueError if a config names anything but networks of this project: a file must not run other code."""
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():

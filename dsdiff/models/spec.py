@@ -78,7 +78,8 @@ def _bundled_config(options: ModelOptions, accept: bool) -> dict[str, Any] | Non
     """Return the config in a bundle; None for a checkpoint of another kind."""
     from dsdiff.models.bundle import bundle_config
 
-    if options.ckpt is None or not options.ckpt.is_file() or (config := bundle_config(options.ckpt)) is None:
+    config = bundle_config(options.ckpt) if options.ckpt is not None and options.ckpt.is_file() else None
+    if config is None:
         return None
     if not accept:
         raise ValueError(
