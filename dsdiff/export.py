@@ -40,7 +40,7 @@ def export_calibrated(
     for source in (spec.ckpt, path):
         if file.resolve() == source.resolve():
             raise ValueError(f"{str(file)!r} is what is read: give another name to write to")
-    header = read_cali_header(path, **({} if weight_bit is None else {"weight_bit": weight_bit}))
+    header = read_cali_header(path, weight_bit=weight_bit)
     logger.info("%s, %s", spec, path)
     network = load_float_model(spec, torch.device("cpu"), model.tokenizer)
     qnn = QuantModel(network.model.diffusion_model, header.config)

@@ -72,7 +72,7 @@ def save_cali_ckpt(
     if (path.suffix == ".safetensors") != (format == "dsdiff"):
         raise ValueError(f"{path.name!r} is a name of the other format: dsdiff's end in .safetensors, qdiff's in .pth")
     if format == "qdiff":
-        write_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.state_dict_of(qnn), temporary))
+        write_atomically(path, lambda temporary: torch.save(checkpoint_qdiff.to_state_dict(qnn), temporary))
     else:
         header = CaliHeader(
             config=qnn.config,
@@ -135,14 +135,17 @@ def _check_complete(qnn: QuantModel) -> None:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_cali_header(path: str | Path, **bits: int) -> CaliHeader:
+def read_cali_header(
+    path: str | Path, *, weight_bit: int | None = None, act_bit: int | None = None, sm_abit: int | None = None
+) -> CaliHeader:
     """Return the header of a cali_ckpt of either format.
 
-    bits: weight_bit, act_bit and sm_abit, as far as they are known from elsewhere. Q-Diffusion's files do not hold
-    them: those that are not given are inferred. Raises ValueError if the file contradicts them, is damaged, of another
-    kind, or of a newer version; FileNotFoundError if there is none.
+    weight_bit, act_bit, sm_abit: where they are known from elsewhere. Q-Diffusion's files do not hold them: those that
+    are not given are inferred. Raises ValueError if the file contradicts them, is damaged, of another kind, or of a
+    newer version; FileNotFoundError if there is none.
     """
     path = _existing(path)
+    bits = {"weight_bit": weight_bit, "act_bit": act_bit, "sm_abit": sm_abit}
     if path.suffix != ".safetensors":
         return _header_of_qdiff(checkpoint_qdiff.read(path), path, bits)
     with _open(path) as file:
@@ -212,13 +215,13 @@ def _check_source(qnn: QuantModel, header: CaliHeader, source: str) -> None:
         made_from = header.source.get("ckpt") or "another model"
         raise ValueError(
             f"cali_ckpt {source!r} was made from {made_from} with other weights than this model's: calibrate this "
-            "model, or give the --ckpt that it was made from"
+            "model, or load the checkpoint that it was made from"
         )
 
 
-def _header_of_qdiff(tensors: Mapping[str, Tensor], path: Path, bits: Mapping[str, int]) -> CaliHeader:
+def _header_of_qdiff(tensors: Mapping[str, Tensor], path: Path, bits: Mapping[str, int | None]) -> CaliHeader:
     config, inferred = checkpoint_qdiff.infer_config(tensors, str(path), bits)
-    splits = checkpoint_qdiff.splits_in(tensors)
+    splits = checkpoint_qdiff.split_layers_in(tensors)
     return CaliHeader(config=config, splits=splits, format="qdiff", inferred=tuple(inferred))
 
 

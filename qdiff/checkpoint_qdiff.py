@@ -65,7 +65,7 @@ def _check_numbers(key: str, value: Tensor, source: str) -> None:
         raise ValueError(f"{key} of {source!r} must be {rule}")
 
 
-def splits_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def split_layers_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the channels of the first part of each split layer, by its name."""
     end = ".weight_quantizer_0.alpha"
     layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
@@ -77,10 +77,12 @@ def splits_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 # --- settings, inferred from the numbers -------------------------------------------------------------------
 
 
-def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str, int]) -> tuple[QuantConfig, list[str]]:
+def infer_config(
+    tensors: Mapping[str, Tensor], source: str, given: Mapping[str, int | None]
+) -> tuple[QuantConfig, list[str]]:
     """Return the settings that the tensors were made with, and the names of those that were inferred.
 
-    Raises ValueError if a bit width in `given` is not possible.
+    given: bit widths that are known from elsewhere, None for one that is not. Raises ValueError if one is impossible.
     """
     zero_points = {key: value for key, value in tensors.items() if key.endswith(".zero_point")}
     quant_act = any("act_quantizer" in key for key in zero_points)
@@ -103,7 +105,7 @@ def infer_config(tensors: Mapping[str, Tensor], source: str, given: Mapping[str,
         settings["sm_abit"] = _softmax_bits(max(float(v) for v in softmax), value, source)
         if value is None:
             inferred.append("sm_abit")
-    config = QuantConfig(quant_act=quant_act, split=bool(splits_in(tensors)), **settings)
+    config = QuantConfig(quant_act=quant_act, split=bool(split_layers_in(tensors)), **settings)
     return config, inferred
 
 
@@ -185,7 +187,7 @@ def _check(expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], 
             raise ValueError(f"{key} of {source!r} has values that are not finite")
 
 
-def state_dict_of(qnn: QuantModel) -> dict[str, Tensor]:
+def to_state_dict(qnn: QuantModel) -> dict[str, Tensor]:
     """Return the model in this format. Raises ValueError for signed activations, which it cannot hold."""
     tensors = {key: value.detach().float().cpu().clone() for key, value in _float_tensors(qnn).items()}
     for name, layer in qnn.layers().items():

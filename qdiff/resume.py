@@ -41,11 +41,11 @@ class ProgressFolder:
             differ = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         except (ValueError, AttributeError) as error:
             raise ValueError(
-                f"--resume: {str(self.folder)!r} cannot be read: {error}; remove it to begin anew"
+                f"the calibration in {str(self.folder)!r} cannot be resumed: {error}; remove it to begin anew"
             ) from error
         if differ:
             what = ", ".join(f"{name} ({old.get(name)} there, {settings.get(name)} here)" for name in differ[:3])
-            raise ValueError(f"--resume: the calibration in {str(self.folder)!r} has other settings: {what}")
+            raise ValueError(f"the calibration in {str(self.folder)!r} was begun with other settings: {what}")
 
     def save(self, number: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Write step `number`."""
