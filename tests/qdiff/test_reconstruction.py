@@ -324,6 +324,7 @@ if not dist.is_initialized() or dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
