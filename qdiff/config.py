@@ -51,7 +51,7 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig(_Settings):
-    """How a UNet is quantized.
+    """Settings of the quantization of a UNet.
 
     weight_bit: of all weights, per output channel, in 2..16.
     act_bit: of the inputs of all layers and of q, k, v of each attention, per tensor, in 2..16.
@@ -84,7 +84,7 @@ class QuantConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconConfig(_Settings):
-    """How a unit is reconstructed.
+    """Settings of the reconstruction of a unit.
 
     iters_w, iters_a: steps for the rounding of weights, and for the step sizes of activations; 0 leaves them out.
     batch_size: samples a step, over all processes.

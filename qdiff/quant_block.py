@@ -45,7 +45,7 @@ class QuantizedAttention(Exchanged):
 
     @property
     def quantizes_operands(self) -> bool:
-        """Whether the quantizers are on; False as well in a model that quantizes weights only."""
+        """True while the quantizers are on; always False in a model that quantizes weights only."""
         return getattr(self.act_quantizer_q, "enabled", False)
 
     def attend_quantized(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -75,7 +75,7 @@ class Quantizer(nn.Module):
 
     @property
     def is_set(self) -> bool:
-        """Whether delta and zero_point have values."""
+        """True once delta and zero_point have values."""
         return not bool(self.delta.isnan().any())
 
     def set(self, delta: Tensor, zero_point: Tensor) -> None:

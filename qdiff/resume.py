@@ -24,7 +24,7 @@ class ProgressFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a calibration was begun in this folder."""
+        """True if a calibration was begun in this folder."""
         return (self.folder / "settings.json").exists()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
