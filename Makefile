@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
+# Tests run in as many processes as there are cores; threads that wait for each other must then not burn a core.
+JOBS ?= 2
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS)
 
 .PHONY: demo test test-isa fast lint train bench clean
 
@@ -12,19 +15,19 @@ demo: $(VENV)/ready
 		--config configs/shapes/txt2img.yaml --from-file configs/shapes/demo_prompts.txt
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # The tests of the integer engine as on older CPUs, one process each, and without a C compiler.
 ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI NO_COMPILER
 test-isa: $(VENV)/ready
 	@set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \
-		NO_COMPILER) CC=/bin/false OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
-		*) ONEDNN_MAX_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(RUN) -m pytest tests/qdiff/engine;; \
+		NO_COMPILER) CC=/bin/false $(PYTEST) tests/qdiff/engine;; \
+		*) ONEDNN_MAX_CPU_ISA=$$isa $(PYTEST) tests/qdiff/engine;; \
 	esac; done
 
 # What takes less than 3 seconds a test: for the time between two edits.
 fast: $(VENV)/ready
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

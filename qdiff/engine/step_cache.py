@@ -34,7 +34,7 @@ def walk(unet: nn.Module, timesteps: Iterable[float]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfContext:
-    """What a layer made of a context. params: those of the codes that it made; None if it made floats."""
+    """The result of a layer for a context. params: those of the codes that it made; None if it made floats."""
 
     context: Tensor
     params: QuantParams | None
