@@ -50,8 +50,10 @@ def unpack(packed: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
         pairs = packed.reshape(rows, count, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8).reshape(tuple(shape))
     if n_bits == 4:  # the most common width, without the detour over words
-        codes = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(rows, -1)
-        return codes[:, :count].reshape(tuple(shape))
+        codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
+        torch.bitwise_and(packed, 15, out=codes[..., 0])
+        torch.bitwise_right_shift(packed, 4, out=codes[..., 1])
+        return codes.view(rows, -1)[:, :count].reshape(tuple(shape))
     octets = packed.reshape(rows, -1, n_bits)
     word = torch.zeros(octets.shape[:2], dtype=torch.int64, device=packed.device)
     for j in range(n_bits):

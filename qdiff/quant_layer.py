@@ -233,6 +233,15 @@ class FrozenQuantizer(Quantizer):
     def codes(self, x: Tensor | None = None) -> Tensor:
         return unpack(self.packed, self.shape, self.n_bits).to(torch.float32).add_(self.low)
 
+    def whole_weight(self) -> Tensor:
+        """Return q - zero_point, of the weight's shape: int8 where each such number fits, else float32."""
+        least, most = float(self.zero_point.min()), float(self.zero_point.max())
+        if self.n_bits < 8 and self.low - most >= -128 and self.high - least <= 127 and self.low == 0:
+            codes = unpack(self.packed, self.shape, self.n_bits)  # of 7 bits at most, in memory of their own
+            return codes.view(torch.int8).sub_(self.zero_point.to(torch.int8))
+        weight = self.codes() - self.zero_point
+        return weight.to(torch.int8) if weight.min() >= -128 and weight.max() <= 127 else weight
+
 
 class QuantModule(Exchanged):
     """A Conv2d, Conv1d or Linear that quantizes its input and its weight: op(act_quantizer(x), quantized weight, bias).

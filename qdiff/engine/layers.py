@@ -145,15 +145,13 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
         quantizer = FrozenQuantizer(quantizer, layer.weight_parts()[name])
     bias = layer.bias if name == "weight_quantizer" else None  # a split layer's first part has it
     spec = LayerSpec(
-        weight=quantizer.codes() - quantizer.zero_point,
+        weight=quantizer.whole_weight(),
         step=quantizer.delta.flatten().clone(),
         bias=None if bias is None else bias.detach().float().clone(),
         params=params_of(act),
         options=layer.options or None,
     )
-    if spec.weight.min() >= -128 and spec.weight.max() <= 127:
-        return make(replace(spec, weight=spec.weight.to(torch.int8)))
-    return _offset(spec, quantizer, make)
+    return make(spec) if spec.weight.dtype == torch.int8 else _offset(spec, quantizer, make)
 
 
 def _offset(spec: LayerSpec, quantizer: FrozenQuantizer, make: MakeLayer) -> OffsetIntegerLayer:

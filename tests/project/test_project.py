@@ -50,10 +50,8 @@ def test_everything_imported_is_required_and_everything_required_is_used(imports
     paths = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
     imported = {name.split(".")[0] for path in paths for name in imports_of(path)} - {*OURS, *sys.stdlib_module_names}
     by_tests = set().union(*(loaded_by_name(path) for path in (ROOT / "tests").rglob("*.py")))
-    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | {
-        "ruff",
-        "pyright",
-    }  # run by `make lint`
+    by_make = {"ruff", "pyright", "pytest-xdist"}
+    used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | by_make
     required = pins((ROOT / "requirements.txt").read_text().splitlines()).keys()
     assert used - required == set(), "imported, not required"
     assert required - used == set(), "required, not used"
