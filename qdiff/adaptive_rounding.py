@@ -16,8 +16,8 @@ GAMMA, ZETA = -0.1, 1.1  # how far the sigmoid is stretched beyond 0 and 1
 class AdaRoundQuantizer(Quantizer):
     """q = clamp(floor(w / delta) + h(alpha) + zero_point), with alpha of the weight's shape.
 
-    Within `soft_rounding()` h is the rectified sigmoid (eq. 23), elsewhere it is 1 where alpha >= 0, else 0. A weight
-    half way between two codes starts at alpha = 0, and so is rounded up.
+    h is the rectified sigmoid (eq. 23) within `soft_rounding()`. Elsewhere h is 1 where alpha >= 0, and 0 where not. A
+    weight half way between two codes starts at alpha = 0, so it is rounded up.
     """
 
     alpha: nn.Parameter
@@ -31,7 +31,10 @@ class AdaRoundQuantizer(Quantizer):
 
     @classmethod
     def from_uniform(cls, quantizer: UniformAffineQuantizer, weight: Tensor) -> "AdaRoundQuantizer":
-        """Take the ranges of a fitted quantizer, and alpha so that h(alpha) is the fraction w / delta - floor."""
+        """Return one with the ranges of a fitted quantizer, and with h(alpha) = w / delta - floor(w / delta).
+
+        Raises ValueError if the quantizer has no range yet.
+        """
         if not quantizer.is_set:
             raise ValueError("the range of the weight is not known yet: fit the quantizer first")
         steps = weight.detach().float() / quantizer.delta
@@ -65,9 +68,9 @@ def soft_rounding(module: nn.Module) -> Iterator[None]:
 
 
 def round_exponent(step: int, iters: int, config: ReconConfig) -> float | None:
-    """Return b of the regulariser at a step, None during the warm-up.
+    """Return the exponent b of the regulariser at a step; None during the warm-up.
 
-    It falls linearly from b_start to b_end (AdaRound, eq. 24).
+    b falls linearly from b_start to b_end (AdaRound, eq. 24).
     """
     warm_up = config.warmup * iters
     if step < warm_up:

@@ -1,4 +1,4 @@
-"""Integer codes at their bit width, in bytes.
+"""Pack integer codes of 2 to 16 bits into bytes, and unpack them.
 
 Each row (index of dimension 0) is packed by itself. For widths below 8, eight codes c0..c7 of b bits fill b bytes,
 the first code in the lowest bits:
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
-    """Return the bytes of a packed row of a weight of `shape` [rows, ...]."""
+    """Return how many bytes one packed row takes, for codes of `shape` [rows, ...]."""
     codes = math.prod(shape[1:])
     if n_bits == 8:
         return codes
@@ -42,14 +42,14 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
-    """Undo `pack`: return uint8 codes of `shape`, or int32 ones if n_bits is above 8."""
+    """Undo `pack`: return the codes of `shape` in uint8 [rows, bytes], as uint8, or as int32 if n_bits is above 8."""
     rows, count = shape[0], math.prod(shape[1:])
     if n_bits == 8:
         return packed.reshape(tuple(shape))
     if n_bits > 8:
         pairs = packed.reshape(rows, count, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8).reshape(tuple(shape))
-    if n_bits == 4:  # the most common width, without the detour over words
+    if n_bits == 4:  # the most common width takes a shorter way
         codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
         torch.bitwise_and(packed, 15, out=codes[..., 0])
         torch.bitwise_right_shift(packed, 4, out=codes[..., 1])

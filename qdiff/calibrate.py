@@ -1,4 +1,4 @@
-"""Calibrate a whole model: the weights unit by unit, the ranges of all activations, step sizes unit by unit."""
+"""Calibrate a whole model: weights unit by unit, then the ranges of all activations, then step sizes unit by unit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from qdiff.resume import ProgressFolder
 class Step:
     """A step of a calibration.
 
-    phase: "weights", "ranges" or "activations". unit: its name, empty for the ranges, which are fitted all at once.
+    phase: "weights", "ranges" or "activations". unit: the unit's name; empty for the ranges, which are fitted all at
+    once.
     """
 
     phase: str
@@ -41,7 +42,7 @@ def calibration_steps(qnn: QuantModel, recon: ReconConfig | None) -> list[Step]:
 
 
 def step_work(step: Step, recon: ReconConfig | None, samples: int) -> int:
-    """Return what `calibrate` will report of a step: samples that go through the model, and iterations."""
+    """Return the total that `calibrate` reports to `progress` for a step: samples captured, plus iterations."""
     if step.phase == "ranges" or recon is None:
         return samples
     return 2 * samples + (recon.iters_w if step.phase == "weights" else recon.iters_a)
@@ -62,9 +63,9 @@ def calibrate(
     """Calibrate a model in place, yielding each finished step with its report.
 
     recon: how units are learned; None rounds weights to nearest and fits ranges, and learns nothing.
-    batch_size: samples a forward pass. cache: for captured activations. running: see `fit_activations`. folder: where
-    finished steps are kept; those that are there already are loaded. progress(step, n) is called when n more iterations
-    or samples are done, see `step_work`. Afterwards all weights are frozen and all quantizers are on.
+    batch_size: samples per forward pass. cache: storage of captured activations. running: see `fit_activations`.
+    folder: where finished steps are kept; steps that are there already are loaded. progress(step, n) is called when n
+    more iterations or samples are done, see `step_work`. Afterwards all weights are frozen and all quantizers are on.
     """
     qnn.requires_grad_(False)
     qnn.fit_weights()

@@ -42,12 +42,12 @@ class CalibrationSet:
         return len(self.x)
 
     def batch(self, part: slice, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the positional arguments of the UNet for some samples."""
+        """Return the UNet's arguments x, t and context (if there is one) for the samples `part`, on `device`."""
         tensors = (self.x, self.t) if self.context is None else (self.x, self.t, self.context)
         return tuple(tensor[part].to(device) for tensor in tensors)
 
     def subset(self, n: int, seed: int) -> "CalibrationSet":
-        """Return n samples drawn at random, in their order, or all if there are no more."""
+        """Return n samples chosen at random by `seed`, in their original order; all of them if there are no more."""
         if n >= len(self):
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
@@ -55,7 +55,7 @@ class CalibrationSet:
         return CalibrationSet(self.x[chosen], self.t[chosen], context, self.facts)
 
     def save(self, path: Path) -> None:
-        """Write a .safetensors file; it is complete or not there."""
+        """Write a .safetensors file, atomically."""
         tensors = {"x": self.x.contiguous(), "t": self.t.contiguous()}
         if self.context is not None:
             tensors["context"] = self.context.contiguous()
@@ -66,8 +66,9 @@ class CalibrationSet:
     def load(cls, path: str | Path, steps: int | None = None, per_step: int | None = None) -> "CalibrationSet":
         """Read what `save` wrote, or a file in Q-Diffusion's layout.
 
-        Only the latter is thinned out: to `steps` timesteps, evenly spread over the trajectory (None: all), and to the
-        first `per_step` samples of each. Raises ValueError for a file of another kind, FileNotFoundError without one.
+        steps, per_step: how many timesteps of Q-Diffusion's file are kept, evenly spread over the trajectory, and how
+        many samples of each, the first ones. None keeps all; our own files are always kept whole. Raises ValueError for
+        a file of another kind, FileNotFoundError for a missing one.
         """
         path = Path(path)
         if not path.is_file():
@@ -88,10 +89,10 @@ class CalibrationSet:
 def from_qdiffusion(
     content: Mapping[str, Any], source: str, steps: int | None = None, per_step: int | None = None
 ) -> CalibrationSet:
-    """Make a CalibrationSet of Q-Diffusion's layout: `xs`, `ts`, and for a conditional model `cs` and `ucs`.
+    """Make a CalibrationSet from Q-Diffusion's layout: `xs`, `ts`, and for a conditional model `cs` and `ucs`.
 
-    Each of them has one entry a timestep, which holds the samples of that step. With `ucs` each sample counts twice,
-    with its prompt and without. Raises ValueError for another layout.
+    Each of them has one entry per timestep, which holds the samples of that step. With `ucs` each sample is used twice:
+    with its prompt and without. steps, per_step: see `CalibrationSet.load`. Raises ValueError for another layout.
     """
     if not isinstance(content, Mapping) or not {"xs", "ts"} <= content.keys() <= {"xs", "ts", "cs", "ucs"}:
         raise ValueError(f"{source!r} is no calibration data: xs and ts, and perhaps cs and ucs, are expected")
@@ -113,14 +114,17 @@ def from_qdiffusion(
 
 
 def chosen_calls(calls: int, steps: int) -> list[int]:
-    """Return `steps` of the numbers 0..calls-1, evenly spread, or all if there are no more."""
+    """Return `steps` of the numbers 0..calls-1, evenly spread; all of them if there are no more."""
     steps = min(steps, calls)
     return [i * calls // steps for i in range(steps)]
 
 
 @contextmanager
 def recorded_inputs(unet: nn.Module, calls: list[int]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Record the UNet's arguments (x, t, context) within the block: those of its calls number `calls`, in the list."""
+    """Record the UNet's arguments (x, t, context) within the block, as float32 copies on the CPU.
+
+    calls: the numbers of the calls to record, counted from 0. The list has one entry per recorded call.
+    """
     kept: list[tuple[Tensor, ...]] = []
     wanted, seen = set(calls), 0
 

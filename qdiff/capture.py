@@ -22,7 +22,7 @@ class _Stop(Exception):  # noqa: N818
 
 
 class Cache:
-    """Storage of captured activations: in memory up to `limit` bytes, beyond that in files in `folder`."""
+    """Storage of captured activations: in memory up to `limit` bytes in all, beyond that in files in `folder`."""
 
     def __init__(self, limit: int, folder: Path):
         self.limit = limit
@@ -42,10 +42,10 @@ class Cache:
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
 
     def clear(self) -> None:
-        """Forget all tensors, and files that a killed process left. Tensors from here must not be used any more."""
+        """Drop all tensors, which must not be used any more, and delete files that a killed process left."""
         for path in self.folder.glob(f"activations-{rank()}-*.bin"):
             path.unlink()
-        with suppress(OSError):  # other processes' files
+        with suppress(OSError):  # other processes may still have files in it
             self.folder.rmdir()
         self.files = 0
         self.held = 0
@@ -62,17 +62,17 @@ def capture(
     output: bool = False,
     progress: Progress = lambda samples: None,
 ) -> list[Tensor]:
-    """Return the inputs of `unit`, or with `output` its output, when the model in its present state gets all of `data`.
+    """Return what `unit` receives, or with `output` what it returns, while the model runs on all of `data`.
 
-    They are float32 tensors of `cache`, [N, ...]: one for each argument, or one for the output. The forward pass ends
-    at the unit. Several processes share the batches. progress(n) is called when n more samples are done.
-    Raises RuntimeError if the unit is not reached.
+    The result is float32 tensors [N, ...] from `cache`: one for each argument, or one for the output. The model runs in
+    its present state, and each forward pass ends at the unit. Several processes share the batches. progress(n) is
+    called when n more samples are done. Raises RuntimeError if the unit is not reached.
     """
     device = next(qnn.parameters()).device
     stores: list[Tensor] = []
     with _stopping_at(unit, output) as caught:
         for number, start in enumerate(range(0, len(data), batch_size)):
-            # Every process computes the first batch, which tells the shapes.
+            # Every process computes the first batch, to know the shapes.
             if number and number % world_size() != rank():
                 continue
             place = slice(start, min(start + batch_size, len(data)))
@@ -94,7 +94,7 @@ def capture(
 
 @contextmanager
 def _stopping_at(unit: nn.Module, output: bool) -> Iterator[list[Tensor]]:
-    """Make forward passes end at `unit` within the block, with its inputs or its output in the list."""
+    """End each forward pass at `unit` within the block, and put the unit's inputs or its output into the list."""
     caught: list[Tensor] = []
 
     def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -32,11 +32,11 @@ VERSION = 1
 class CaliHeader:
     """The header of a cali_ckpt.
 
-    config: how the model is quantized. splits: the channels of the first part of each split layer, by its name.
-    merge: the token merging that the model was calibrated with, None without.
+    config: how the model is quantized. splits: name of each split layer -> channels of its first part.
+    merge: settings of the token merging that the model was calibrated with; None without.
     calibration: the settings of the calibration, for people to read. source: the "fingerprint" of the float UNet (see
     `fingerprint`) and other facts about it. format: "dsdiff", or "qdiff" for Q-Diffusion's.
-    inferred: the settings of `config` that the file does not hold, and that were inferred from its numbers.
+    inferred: names of the settings in `config` that the file does not hold; they were inferred from its numbers.
     """
 
     config: QuantConfig
@@ -60,10 +60,11 @@ def save_cali_ckpt(
     calibration: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the quantizers of a calibrated model; the file is complete or not there.
+    """Write the quantizers of a calibrated model, atomically.
 
     format: "dsdiff", or "qdiff" for Q-Diffusion's, which has no room for merge, calibration and source.
-    Raises ValueError if a quantizer has no range yet, or the format is unknown.
+    Raises ValueError if a quantizer has no range yet, the format is unknown, or the suffix is not the format's
+    (.safetensors for dsdiff, another such as .pth for qdiff).
     """
     path = Path(path)
     _check_complete(qnn)
@@ -86,7 +87,7 @@ def save_cali_ckpt(
 
 
 def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
-    """Return the metadata of a file with this header, and with the plain values `more` beside it."""
+    """Return a file's metadata: one entry, this header and the plain values `more` as JSON."""
     content = {
         "version": VERSION,
         "config": header.config.to_dict(),
@@ -95,7 +96,7 @@ def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
         "calibration": header.calibration,
         "source": header.source,
     }
-    return {HEADER: json.dumps(content | more)}  # one entry, since the order of several in the file is random
+    return {HEADER: json.dumps(content | more)}  # safetensors writes several entries in random order
 
 
 def split_layers(qnn: QuantModel) -> dict[str, int]:
@@ -105,7 +106,10 @@ def split_layers(qnn: QuantModel) -> dict[str, int]:
 
 @torch.no_grad()
 def fingerprint(qnn: QuantModel) -> str:
-    """Return the SHA-256 of a sample of the float weights, rounded to float16: the same for all files of one model."""
+    """Return the SHA-256 of a sample of the float weights.
+
+    Weights are rounded to float16 first, so that float32 and float16 files of one model have the same fingerprint.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(qnn.model.named_parameters()):
         if ".alpha" in name:
@@ -117,7 +121,7 @@ def fingerprint(qnn: QuantModel) -> str:
 
 
 def quantized_bytes(qnn: QuantModel) -> int:
-    """Return the bytes of a calibrated UNet: packed codes, ranges of weights and activations, the rest in float32."""
+    """Return the size of a calibrated UNet in bytes: packed codes, ranges, and all other parameters in float32."""
     tensors = (weight_tensors(qnn) | activation_tensors(qnn)).values()
     quantized = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     weights = {f"{name}.weight" for name in qnn.layers()}
@@ -140,9 +144,9 @@ def read_cali_header(
 ) -> CaliHeader:
     """Return the header of a cali_ckpt of either format.
 
-    weight_bit, act_bit, sm_abit: where they are known from elsewhere. Q-Diffusion's files do not hold them: those that
-    are not given are inferred. Raises ValueError if the file contradicts them, is damaged, of another kind, or of a
-    newer version; FileNotFoundError if there is none.
+    weight_bit, act_bit, sm_abit: bit widths that are known from elsewhere. Q-Diffusion's files do not hold them, so
+    widths that are not given are inferred. Raises ValueError if the file contradicts them, is damaged, of another kind,
+    or of a newer version; FileNotFoundError if there is none.
     """
     path = _existing(path)
     bits = {"weight_bit": weight_bit, "act_bit": act_bit, "sm_abit": sm_abit}
@@ -168,10 +172,10 @@ def check_settings(header: CaliHeader, given: Mapping[str, Any], source: str) ->
 def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) -> CaliHeader:
     """Fill the quantizers of a model from a cali_ckpt of either format, and switch them on.
 
-    It needs no forward pass and no data. A file with ranges of activations also serves a model that quantizes weights
-    only. freeze=False keeps AdaRound's alpha of a Q-Diffusion file, which takes as much memory as the weights. Raises
-    ValueError, and leaves the model as it is, if the file is damaged, of another architecture, another source model, or
-    other settings.
+    Neither a forward pass nor data is needed. A file with ranges of activations also serves a model that quantizes
+    weights only. freeze=False keeps AdaRound's alpha of a Q-Diffusion file, which takes as much memory as the weights.
+    Raises ValueError, and leaves the model as it is, if the file is damaged, or is of another architecture, another
+    source model or other settings.
     """
     path = _existing(path)
     config = qnn.config

@@ -1,13 +1,13 @@
 """Q-Diffusion's published format: a torch file with the state_dict of its quantized UNet, all in float32.
 
-Under the prefix `model.` stand the float weights, unchanged, and beside each layer's `weight`
+All keys begin with `model.`. The float weights are stored unchanged. Beside each layer's `weight` there are
 
     weight_quantizer.alpha, .delta, .zero_point   AdaRound: w' = (clamp(floor(w / delta) + (alpha >= 0) + z) - z) delta
     act_quantizer.delta, .zero_point              only if activations are quantized; so are act_quantizer_{q,k,v,w}
     weight_quantizer_0.*, act_quantizer_0.*       the second part of a split layer
 
-Bit widths are not in the file. They show in the zero points, which lie in 0..2^b - 1 and, over thousands of channels,
-reach its upper half.
+Bit widths are not in the file. They are inferred from the zero points, which lie in 0..2^b - 1: over thousands of
+channels the largest one is in the upper half of that range.
 """
 
 import pickle
@@ -25,12 +25,15 @@ from qdiff.quant_layer import Quantizer, QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.quant_state import check_keys, range_tensors
 
-# A decided rounding is written as this alpha, at which h(alpha) reaches 1, or as its negative, at which h is 0.
+# A frozen rounding is written as alpha = DECIDED, where h(alpha) reaches 1, or alpha = -DECIDED, where it reaches 0.
 DECIDED = 2.3978953
 
 
 def read_tensors(path: Path) -> Any:
-    """Return the content of a torch file, mapped into memory. No code in it is run. Raises ValueError if it is none."""
+    """Return the content of a torch file, mapped into memory if it is a zip archive. No code in it is run.
+
+    Raises ValueError if it is no torch file, is damaged, or holds more than tensors and plain containers.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:  # torch's own text advises to load it all the same
@@ -41,7 +44,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a cali_ckpt. Raises ValueError if the file is none, or damaged."""
+    """Return the tensors of a Q-Diffusion cali_ckpt by name. Raises ValueError if the file is none, or damaged."""
     content, source = read_tensors(path), str(path)
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
@@ -82,7 +85,8 @@ def infer_config(
 ) -> tuple[QuantConfig, list[str]]:
     """Return the settings that the tensors were made with, and the names of those that were inferred.
 
-    given: bit widths that are known from elsewhere, None for one that is not. Raises ValueError if one is impossible.
+    given: bit widths that are known from elsewhere, None for one that is not. Raises ValueError if one contradicts the
+    tensors.
     """
     zero_points = {key: value for key, value in tensors.items() if key.endswith(".zero_point")}
     quant_act = any("act_quantizer" in key for key in zero_points)
@@ -116,7 +120,7 @@ def _bits_of(zero_points: list[Tensor]) -> int:
 
 
 def _softmax_bits(delta: float, given: int | None, source: str) -> int:
-    """Return the bits b of the softmax quantizers. The largest step is `delta`, and (2^b - 1) delta is near 1."""
+    """Return the bits b of the softmax quantizers, for which (2^b - 1) delta is near 1. delta: their largest step."""
 
     def spans(bits: int) -> float:
         return (2**bits - 1) * delta
@@ -158,7 +162,7 @@ def _load_layer(name: str, layer: QuantModule, tensors: Mapping[str, Tensor]) ->
 
 
 def expected_shapes(qnn: QuantModel) -> dict[str, tuple[int, ...]]:
-    """Return the keys of the model's file in this format, and the shapes of their tensors."""
+    """Return key -> shape of each tensor in the model's file of this format."""
     shapes = {}
     for key, value in _float_tensors(qnn).items():
         shapes[key] = tuple(value.shape)
@@ -177,7 +181,7 @@ def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
 
 
 def _check(expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str, quant_act: bool) -> None:
-    # A file with activations also serves a model without; not the reverse.
+    # A file with ranges of activations also serves a model that quantizes weights only, but not the reverse.
     found = {key for key in tensors if quant_act or "act_quantizer" not in key}
     check_keys(found, set(expected), source)
     for key, shape in expected.items():

@@ -42,7 +42,7 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises ValueError for unknown names, and for values out of range."""
+        """Make settings of what `to_dict` returns. Raises ValueError for unknown names and for values out of range."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"{cls.__name__} knows no {', '.join(unknown)}: the file is of a newer version?")
@@ -53,15 +53,15 @@ class _Settings:
 class QuantConfig(_Settings):
     """Settings of the quantization of a UNet.
 
-    weight_bit: of all weights, per output channel, in 2..16.
-    act_bit: of the inputs of all layers and of q, k, v of each attention, per tensor, in 2..16.
-    sm_abit: of the softmax output, in 2..16; its zero point is 0.
-    quant_act: quantize activations at all; without it act_bit and sm_abit have no effect.
-    split: quantize the two halves of each shortcut of the decoder by themselves (Q-Diffusion, section 3.3).
-    scale_method: the range of weights: "max" of each channel, "max_scale" (the same times (bits + 2) / 8), or "mse",
-        the best of 80 shrinkings of it by the error to the power of 2.4.
-    act_scale_method: the same for activations.
-    act_symmetric: activations as signed integers without a zero point.
+    weight_bit: bits of all weights, in 2..16. Each output channel has its own range.
+    act_bit: bits of the inputs of all layers, and of q, k, v of each attention, in 2..16. Each tensor has one range.
+    sm_abit: bits of the softmax output, in 2..16. Its zero point is 0.
+    quant_act: quantize activations at all. Without it act_bit and sm_abit have no effect.
+    split: quantize the two halves of each shortcut of the decoder separately (Q-Diffusion, section 3.3).
+    scale_method: how the range of a weight channel is found. "max" takes its extremes, "max_scale" takes them times
+        (bits + 2) / 8, and "mse" takes the one of 80 shrunk ranges with the least mean |error|^2.4.
+    act_scale_method: the same for the range of an activation.
+    act_symmetric: make the codes of activations signed, with zero point 0.
     """
 
     weight_bit: int = 4
@@ -87,10 +87,11 @@ class ReconConfig(_Settings):
     """Settings of the reconstruction of a unit.
 
     iters_w, iters_a: steps for the rounding of weights, and for the step sizes of activations; 0 leaves them out.
-    batch_size: samples a step, over all processes.
-    lr_w: of Adam on AdaRound's alpha. lr: of Adam on the step sizes, on a cosine to 0.
-    p: the norm of the activations' loss, |error|^p; the weights' is 2.
-    weight: of the rounding regulariser, beside the reconstruction error.
+    batch_size: samples per step, over all processes.
+    lr_w: Adam's learning rate for AdaRound's alpha, in (0, 1].
+    lr: Adam's learning rate for the step sizes, in (0, 1]; it falls to 0 along a half cosine.
+    p: exponent of the loss |error|^p by which step sizes are learned, in [1, 10]. For the rounding of weights it is 2.
+    weight: factor of the rounding regulariser in the loss, 0 or more.
     b_start, b_end, warmup: AdaRound's annealing (Nagel et al. 2020, eq. 24): the regulariser begins after the share
         `warmup` of the steps, and its exponent goes linearly from b_start to b_end.
     sym: feed the unit the float model's inputs, in place of those of the model quantized so far.

@@ -1,4 +1,4 @@
-"""Collective operations of a calibration. Each process holds the whole model and all captured activations."""
+"""Operations over all processes of a calibration. Each process holds the whole model and all captured activations."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -7,7 +7,7 @@ CHUNK = 2**24  # numbers summed over the processes at once
 
 
 def rank() -> int:
-    """Return the number of this process, 0 without others."""
+    """Return the number of this process; 0 if it is the only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -40,12 +40,12 @@ class Exchanged(nn.Module):
         return self._original[0]
 
     def release(self) -> None:
-        """Let go of the original, and of the weights that only it holds. It cannot be put back any more."""
+        """Drop the original, which frees the weights that only it holds. It cannot be put back any more."""
         self._original = ()
 
 
 def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the direct children by name, one that has several names under each of them."""
+    """Yield the direct children with their names. A child that has several names is yielded once for each."""
     for name, child in module.named_modules(remove_duplicate=False):
         if name and "." not in name:
             yield name, child
@@ -60,7 +60,7 @@ def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def exchange(root: nn.Module, factories: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]]) -> None:
     """Put `factories[type(module)](module)` into the slot of each module below `root` whose exact type is a key.
 
-    A module that has several slots is exchanged once, for the same object in each of them.
+    A module that stands in several slots is exchanged once: the same new object stands in all of them.
     """
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(root.named_modules(remove_duplicate=False)):
@@ -86,7 +86,7 @@ def eject(root: nn.Module, kind: type[Exchanged] = Exchanged) -> None:
 
 
 def release(root: nn.Module) -> None:
-    """Let go of the originals of all exchanged modules below `root`: what they alone hold is freed."""
+    """Release all exchanged modules below `root`, which frees the weights that only their originals hold."""
     for module in root.modules():
         if isinstance(module, Exchanged):
             module.release()

@@ -15,15 +15,15 @@ from qdiff.exchange import put_module
 from qdiff.quant_layer import UniformAffineQuantizer
 from qdiff.quant_model import QuantModel
 
-MOMENTUM = 0.95  # of running ranges
-SAMPLED_VALUES = 2**16  # of an activation, for its range by mse
+MOMENTUM = 0.95  # share of the earlier batches in a running range
+SAMPLED_VALUES = 2**16  # values of an activation that its range by mse is fitted to
 
 
 class Observer(nn.Module):
-    """Stand in a quantizer's slot, hand inputs on, and remember of them what the quantizer's range depends on.
+    """Take a quantizer's slot, return inputs unchanged, and record the statistics from which its range is fitted.
 
-    values_a_batch: values drawn from each batch for a search by mse, by `seed`. running: average the extremes of
-    batches, as Q-Diffusion does, in place of taking the extremes of all.
+    values_a_batch: how many values of each batch are drawn, by `seed`, for a range by mse. running: average the
+    extremes of the batches, as Q-Diffusion does, instead of taking the extremes of all.
     """
 
     enabled = True  # quantized attention computes its operands only while their quantizers are enabled
@@ -55,7 +55,7 @@ class Observer(nn.Module):
         return values[chosen.to(values.device)]
 
     def end_batch(self) -> None:
-        """Take in what was seen since the last batch: attention may call its quantizers several times a batch."""
+        """Merge the calls since the last batch into one batch: attention may call a quantizer several times in it."""
         if not self.calls:
             return
         calls = torch.stack(self.calls)
@@ -80,7 +80,7 @@ class Observer(nn.Module):
         low, high = self.extremes
         if self.running:
             self.quantizer.set_range(low, high)
-        else:  # with the extremes, since the candidates of the search are shrinkings of the full range
+        else:  # the extremes are part of the data, as the search by mse shrinks the full range
             self.quantizer.fit(torch.cat([low.view(1), high.view(1), *self.values]))
 
 
@@ -96,9 +96,10 @@ def fit_activations(
 ) -> None:
     """Fit the ranges of all activations, attention operands included, to the whole of `data`.
 
-    One pass is made, with quantized weights and float activations. Ranges are fitted by the quantizers' own method, or
-    with `running` to Q-Diffusion's running averages of each batch's minimum and maximum. batch_size: samples a forward
-    pass. seed: that of the values drawn for a search by mse. progress(n) is called when n more samples are done.
+    The data passes through the model once, with quantized weights and float activations. Ranges are fitted by each
+    quantizer's own method, or with `running` to Q-Diffusion's running averages of each batch's minimum and maximum.
+    batch_size: samples per forward pass. seed: for the values drawn for ranges by mse. progress(n) is called when n
+    more samples are done. Raises ValueError if an activation is never computed.
     """
     device = next(qnn.parameters()).device
     batches = math.ceil(len(data) / batch_size)

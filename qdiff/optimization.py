@@ -1,4 +1,4 @@
-"""The optimisation loop of reconstruction: Adam on some parameters, so that a function approaches its targets."""
+"""The optimisation loop of reconstruction: train some parameters by Adam, so that a function fits its targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Samples:
 class AdamSettings:
     """The settings of one optimisation.
 
-    steps: 0 or more. lr: the learning rate. cosine: bring it to 0 along a half cosine. p: the norm of the loss.
-    batch_size: samples a step, over all processes. seed: that of their choice.
+    steps: 0 or more. lr: the learning rate. cosine: lower it to 0 along a half cosine. p: exponent of the loss.
+    batch_size: samples per step, over all processes. seed: for the choice of these samples.
     """
 
     steps: int
@@ -84,7 +84,7 @@ def minimize(
 
 
 def _sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum the gradients over all processes. Each holds its share of the mean."""
+    """Sum the gradients over all processes; each process has already scaled its own by its share of the batch."""
     if world_size() == 1:
         return
     gradients = []

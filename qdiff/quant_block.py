@@ -49,10 +49,10 @@ class QuantizedAttention(Exchanged):
         return getattr(self.act_quantizer_q, "enabled", False)
 
     def attend_quantized(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], each operand quantized.
+        """Return softmax(q k^T / sqrt(d)) v of q [B, heads, N, d] and k, v [B, heads, M, d], each operand quantized.
 
-        Some heads are computed at a time, so that at most MAX_SCORES entries of the N x M matrices are held. Where
-        gradients are recorded they are computed anew for the backward pass, for the same reason.
+        Only a few heads are computed at a time, so that at most MAX_SCORES entries of the N x M matrices are in memory.
+        For the same reason the backward pass computes the matrices anew.
         """
         scale = q.shape[-1] ** -0.5
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
@@ -84,7 +84,7 @@ class QuantCrossAttention(QuantizedAttention, CrossAttention):
     FIELDS = ("heads", "scale")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], quantized while the quantizers are on."""
+        """Return softmax(q k^T / sqrt(d)) v, [B, heads, N, d]; operands are quantized while the quantizers are on."""
         attend = self.attend_quantized if self.quantizes_operands else super().attend
         return attend(q, k, v, mask)
 
@@ -107,7 +107,7 @@ class QuantAttentionBlock(QuantizedAttention, BaseQuantBlock, AttentionBlock):
     FIELDS = ("channels", "num_heads", "use_checkpoint", "use_new_attention_order")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d], quantized while the quantizers are on."""
+        """Return softmax(q k^T / sqrt(d)) v, [B, heads, N, d]; operands are quantized while the quantizers are on."""
         attend = self.attend_quantized if self.quantizes_operands else super().attend
         return attend(q, k, v)
 

@@ -23,12 +23,12 @@ MSE_POWER = 2.4
 
 
 def lp_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
-    """|prediction - target|^p, summed over dimension 1 (channels, or tokens) and averaged over the rest."""
+    """Return |prediction - target|^p, summed over dimension 1 (channels, or tokens), averaged over the others: []."""
     return (prediction - target).abs().pow(p).sum(1).mean()
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """round(x), half to even, with the gradient of the identity (the straight-through estimator)."""
+    """Return round(x), ties to even, with the gradient of the identity (the straight-through estimator)."""
     return (x.round() - x).detach() + x if torch.is_grad_enabled() else x.round()
 
 
@@ -46,8 +46,8 @@ class Quantizer(nn.Module):
     """Base of all quantizers: bits, limits, `delta` and `zero_point`.
 
     n_bits: 2..16. symmetric: signed codes -2^(b-1)..2^(b-1)-1 and zero point 0, in place of 0..2^b-1.
-    `delta` and `zero_point` (float32, [] or one a channel, broadcastable to x) are NaN until they are set.
-    While `enabled` is False the quantizer hands its input on; `QuantModel.set_quant_state` switches it.
+    `delta` and `zero_point` (float32, [] or one per channel, broadcastable to x) are NaN until they are set.
+    While `enabled` is False the quantizer returns its input unchanged; `QuantModel.set_quant_state` switches it.
     """
 
     delta: Tensor
@@ -149,7 +149,7 @@ class UniformAffineQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Set delta and zero_point so that the codes span [low, high], both [] or one a channel."""
+        """Set delta and zero_point so that the codes span [low, high]. low, high: [], or one per channel."""
         self.set(*self._affine(low, high))
 
     def _full(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class UniformAffineQuantizer(Quantizer):
     def _affine(self, low: Tensor, high: Tensor, min_delta: float = MIN_DELTA) -> tuple[Tensor, Tensor]:
         """Return delta and zero_point whose codes span [low, high].
 
-        Symmetric codes span the smallest [-a, a] around it; always_zero spans [0, high].
+        Symmetric codes span the smallest [-a, a] that contains it; with always_zero they span [0, high].
         """
         if self.symmetric:
             delta = torch.maximum(low.abs(), high.abs()) / self.high
@@ -192,7 +192,7 @@ class UniformAffineQuantizer(Quantizer):
 
 
 class FrozenQuantizer(Quantizer):
-    """The decided codes of one weight, packed at their bit width. It returns them for any input.
+    """A quantizer with the final codes of one weight, packed at their bit width. It ignores its input.
 
     shape: that of the weight. `packed`: uint8 [shape[0], bytes], see `qdiff.bitpack`.
     """
@@ -234,10 +234,10 @@ class FrozenQuantizer(Quantizer):
         return unpack(self.packed, self.shape, self.n_bits).to(torch.float32).add_(self.low)
 
     def whole_weight(self) -> Tensor:
-        """Return q - zero_point, of the weight's shape: int8 where each such number fits, else float32."""
+        """Return q - zero_point in the weight's shape: int8 if all of them fit, else float32."""
         least, most = float(self.zero_point.min()), float(self.zero_point.max())
         if self.n_bits < 8 and self.low - most >= -128 and self.high - least <= 127 and self.low == 0:
-            codes = unpack(self.packed, self.shape, self.n_bits)  # of 7 bits at most, in memory of their own
+            codes = unpack(self.packed, self.shape, self.n_bits)  # 7 bits at most, in a new tensor
             return codes.view(torch.int8).sub_(self.zero_point.to(torch.int8))
         weight = self.codes() - self.zero_point
         return weight.to(torch.int8) if weight.min() >= -128 and weight.max() <= 127 else weight
@@ -271,11 +271,11 @@ class QuantModule(Exchanged):
             getattr(self, name).fit(part)
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight as it is multiplied with."""
+        """Return the weight after quantization, in its shape and dtype."""
         return self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return x as it is multiplied with."""
+        """Return x after quantization, in its shape and dtype."""
         return self.act_quantizer(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,7 +288,8 @@ class QuantModule(Exchanged):
 class SplitQuantModule(QuantModule):
     """A layer on the concatenation [h, skip] of the decoder: each half has its own ranges, for input and weight.
 
-    split: the channels of h. The two halves come from different depths, and so their values have different ranges.
+    split: the channels of h, in 1..channels - 1; ValueError otherwise. The two halves come from different depths, so
+    their values have different ranges.
     """
 
     def __init__(self, layer: nn.Module, config: QuantConfig, split: int):

@@ -17,7 +17,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class QuantModel(nn.Module):
-    """`QuantModel(unet, config)` quantizes a UNetModel in place and computes what it computes.
+    """A UNetModel whose layers and blocks are quantized in place.
 
     QuantModules take the slots of all Linear, Conv1d and Conv2d layers, and quantized blocks those of the blocks that
     `quant_block.QUANTIZED` knows. At first all quantizers are off and nothing changes; see `set_quant_state`. Layers
@@ -60,7 +60,7 @@ class QuantModel(nn.Module):
         return self.model
 
     def forget_float(self) -> None:
-        """Let go of all float layers and blocks: only what computes in their slots keeps weights."""
+        """Drop all float layers and blocks, and free the weights that only they hold. `restore` raises afterwards."""
         self._modes = None
         release(self)
 
@@ -138,13 +138,13 @@ class QuantModel(nn.Module):
                 layer.fit_weight()
 
     def freeze(self) -> None:
-        """Decide all roundings: FrozenQuantizers with the present codes take the slots of all weight quantizers."""
+        """Fix all roundings: replace all weight quantizers by FrozenQuantizers with the present codes."""
         for layer in self.layers().values():
             freeze_layer(layer)
 
 
 def freeze_layer(layer: QuantModule) -> None:
-    """Put FrozenQuantizers with the present codes into the slots of the layer's weight quantizers."""
+    """Replace the layer's weight quantizers by FrozenQuantizers with the present codes."""
     for name, part in layer.weight_parts().items():
         quantizer = getattr(layer, name)
         if not isinstance(quantizer, FrozenQuantizer):
@@ -168,10 +168,10 @@ def _check_float(unet: UNetModel) -> None:
 
 
 def split_widths(unet: UNetModel) -> dict[str, int]:
-    """Return the layers to split, and for each the channels of its first part.
+    """Return name of each layer to split -> channels of its first part.
 
-    They are the shortcuts of the decoder's residual blocks: their input is the concatenation [h, skip] as it is, not
-    normalised, and the channels of h are those that the block before gives.
+    The shortcuts of the decoder's residual blocks are split: their input is the concatenation [h, skip] without a norm.
+    h is the output of the block before, and has its channels.
     """
     widths = {}
     channels = unet.middle_block[-1].out_channels

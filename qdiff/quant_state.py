@@ -1,8 +1,8 @@
-"""The numbers of a model's quantizers as tensors by name, and back: the content of our files.
+"""Convert a model's quantizers to named tensors, the content of our files, and back.
 
 NAME.codes       uint8, a weight's codes, packed at their width (qdiff.bitpack)
-NAME.delta       float32, [] for an activation, one a channel for a weight
-NAME.zero_point  float32, whole numbers
+NAME.delta       float32, [] for an activation, [channels, 1, ...] for a weight
+NAME.zero_point  float32 of the same shape, whole numbers
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ def range_tensors(name: str, quantizer: Quantizer) -> dict[str, Tensor]:
 def load_tensors(
     qnn: QuantModel, tensors: Mapping[str, Tensor], unit: str = "", *, weights: bool = True, acts: bool = True
 ) -> None:
-    """The inverse of `weight_tensors` and `activation_tensors`; weights become frozen.
+    """Load what `weight_tensors` and `activation_tensors` return; weight quantizers become FrozenQuantizers.
 
     Raises ValueError, and leaves the model as it is, if a tensor is missing or does not fit.
     """

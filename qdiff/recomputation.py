@@ -13,9 +13,9 @@ from qdiff.quant_layer import Quantizer
 
 
 class Recomputed(nn.Module):
-    """A part of a unit that keeps only its inputs for the backward pass, and computes its activations anew there.
+    """A part of a unit that keeps only its inputs for the backward pass, which computes its activations anew.
 
-    The part's hooks run again in the recomputation, as they belong to what it computes.
+    The part's hooks run again then, since they may change what it computes.
     """
 
     def __init__(self, part: nn.Module):
@@ -26,7 +26,7 @@ class Recomputed(nn.Module):
         return checkpoint(self.part, *args, use_reentrant=False, **kwargs)
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """Return a layer, or some layers, of a part that is a Sequential; these are not recomputed."""
+        """Return one layer or several layers of a Sequential part; these are not recomputed."""
         if not isinstance(self.part, nn.Sequential):
             raise TypeError(f"{type(self.part).__name__} has no layers to be indexed")
         return self.part[index]
@@ -34,10 +34,10 @@ class Recomputed(nn.Module):
 
 @contextmanager
 def recomputed(unit: nn.Module) -> Iterator[None]:
-    """Within the block `Recomputed` stands in the slot of each part of a unit.
+    """Wrap each part of a unit into `Recomputed` within the block.
 
-    Parts are the children that have parameters: attention, feed-forward, each half of a residual block. One of them at
-    a time has activations in memory. Parts are put back at the end, also after an exception.
+    Parts are the children that have parameters: attention, feed-forward, each half of a residual block. Only one part
+    at a time has its activations in memory. The parts are unwrapped at the end, also after an exception.
     """
     parts = {
         name: part

@@ -27,7 +27,7 @@ from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.recomputation import recomputed
 
 WEIGHTS, ACTIVATIONS = PHASES = ("weights", "activations")
-WEIGHTS_P = 2.0  # the norm of the loss that roundings are learned by
+WEIGHTS_P = 2.0  # exponent of the loss by which roundings are learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class UnitReport:
     """The outcome of a reconstruction.
 
     phase: "weights" or "activations". before, after: errors |output - target|^p over all samples, with hard roundings.
-    improved: whether the learned state was better than the one at the beginning, and so was kept.
+    improved: True if the learned state was better than the initial one and was kept. seconds: wall time.
     """
 
     unit: str
@@ -58,7 +58,7 @@ def learn_rounding(
 ) -> tuple[float, float]:
     """Learn the rounding of all weights of `unit` by AdaRound, and freeze them. Return the errors before and after.
 
-    If the error did not become smaller, weights are rounded to nearest, and it is the one before.
+    If learning does not lower the error, weights are rounded to nearest, and both errors are equal.
     """
     layers = [module for module in unit.modules() if isinstance(module, QuantModule)]
     before = mean_error(unit, samples, WEIGHTS_P, config.batch_size)
@@ -93,9 +93,9 @@ def learn_step_sizes(
 ) -> tuple[float, float]:
     """Learn the step sizes of all activations of `unit` by LSQ. Return the errors before and after.
 
-    log(delta / delta at the start) is learned: so delta stays positive, and one learning rate suits the steps of 8-bit
-    inputs and of a 16-bit softmax, which differ by three orders of magnitude. If the error did not become smaller, step
-    sizes are as they were, and it is the one before.
+    The logarithm of delta / (delta at the start) is learned. Thus delta stays positive, and one learning rate suits
+    both 8-bit inputs and a 16-bit softmax, whose steps differ by three orders of magnitude. If learning does not lower
+    the error, step sizes stay as they were, and both errors are equal.
     """
     quantizers = [q for q in unit.modules() if isinstance(q, UniformAffineQuantizer) and not q.channel_wise]
     before = mean_error(unit, samples, config.p, config.batch_size)
@@ -161,11 +161,11 @@ def unit_reconstruction(
 ) -> UnitReport:
     """Learn the roundings (`phase` "weights") or the step sizes ("activations") of one unit of the model.
 
-    Units are to be learned in the order of `qnn.units()`: first the weights of all, then the activations of all. The
-    result depends on the model's state, the data and config.seed alone. batch_size: samples a forward pass of the
-    model. progress(n) is called when n samples were captured, twice over all of them, and when n steps were done. The
-    model's other units and its state are left as they are; requires_grad is off for all its parameters afterwards.
-    Raises ValueError for an unknown phase.
+    Learn the units in the order of `qnn.units()`: first the weights of all, then the activations of all. The result
+    depends only on the model's state, the data and `config`. batch_size: samples per forward pass of the model.
+    progress(n) is called when n more samples are captured, once for inputs and once for targets, and when n more steps
+    are done. The model's other units and its state are left as they are; requires_grad is off for all its parameters
+    afterwards. Raises ValueError for an unknown phase.
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be {' or '.join(PHASES)}")

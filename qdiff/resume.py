@@ -15,8 +15,8 @@ from ldm.fileio import write_atomically
 class ProgressFolder:
     """A folder with a file for each finished step of a calibration, and the settings that it was begun with.
 
-    Each file is complete or not there. A step holds a unit's weights, the ranges of all activations, or a unit's step
-    sizes. Steps are numbered in their order; one is used again only if all before it are there.
+    Files are written atomically. A step holds a unit's weights, the ranges of all activations, or a unit's step sizes.
+    Steps are numbered from 0 in their order; a step is used again only if all steps before it are there.
     """
 
     def __init__(self, folder: Path):

@@ -13,19 +13,19 @@ from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
 from qdiff.quant_layer import Quantizer
 
-FINE = 16  # bits of a softmax quantizer that may be left out: its steps, below 2e-5, are seen in no picture
-WHOLE = 0.95  # a softmax quantizer that reaches this far clips nothing that matters
-SMALL = 2**20  # entries of the attention matrices of a sample; up to these attention is computed as simulated
+FINE = 16  # a softmax quantizer of this many bits may be left out: its steps, below 2e-5, are not visible in pictures
+WHOLE = 0.95  # a softmax quantizer whose range reaches this far clips nothing that matters
+SMALL = 2**20  # up to so many entries in a sample's attention matrices, attention is computed as in the simulation
 
 
 class LoweredCrossAttention(QuantCrossAttention):
     """CrossAttention of a lowered model, built from the quantized one.
 
-    In float32 small attention is computed as in the simulation; large attention by PyTorch's fused kernel, which holds
-    no attention matrix, see `can_fuse`.
+    In float32, small attention is computed as in the simulation. Large attention is computed by PyTorch's fused kernel,
+    which stores no attention matrix (see `can_fuse`).
 
-    Below float32 the layers before it end in the codes of q, k and v, and it ends in the codes of the layer after it. A
-    softmax quantizer of 16 bits is left out there, whatever its range is: bfloat16 is coarser.
+    In bfloat16 and float16, to_q, to_k and to_v return codes, and the attention returns the input codes of to_out. A
+    softmax quantizer of 16 bits is then left out, whatever its range: bfloat16 is coarser.
 
     to_k, to_v: ContextLayers where the attention is over a context.
     """
@@ -60,8 +60,8 @@ class LoweredCrossAttention(QuantCrossAttention):
         return self.to_out[1:](last.to_float(out, x.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d]."""
-        k, v = k.to(q.dtype), v.to(q.dtype)  # of a context in another dtype
+        """Return softmax(q k^T / sqrt(d)) v, [B, heads, N, d], of q [B, heads, N, d] and k, v [B, heads, M, d]."""
+        k, v = k.to(q.dtype), v.to(q.dtype)  # a context may have another dtype
         if not can_fuse(q, k, self.act_quantizer_w):
             return super().attend(q, k, v, mask)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
@@ -75,7 +75,7 @@ class LoweredAttentionBlock(QuantAttentionBlock):
         Exchanged.__init__(self, original)  # with its quantizers
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v on [B, heads, N, d]."""
+        """Return softmax(q k^T / sqrt(d)) v of q, k, v [B, heads, N, d], in their shape."""
         if not can_fuse(q, k, self.act_quantizer_w):
             return super().attend(q, k, v)
         q, k, v = self.act_quantizer_q(q), self.act_quantizer_k(k), self.act_quantizer_v(v)
@@ -85,8 +85,9 @@ class LoweredAttentionBlock(QuantAttentionBlock):
 def can_fuse(q: Tensor, k: Tensor, softmax: nn.Module) -> bool:
     """Return whether attention of q [B, heads, N, d] and k [B, heads, M, d] goes through PyTorch's fused kernel.
 
-    The kernel has no place for the softmax quantizer: one of 16 bits that reaches to 1 is left out. Small attention is
-    not fused. What is small does not depend on the batch, so that a picture does not either.
+    The kernel cannot quantize the softmax output, so only attention whose softmax quantizer has 16 bits and a range
+    that reaches about 1 is fused, without that quantizer. Small attention is not fused. The limit is one per sample, so
+    that a picture does not depend on its batch.
     """
     large = q.shape[1] * q.shape[2] * k.shape[2] > SMALL
     return (

@@ -1,8 +1,8 @@
-"""The blocks of a lowered UNet: those of a quantized one, with fewer passes over memory below float32.
+"""The blocks of a lowered UNet. In bfloat16 and float16 they need fewer passes over memory than the quantized ones.
 
-Each stands in the slot of the block from which it is built (`qdiff.exchange`). Under autocast the lowered UNet runs as
-a whole in autocast's dtype, residual streams included; norms, activation functions and sums compute in float32 inside.
-In float32 the blocks compute what they inherit.
+Each block stands in the slot of the block from which it is built (`qdiff.exchange`). Under autocast all features of the
+lowered UNet have autocast's dtype, residual streams included; norms, activation functions and sums compute in float32.
+In float32 the blocks compute what the quantized blocks do.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from qdiff.engine.step_cache import StepCache, TimeLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
 
-PART = 512  # tokens that go through a feed-forward layer together, so that all between its layers stays in the cache
+PART = 512  # tokens that a feed-forward layer processes together, so that its activations stay in the CPU's cache
 
 
 class LoweredUNet(Exchanged, UNetModel):
     """A UNet whose features have autocast's dtype, or float32 without autocast.
 
-    step_cache: what it keeps from step to step within `step_cache.walk`.
+    step_cache: the results that it keeps from step to step within `step_cache.walk`.
     """
 
     FIELDS = (
@@ -51,30 +51,30 @@ class LoweredUNet(Exchanged, UNetModel):
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """As UNetModel.forward. dtype: of the features, where not that of autocast."""
+        """Return what UNetModel.forward returns. dtype: of the features; None: autocast's, or float32 without it."""
         kind = x.device.type
         if dtype is None:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         if not torch.is_grad_enabled() and bool((timesteps == timesteps[:1]).all()):
             timesteps = timesteps[:1]  # its embedding is the same for the whole batch
-        # With labels y an embedding is no longer that of the time alone.
+        # With labels y the embedding does not depend on the time alone: it is not kept.
         times = timesteps if y is None else timesteps[:0]
         with torch.autocast(kind, enabled=False), self.step_cache.at(times):
             return super().forward(x, timesteps, context, y, dtype=dtype)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] -> [B, emb_channels] in float32, whatever `dtype` the features have."""
+        """Return the embedding [B, emb_channels] of timesteps [B], in float32 whatever `dtype` is."""
         embedding = timestep_embedding(timesteps, self.model_channels)
         return self.step_cache.of_time(self, lambda: self.time_embed(embedding))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoweredUNet":
-        self.step_cache.clear()  # of the device that the model leaves
+        self.step_cache.clear()  # its tensors are on the device that the model leaves
         super()._apply(fn, recurse)
         return self
 
 
 class LoweredResBlock(QuantResBlock):
-    """A ResBlock whose norm, SiLU and quantization are one pass, as is the addition of the time embedding."""
+    """A ResBlock that adds the time embedding, normalises, applies SiLU and quantizes in one pass."""
 
     def __init__(self, original: QuantResBlock, step_cache: StepCache):
         Exchanged.__init__(self, original)
@@ -93,7 +93,7 @@ class LoweredResBlock(QuantResBlock):
 
 
 class LoweredSpatialTransformer(Exchanged, SpatialTransformer):
-    """A SpatialTransformer that takes the feature map as tokens without a copy: in channels_last order it is that."""
+    """A SpatialTransformer that views a channels_last feature map as tokens, without a copy."""
 
     FIELDS = ("in_channels",)
 
@@ -131,7 +131,10 @@ class LoweredFeedForward(Exchanged, FeedForward):
     """A feed-forward layer that processes PART tokens at a time, from codes to codes."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, N, dim] -> [B, N, dim_out]. residual: of the output's shape; the output is added to it, in place."""
+        """Return [B, N, dim_out] for x [B, N, dim].
+
+        residual: a tensor of the output's shape, to which the output is added in place (if contiguous) and returned.
+        """
         proj, out = getattr(self.net[0], "proj", None), self.net[2]
         if x.dtype == torch.float32 or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)

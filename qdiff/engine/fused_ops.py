@@ -1,8 +1,8 @@
 """Fused norm, activation and attention operations that end in the uint8 input of the next integer layer.
 
-In float32 they are PyTorch's arithmetic, so that nothing differs from the simulation. In bfloat16 an operation and the
-quantization after it are one pass over memory, with float32 inside: our C kernels where they can be had (see `native`),
-else PyTorch. float16 is PyTorch's as well.
+In float32, PyTorch computes them, so that results do not differ from the simulation. In bfloat16, our C kernels (see
+`native`) compute an operation and the quantization after it in one pass over memory, with float32 inside. Without the
+kernels, and in float16, PyTorch computes both.
 
 Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes are laid out as the tensor they stand for.
 """
@@ -24,9 +24,9 @@ SLICE = 256  # pixels of a feature map whose sums one thread computes in a group
 
 
 def quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
-    """Return the codes of x by each of `params`, uint8 of x's shape.
+    """Return the codes of x by each of `params`, each uint8 of x's shape.
 
-    For finite x they are those of UniformAffineQuantizer, bit for bit. NaN has no code.
+    For finite x the codes are those of UniformAffineQuantizer, bit for bit. For NaN they are undefined.
     """
     rows = _evenly_spaced(x) if _has_kernel(x) else None
     if rows is None:
@@ -99,16 +99,16 @@ def attention(
 ) -> Tensor:
     """Return the codes [B, N, heads d] of softmax(q k^T / sqrt(d)) v, computed in `dtype`.
 
-    codes: of q [B, N, heads d], of k and v [B, M, heads d]; `inputs` are their quantizers, `output` the result's. The
-    matrix of scores, N x M, is not held. Raises ValueError if the shapes do not fit each other.
+    codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three. output: the quantizer
+    of the result. The N x M matrix of scores is never stored. Raises ValueError if the shapes do not fit each other.
     """
     if codes[1].shape != codes[2].shape or len(codes[0]) != len(codes[1]):
         shapes = ", ".join(str(list(each.shape)) for each in codes)
         raise ValueError(f"q, k and v of {shapes} do not fit each other: a context needs the batch of its latents")
     if dtype == torch.bfloat16 and _fits_tiles(codes, inputs, heads):
         return _tiled_attention(codes, inputs, heads, output)
-    # Codes less their zero points are whole numbers of 9 bits, which bfloat16 and float32 hold. In float16 their sums
-    # might overflow: there they are multiplied by their steps first.
+    # c - Z is a whole number of 9 bits, which bfloat16 and float32 hold exactly. In float16 sums of products could
+    # overflow, so codes are multiplied by their steps first.
     steps = [params.delta if dtype == torch.float16 else 1.0 for params in inputs]
     q, k, v = (
         ((each.float() - params.zero_point) * step).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Integer layers: a linear layer or a convolution of whole numbers, apart from what multiplies.
+"""Integer layers: linear layers and convolutions on integer codes, independent of the backend that multiplies.
 
 Let c be the codes of the input (0..2^b - 1, zero point Z, step D) and q those of the weight (zero point z and step d of
 each output channel). A layer computes
@@ -22,7 +22,7 @@ from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuan
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """The numbers of an integer layer, from which a backend makes one.
+    """The numbers that a backend makes an integer layer from.
 
     weight: q - z, int8 [outputs, inputs / groups, *kernel]. step: d, float32 [outputs]. bias: float32 [outputs] or
     None. params: the quantizer of the input. options: a convolution's stride, padding, dilation and groups; None for a
@@ -75,24 +75,24 @@ class CodesLayer(_FixedDtypes):
         raise NotImplementedError
 
     def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
-        """Return the layer's output as codes by `params`, which are those of what follows. codes: of its input.
+        """Return the codes of the layer's output, uint8. codes: of its input. params: the quantizer of its output.
 
-        As in oneDNN's kernels the output, in float32, is multiplied by 1 / delta, where `quantize` divides: codes may
-        differ from those of `quantize` where a division ends near a tie.
+        The float32 output is multiplied by 1 / delta, as in oneDNN's kernels, whereas `quantize` divides. Where the
+        quotient is near a tie, the code may therefore differ by 1 from that of `quantize`.
         """
         scaled = self.to_float(codes, torch.float32).mul_(1 / params.delta).add_(params.zero_point)
         return scaled.round_().clamp_(0, params.high).to(torch.uint8)
 
 
 class IntegerLayer(CodesLayer):
-    """A layer that a backend made of a LayerSpec."""
+    """A layer that a backend made from a LayerSpec."""
 
 
 MakeLayer = Callable[[LayerSpec], IntegerLayer]
 
 
 class SplitIntegerLayer(nn.Module):
-    """The sum of two layers: one of the first `split` channels of the input, one of the others."""
+    """The sum of two layers: `first` on the first `split` channels of the input, `second` on the others."""
 
     def __init__(self, first: nn.Module, second: nn.Module, split: int):
         super().__init__()
@@ -103,10 +103,10 @@ class SplitIntegerLayer(nn.Module):
 
 
 class OffsetIntegerLayer(CodesLayer):
-    """A layer of 8-bit weights, of which q - z may not fit into a byte.
+    """A layer of 8-bit weights, whose q - z may not fit into int8.
 
-    `layer` has the weights q - 128, which do fit, and one output more, whose weights are ones: the sum of c - Z. That
-    sum times (128 - z) d, the `offsets`, is added.
+    `layer` has the weights q - 128, which do fit, and one extra output with weights of 1, which is D sum (c - Z). This
+    output times `offsets`, which are (128 - z) d, is added to the others. dim: the dimension of the outputs.
     """
 
     offsets: Tensor
@@ -117,7 +117,7 @@ class OffsetIntegerLayer(CodesLayer):
         self.register_buffer("offsets", offsets)
 
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        # In float32, since the result may be a small difference of two large numbers.
+        # In float32, because the result may be a small difference of two large numbers.
         outputs, sums = self.layer.to_float(codes, torch.float32).split([len(self.offsets), 1], dim=self.dim)
         shape = [-1 if axis == self.dim % codes.ndim else 1 for axis in range(codes.ndim)]
         return torch.addcmul(outputs, sums, self.offsets.view(shape)).to(dtype)
@@ -127,7 +127,11 @@ class OffsetIntegerLayer(CodesLayer):
 
 
 def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
-    """Return `layer` in whole numbers, made by the backend `make`. Raises ValueError for what bytes do not hold."""
+    """Return the integer layer of `layer`, made by the backend `make`.
+
+    Raises ValueError if there is none: for float activations, more than 8 bits, padding by name such as "same", and
+    grouped convolutions whose weights do not fit into int8.
+    """
     parts = [_part(layer, name, make) for name in layer.weight_parts()]
     return SplitIntegerLayer(parts[0], parts[1], layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
 

@@ -1,9 +1,9 @@
 """Lower a calibrated UNet: put integer layers, and blocks made for them, into the slots of its quantized ones.
 
-There is one interface (`layers.IntegerLayer`) and one implementation of it a kind of hardware, a backend: oneDNN on
-CPUs, torch._int_mm on GPUs, and the simulation in plain PyTorch. In float32 the simulation and oneDNN agree bit for
-bit, but for large attention (see `attention.can_fuse`): sums are exact, and all else is the same arithmetic in the same
-order.
+A backend makes the integer layers (`layers.IntegerLayer`): oneDNN on CPUs, torch._int_mm on GPUs, and the simulation in
+plain PyTorch. In float32 the simulation and oneDNN agree bit for bit where `onednn.step_order` knows the order of
+oneDNN's arithmetic: sums are exact, and all else is computed in that order. Large attention is the exception (see
+`attention.can_fuse`).
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from qdiff.quant_model import QuantModel
 
 
 def fits_bytes(config: QuantConfig) -> bool:
-    """Return whether weights and activations have at most 8 bits: for those there are integer layers."""
+    """Return True if activations are quantized, and both weights and activations have at most 8 bits."""
     return config.quant_act and max(config.weight_bit, config.act_bit) <= 8
 
 
@@ -64,9 +64,9 @@ def backend_for(config: QuantConfig, device: torch.device) -> MakeLayer:
 
 
 def small_weight_layer(spec: LayerSpec) -> IntegerLayer:
-    """Return a OneDNNLayer for a CPU without VNNI; a SimulatedLayer where its sums would overflow.
+    """Return a layer for a CPU without VNNI: a OneDNNLayer, or a SimulatedLayer if 16-bit sums would overflow.
 
-    Weights of 6 bits or less fit, unless a zero point lies outside of the codes.
+    Sums of weights of 6 bits or less do not overflow, unless a zero point is not one of the codes.
     """
     fits = bool((spec.weight.short().abs() <= onednn.LARGEST_IN_16_BITS).all())
     return OneDNNLayer(spec) if fits else SimulatedLayer(spec)
@@ -75,12 +75,13 @@ def small_weight_layer(spec: LayerSpec) -> IntegerLayer:
 def lower(qnn: QuantModel, backend: MakeLayer, *, blocks: bool = True) -> None:
     """Replace all layers of a calibrated model by integer ones of `backend`, in place.
 
-    blocks: replace the blocks, too. What is the same in all steps is then computed once (see `step_cache`), large
-    attention is fused, and under autocast norms, activation functions and quantization are one pass (see `blocks`).
+    blocks: replace the blocks, too. Results that are the same in all steps are then computed once (see `step_cache`),
+    large attention is fused, and under autocast norms, activation functions and quantization are one pass (see
+    `blocks`).
 
-    It drops all that holds float weights; biases and norms stay float. So there is no way back: load the model anew.
-    Merge tokens afterwards (`tomesd.apply_patch`). Raises ValueError, and leaves the model as it is, if a layer cannot
-    be lowered, tokens are merged, or the model is lowered already.
+    Float weights are dropped, so lowering cannot be undone: load the model anew. Biases and norms stay float. Merge
+    tokens afterwards (`tomesd.apply_patch`). Raises ValueError, and leaves the model as it is, if a layer cannot be
+    lowered, tokens are merged, or the model is lowered already.
     """
     qnn.check_float()
     check_unmerged(qnn)

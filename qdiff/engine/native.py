@@ -1,8 +1,8 @@
 """Compile our C kernels on first use, keep the library in the user's cache, and call it by ctypes.
 
-Compiling takes a few seconds, once a version, a compiler and a kind of CPU. Where there is no compiler everything works
-without the kernels, but slower (see `fused_ops`). CC names another compiler than the system's; CC=/bin/false, which
-compiles nothing, switches the kernels off. DSDIFF_MAX_CPU_ISA makes them those of an older CPU (see `cpu`).
+Compiling takes a few seconds, once per version, compiler and kind of CPU. Without a compiler everything works, but
+slower (see `fused_ops`). The environment variable CC names another compiler than the system's; CC=/bin/false switches
+the kernels off. DSDIFF_MAX_CPU_ISA compiles them for an older CPU (see `cpu`).
 """
 
 import ctypes
@@ -27,9 +27,9 @@ from qdiff.engine.quant_params import QuantParams
 
 SOURCES = Path(__file__).parent / "kernels"
 COMPILERS = ("cc", "gcc", "clang")
-COMPILE_SECONDS = 120  # a compiler that takes longer is given up
+COMPILE_SECONDS = 120  # a compiler that takes longer is stopped
 
-# Without errno and floating point traps: loops that could set them stay scalar.
+# No errno and no floating-point traps: compilers do not vectorise loops that could set them.
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 WIDE = "-mprefer-vector-width=512"
 NATIVE = ("-march=native",)
@@ -50,7 +50,7 @@ SEAL = struct.Struct("<Q32s")  # at the end of a library's file: the length of w
 logger = logging.getLogger(__name__)
 
 
-# --- what the kernels take ---------------------------------------------------------------------------------
+# --- arguments of the kernels ------------------------------------------------------------------------------
 
 
 class _Params(ctypes.Structure):
@@ -60,7 +60,7 @@ class _Params(ctypes.Structure):
 
 
 class _ParamsArray:
-    """The type of an argument `const QuantParams *`: a sequence of QuantParams is given."""
+    """The ctypes type of an argument `const QuantParams *`. It takes a sequence of QuantParams."""
 
     @classmethod
     def from_param(cls, value: Sequence[QuantParams]) -> ctypes.Array:
@@ -68,7 +68,7 @@ class _ParamsArray:
 
 
 class _Data:
-    """The type of a pointer argument: a tensor is given, or None for NULL."""
+    """The ctypes type of a pointer to data. It takes a tensor, or None for NULL."""
 
     @classmethod
     def from_param(cls, value: Tensor | None) -> ctypes.c_void_p:
@@ -125,9 +125,9 @@ def _function(name: str) -> Any:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, with a line in the log, where they cannot be had.
+    """Return the compiled kernels; None where they cannot be compiled or loaded, with the reason in the log.
 
-    They are for Linux: elsewhere a second OpenMP beside PyTorch's would be loaded.
+    They exist on Linux only: elsewhere they would load a second OpenMP beside PyTorch's.
     """
     if not sys.platform.startswith("linux") or not torch.backends.openmp.is_available():
         return None
@@ -147,7 +147,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiler() -> tuple[str, ...] | None:
-    """Return the command of the C compiler: what CC says if that is found, else the system's."""
+    """Return the command of the C compiler: that in the variable CC if it is found, else the system's, else None."""
     for command in (os.environ.get("CC", ""), *COMPILERS):
         words = command.split()
         path = shutil.which(words[0]) if words else None
@@ -157,7 +157,7 @@ def _compiler() -> tuple[str, ...] | None:
 
 
 def _compiled(compiler: Sequence[str]) -> Path:
-    """Return the library's file, made anew unless a whole one is there."""
+    """Return the library's file, compiled unless an undamaged one is there."""
     files = sorted(SOURCES.glob("*.[ch]"))
     architecture = NATIVE if cpu.cap() is None else ARCHITECTURES[cpu.isa()]
     digest = hashlib.sha256()
@@ -186,7 +186,7 @@ def _make(compiler: Sequence[str], flags: Sequence[str], sources: Sequence[str],
     if _run(wide).returncode:  # not every compiler, nor every CPU, knows WIDE
         _run(command).check_returncode()
     content = target.read_bytes()
-    with open(target, "ab") as file:  # a loader does not look beyond the last section
+    with open(target, "ab") as file:  # loaders ignore bytes after the last section
         file.write(SEAL.pack(len(content), hashlib.sha256(content).digest()))
 
 
@@ -195,7 +195,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a library has the length and the hash of its seal. To load one that was cut kills the process."""
+    """Return whether a library has the length and the hash of its seal. Loading a truncated one kills the process."""
     content = path.read_bytes()
     library, seal = content[: -SEAL.size], content[-SEAL.size :]
     return len(seal) == SEAL.size and SEAL.unpack(seal) == (len(library), hashlib.sha256(library).digest())

@@ -1,13 +1,13 @@
-"""The numbers of a quantizer of bytes."""
+"""The parameters of a quantizer whose codes are bytes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantParams:
-    """How a number x becomes a code of at most 8 bits: clamp(round(x / delta) + zero_point, 0, high).
+    """The parameters of code = clamp(round(x / delta) + zero_point, 0, high), of at most 8 bits.
 
-    delta: above 0. zero_point: whole; it may lie outside of the codes. high: 2^bits - 1, at most 255.
+    delta: above 0. zero_point: may lie outside of 0..high. high: 2^bits - 1, in 1..255. Raises ValueError for others.
     """
 
     delta: float

@@ -1,7 +1,7 @@
-"""Keep what is the same in every step of a sampler, or for every picture.
+"""Keep results of a lowered UNet that would be the same in a later step, or for a later picture.
 
 A time embedding and what each ResBlock makes of it depend on the timestep alone; keys and values of a prompt depend on
-the prompt alone. A `walk` over the times of a sampler says for how long they are worth keeping.
+the prompt alone. They are kept within a `walk` over the times of a sampler.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +17,11 @@ from qdiff.engine.quant_params import QuantParams
 
 @contextmanager
 def walk(unet: nn.Module, timesteps: Iterable[float]) -> Iterator[None]:
-    """Within the block, a lowered UNet computes only once what depends on the timestep or on the context alone.
+    """Let a lowered UNet compute only once, within the block, what depends on the timestep or on the context alone.
 
     unet: a QuantModel or a UNet; one that is not lowered computes as always. timesteps: the times at which it will be
-    called, such as `Sampler.schedule` gives. Other times may come, too: nothing is kept for them. The same bits come
-    out with and without a walk.
+    called, as `Sampler.schedule` returns them; for other times nothing is kept. Outputs are the same with and without a
+    walk, bit for bit.
     """
     for module in unet.modules():
         cache = getattr(module, "step_cache", None)
@@ -34,7 +34,7 @@ def walk(unet: nn.Module, timesteps: Iterable[float]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfContext:
-    """The result of a layer for a context. params: those of the codes that it made; None if it made floats."""
+    """The result of a layer for a context. params: the quantizer, if the result is codes; None if it is floats."""
 
     context: Tensor
     params: QuantParams | None
@@ -71,9 +71,9 @@ class StepCache:
 
     @contextmanager
     def at(self, timesteps: Tensor) -> Iterator[None]:
-        """Within the block, a call of the UNet, results are those of this time. timesteps: [1], of the whole batch.
+        """Keep the results of time `timesteps` [1] within the block, which is one call of the UNet.
 
-        More than one time in a call: nothing is kept.
+        Nothing is kept for a call with no time or several times, outside of a walk, or at a time off the schedule.
         """
         before = self._time
         if self._by_context is not None and len(timesteps) == 1 and not torch.is_grad_enabled():
@@ -85,7 +85,7 @@ class StepCache:
             self._time = before
 
     def of_time(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-        """Return what `compute` gives, kept for this layer and the time of the present call."""
+        """Return the result of `compute()`, kept for this layer and the time of the present call."""
         if self._time is None or torch.is_grad_enabled():
             return compute()
         kept = self._by_time[self._time]
@@ -96,7 +96,7 @@ class StepCache:
     def of_context(
         self, layer: nn.Module, context: Tensor, params: QuantParams | None, compute: Callable[[], Tensor]
     ) -> Tensor:
-        """Return what `compute` makes of this very tensor, kept for this layer until the walk ends."""
+        """Return the result of `compute()`, kept for this layer and this very tensor `context` until the walk ends."""
         if self._by_context is None or torch.is_grad_enabled():
             return compute()
         kept = self._by_context.get(layer)
@@ -111,7 +111,7 @@ class StepCache:
 
 
 class TimeLayer(nn.Module):
-    """A layer of the time embedding that the cache keeps the results of."""
+    """Wrap a layer of the time embedding, whose results the cache keeps."""
 
     def __init__(self, layer: nn.Module, cache: StepCache):
         super().__init__()
@@ -122,7 +122,7 @@ class TimeLayer(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    """A layer of the context that the cache keeps the results of. layer: a CodesLayer."""
+    """Wrap a layer of the context, whose results the cache keeps. layer: a CodesLayer."""
 
     layer: Any
 
@@ -134,6 +134,6 @@ class ContextLayer(nn.Module):
         return self.cache.of_context(self, context, None, lambda: self.layer(context))
 
     def to_codes(self, context: Tensor, params: QuantParams) -> Tensor:
-        """Return the layer's output as codes by `params`. context: float [B, M, C], quantized first."""
+        """Return the codes of the layer's output by `params`. context: float [B, M, C], which is quantized first."""
         layer = self.layer
         return self.cache.of_context(self, context, params, lambda: layer.to_codes(layer.quantize(context), params))

@@ -1,1 +1,4 @@
-"""Backends, which multiply: oneDNN on CPUs, torch._int_mm on GPUs, plain PyTorch; and a wrapper that saves memory."""
+"""Backends make integer layers: with oneDNN on CPUs, torch._int_mm on GPUs, or plain PyTorch (`simulated`).
+
+`expanding` wraps one of them to save memory.
+"""

@@ -1,4 +1,4 @@
-"""Layers that keep their weights packed at few bits, and expand them each time they run: less memory, slower."""
+"""Layers that keep their weights packed at few bits and unpack them at each call: less memory, but slower."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ BYTE = 8  # bits
 
 
 def expanding(make: MakeLayer) -> MakeLayer:
-    """Return a backend that makes the layers of `make` anew whenever they run, where their weights need under 8 bits.
+    """Return a backend whose layers keep weights of under 8 bits packed, and are made by `make` at each call.
 
-    With weights of 4 bits a layer takes half the memory that it takes otherwise.
+    At 4 bits a layer takes half the memory. Weights that need 8 bits go to `make` as they are.
     """
 
     def build(spec: LayerSpec) -> IntegerLayer:
@@ -23,13 +23,13 @@ def expanding(make: MakeLayer) -> MakeLayer:
 
 
 def _bits(spec: LayerSpec) -> int:
-    """Return the bits that hold the weights of each output, counted from the lowest of them."""
+    """Return the bits that the difference of any weight from the lowest weight of its output needs, 2 or more."""
     rows = spec.weight.flatten(1).int()
     return max(2, int((rows.amax(1) - rows.amin(1)).max()).bit_length())
 
 
 class ExpandingLayer(IntegerLayer):
-    """A layer that holds its weight packed: the difference from the lowest weight of each output, and that one."""
+    """A layer that holds the lowest weight of each output, and packed the differences of the others from it."""
 
     packed: Tensor
     lowest: Tensor
@@ -54,7 +54,7 @@ class ExpandingLayer(IntegerLayer):
         return self.expanded().to_codes(codes, params)
 
     def expanded(self) -> IntegerLayer:
-        """Return the layer that computes."""
+        """Unpack the weight, and return the layer that computes with it."""
         differences = unpack(self.packed, self.shape, self.bits)  # of 7 bits at most: the sum below fits into a byte
         weight = differences.view(torch.int8) + self.lowest
         spec = LayerSpec(weight=weight, step=self.step, bias=self.bias, params=self.params, options=self.options)

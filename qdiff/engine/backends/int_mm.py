@@ -1,4 +1,4 @@
-"""Integer layers by `torch._int_mm`, the product of int8 matrices, on GPUs (and on CPUs, where tests run it).
+"""Integer layers by `torch._int_mm`, the product of int8 matrices, on GPUs. Tests also run it on CPUs.
 
 A convolution becomes the product of the patches of its input. Matrices are padded with zeros to the sizes that the
 product takes.
@@ -13,14 +13,14 @@ from torch import Tensor
 from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 
-MULTIPLE = 8  # of which the inputs and the outputs of a product must be multiples
+MULTIPLE = 8  # the inputs and the outputs of a product must be multiples of this
 ROWS = 32  # the least number of rows of a product
 
 
 class IntMatmulLayer(IntegerLayer):
-    """An integer layer by a product of signed bytes.
+    """An integer layer computed as a product of int8 matrices.
 
-    Codes c go in as c - 128. Then (128 - Z) times the sum of an output's weights, the `shift`, is added.
+    Codes c are multiplied as c - 128. Then `shift`, which is (128 - Z) times the sum of an output's weights, is added.
     """
 
     weight: Tensor

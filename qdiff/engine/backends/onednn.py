@@ -22,7 +22,10 @@ StepOrder = Literal["one by one", "together"]
 
 
 class OneDNNLayer(IntegerLayer):
-    """An integer layer whose weight is laid out for oneDNN's kernels once. A Conv1d runs as a Conv2d of height 1."""
+    """An integer layer whose weight is laid out for oneDNN's kernels. A Conv1d runs as a Conv2d of height 1.
+
+    `packed` is oneDNN's word for that layout; here each weight takes a byte.
+    """
 
     packed: Tensor
     step: Tensor
@@ -95,7 +98,7 @@ def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]
 
 @functools.cache
 def largest_exact_weight() -> int:
-    """Return the largest |q - z| of which this CPU's sums are exact: 128, 64 without VNNI, 0 without kernels."""
+    """Return the largest |q - z| for which this CPU's sums are exact: 128, 64 without VNNI, 0 without kernels."""
     for largest in (LARGEST, LARGEST_IN_16_BITS):
         for weight in (-largest, largest - 1):
             layer = _probe(torch.full((16, 64), weight, dtype=torch.int8))

@@ -7,7 +7,7 @@ from torch import Tensor
 from qdiff.engine.backends import onednn
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 
-EXACT = 2**24  # float32 holds all whole numbers up to this one
+EXACT = 2**24  # float32 holds all integers up to this one exactly
 
 
 class SimulatedLayer(IntegerLayer):

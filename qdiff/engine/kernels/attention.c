@@ -50,7 +50,7 @@ static int64_t head_bytes(int64_t keys, int64_t width) {
     return up(keys, 2 * TILE) * (up(width, 64) + 2 * up(width, 2 * TILE) + sizeof(float));
 }
 
-/* Place a Head into its part of the workspace. */
+/* Return the Head whose arrays begin at `workspace`. */
 static Head head_of(uint8_t *workspace, int64_t keys, int64_t width) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
     return (Head){workspace, (uint32_t *)(workspace + all * deep), (float *)(workspace + all * (deep + 2 * wide))};
@@ -60,7 +60,7 @@ static Head head_of(uint8_t *workspace, int64_t keys, int64_t width) {
 int64_t attention_bytes(int64_t heads, int64_t keys, int64_t width) { return heads * head_bytes(keys, width); }
 
 /* Lay out the keys of a head for tiles: 16 keys side by side, four bytes of each in turn. added[key] is factor times
- * the sum of its codes. Keys that only fill up a tile get a probability of 0. */
+ * the sum of its codes. Keys that pad the last tile get a probability of 0. */
 static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t stride, float factor, uint8_t *packed,
                       float *added) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64);
@@ -178,7 +178,7 @@ static void add_values(const uint16_t *probabilities, const uint32_t *packed_v, 
     }
 }
 
-/* Compute `rows` queries of a head, of which the first is at q, and quantize the result. */
+/* Compute attention for `rows` queries of a head, the first of them at q, and quantize the result. */
 static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, int64_t stride, float scale,
                    Head head, QuantParams params, uint8_t *out) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);

@@ -1,9 +1,9 @@
-/* GroupNorm of feature maps in channels_last order, fused with what stands around it: an addition before it, SiLU and
- * quantization after it. The caller checks shapes. */
+/* GroupNorm of feature maps in channels_last order, fused with the addition before it and with SiLU and quantization
+ * after it. The caller checks shapes. */
 #include "activations.h"
 
 /* Sum up the pixels [from, to) of one sample, channel by channel.
- * sums, squares [channels]: of x - first and of (x - first)^2, where `first` is the sample's first pixel. */
+ * sums, squares [channels]: the sums of x - first and of (x - first)^2, where `first` is the sample's first pixel. */
 static void channel_sums(const void *x, int64_t bfloat16, int64_t sample, int64_t size, int64_t channels, int64_t from,
                          int64_t to, float *sums, float *squares) {
     float part[CHUNK], first[CHUNK];
