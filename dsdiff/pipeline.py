@@ -108,11 +108,11 @@ class Pipeline:
         spec = self.spec
         scale = spec.scale if options.scale is None else options.scale
         if options.negative_prompt and scale == 1:
-            raise ValueError("--negative_prompt has no effect with --scale 1, which is no guidance: use a larger scale")
+            raise ValueError("a negative prompt has no effect with scale 1, which is no guidance: use a larger scale")
         steps = options.steps or spec.steps
         return DrawSettings(
-            height=_side("H", options.height or spec.height, spec.factor),
-            width=_side("W", options.width or spec.width, spec.factor),
+            height=_side("height", options.height or spec.height, spec.factor),
+            width=_side("width", options.width or spec.width, spec.factor),
             sampler=options.sampler,
             steps=steps,
             steps_taken=_steps_taken(options.sampler, steps, spec.timesteps),
@@ -146,6 +146,7 @@ class Pipeline:
             model = self._load(settings.precision)
         if settings.merge != self._merged:
             tomesd.remove_patch(model)
+            self._merged = None  # also where merging is refused below
             if settings.merge is not None:
                 tomesd.apply_patch(model, **asdict(settings.merge))
             self._merged = settings.merge
@@ -291,14 +292,17 @@ def load(
     files: Mapping[str, Any] = {"config": CONFIGS[str(model)]} if str(model) in CONFIGS else {"ckpt": Path(model)}
     if config is not None:
         files = {**files, "config": Path(config)}
-    spec = find_model(ModelOptions(**files))
+    folder = None if tokenizer is None else Path(tokenizer)
+    spec = find_model(ModelOptions(**files, tokenizer=folder))
     pipeline = Pipeline(
         spec,
         device=device,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=folder,
         quantization=quantization,
         merge=MergeOptions(ratio=ratio) if ratio else None,
     )
+    for note in pipeline.notes:
+        logger.info("%s", note)
     pipeline.prepare(pipeline.resolve(DrawOptions()))
     return pipeline
 
@@ -311,9 +315,9 @@ def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
     return taken
 
 
-def _side(flag: str, pixels: int, factor: int) -> int:
+def _side(name: str, pixels: int, factor: int) -> int:
     if pixels % factor:
         below, above = pixels // factor * factor, (pixels // factor + 1) * factor
         nearest = f"{below} or {above}" if below else str(above)
-        raise ValueError(f"--{flag} {pixels} is not a multiple of {factor}: use {nearest}")
+        raise ValueError(f"{name} {pixels} is not a multiple of {factor}: use {nearest}")
     return pixels

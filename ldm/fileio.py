@@ -38,7 +38,7 @@ def check_writable(directory: str | Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to {str(directory)!r}: {error.strerror}; choose another --outdir") from error
+        raise ValueError(f"cannot write to {str(directory)!r}: {error.strerror}; choose another folder") from error
 
 
 def file_sha256(path: str | Path) -> str:

@@ -13,15 +13,13 @@ override it. --quant_mode linear learns nothing: weights are rounded to nearest,
 With torchrun the processes share the work: torchrun --nproc_per_node 2 scripts/calibrate.py ...
 """
 
-# ruff: noqa: E402
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its parent is not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
 from dsdiff.calibration.options import FORMATS, PRESETS, CalibrationOptions
 from dsdiff.cli import flags

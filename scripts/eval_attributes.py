@@ -78,7 +78,8 @@ def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawSettings"
     options = flags.draw_options(args)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
     pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization)
-    logger.info("%s", pipeline)
+    for line in (pipeline, *pipeline.notes):
+        logger.info("%s", line)
     return pipeline, pipeline.resolve(options)
 
 

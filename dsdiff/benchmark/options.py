@@ -1,7 +1,7 @@
 """The options of a benchmark, as a frozen value that checks itself. Nothing here imports torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dsdiff.models.registry import CONFIGS, EMBEDDED
@@ -17,6 +17,8 @@ OPENVINO = ("openvino-float32", "openvino-bf16", "openvino-int8", "openvino-int8
 PEERS = (*DIFFUSERS, *OPENVINO)
 
 WEIGHT_BITS = (4, 8)
+# Options that shape UNet calls alone, and have no effect where the time to start is measured.
+IDLE_AT_STARTUP = ("config", "engines", "peers", "random_weights", "memory", "ratios", "weight_bit", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,14 @@ class BenchmarkOptions:
             return
         if self.config is not None and not self.random_weights:
             raise ValueError("a config of your own comes without a checkpoint: add --random_weights")
-        if self.random_weights and self.config_path == EMBEDDED:
+        if self.random_weights and self.config is None and self.config_path == EMBEDDED:
             raise ValueError("--random_weights contradicts the embedded model, which has weights: leave it out")
 
     def _check_startup(self) -> None:
         if not self.startup:
             return
-        idle = [name for name in ("config", "engines", "peers", "random_weights", "memory") if getattr(self, name)]
+        plain = {each.name: each.default for each in fields(self)}
+        idle = [name for name in IDLE_AT_STARTUP if getattr(self, name) != plain[name]]
         if idle:
             raise ValueError(f"{', '.join(idle)} has no effect on the time to start: leave it out")
 

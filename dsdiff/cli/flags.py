@@ -156,7 +156,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
     )
-    add_bit_arguments(group)
+    add_bit_arguments(group, "quantize activations; without it, once bits, split or mode are named, they stay float")
     group.add_argument("--quant_mode", choices=QUANT_MODES, help="how the cali_ckpt was made")
     group.add_argument(
         "--engine",
@@ -175,15 +175,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_bit_arguments(group: Any) -> None:
-    """Add the flags that say what is quantized to how many bits. They have no defaults."""
+def add_bit_arguments(group: Any, quant_act: str = "quantize activations as well") -> None:
+    """Add the flags that say what is quantized to how many bits, without defaults. quant_act: the help of that flag."""
     bits = number(int, 2, 16)
     group.add_argument("--weight_bit", type=bits, metavar="BITS", help="of weights, 2..16")
-    group.add_argument(
-        "--quant_act",
-        action=argparse.BooleanOptionalAction,
-        help="quantize activations as well; without it, once bits, split or mode are named, they stay float",
-    )
+    group.add_argument("--quant_act", action=argparse.BooleanOptionalAction, help=quant_act)
     group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
     group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
     group.add_argument(

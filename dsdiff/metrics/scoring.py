@@ -162,7 +162,7 @@ def choose_features(options: ScoringOptions, sources: Sequence[str] = (), stored
         raise ValueError(f"the statistics are of features {name!r}: only {' and '.join(EXTRACTORS)} are known")
     for option, of in (("reader", "shapes"), ("inception_weights", "inception")):
         if getattr(options, option) is not None and name != of:
-            raise ValueError(f"--{option} has no effect with --features {name}: leave it out")
+            raise ValueError(f"--{option} has no effect with features of {name}: leave it out")
     return choose_extractor(name, reader=options.reader, inception_weights=options.inception_weights)
 
 

@@ -105,9 +105,7 @@ def cali_ckpt_of(cali_ckpt: Path | None, weight_bit: int | None, shipped: Mappin
     if cali_ckpt is not None:
         return cali_ckpt
     if not shipped:
-        raise ValueError(
-            "this model comes with no calibration, --ptq needs a --cali_ckpt: scripts/calibrate.py makes one"
-        )
+        raise ValueError("this model comes with no calibration: give a --cali_ckpt, scripts/calibrate.py makes one")
     if weight_bit is not None and weight_bit not in shipped:
         known = " and ".join(map(str, shipped))
         raise ValueError(

@@ -166,7 +166,10 @@ def _try_quantized(tasks: Sequence[Task]) -> None:
     """Load a quantized model, so that a file that is damaged, or of another model, is told now."""
     for task in tasks:
         if task.pictures.settings.quantization is not None:
-            task.pictures.model.open().prepare(task.pictures.settings)
+            pipeline = task.pictures.model.open()
+            for note in pipeline.notes:
+                logger.info("%s", note)
+            pipeline.prepare(task.pictures.settings)
             return
 
 

@@ -263,7 +263,7 @@ def test_another_model_is_refused(calibrated, random_ckpt, tmp_path, capsys):
 
 
 def test_a_model_without_cali_ckpt_needs_one(draw, capsys):
-    assert "--ptq needs a --cali_ckpt" in error_of(capsys, draw, "refused", "--ptq")
+    assert "this model comes with no calibration: give a --cali_ckpt" in error_of(capsys, draw, "refused", "--ptq")
 
 
 # --- what comes with the embedded model --------------------------------------------------------------------

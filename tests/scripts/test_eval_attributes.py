@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dsdiff.metrics import attributes
+from dsdiff.models import quantized
 from dsdiff.models.registry import EMBEDDED
 from dsdiff.pipeline import Pipeline
 from ldm.data.reader import ShapesReader
@@ -69,6 +71,14 @@ def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     out = capsys.readouterr().out.strip().splitlines()
     assert out[0] == f"embedded shapes model ({random_ckpt})" and "8 are taken" in out[1]
     assert len(out) == 2 + 4
+
+
+def test_what_a_cali_ckpt_does_not_say_is_told(monkeypatch, caplog):
+    read = quantized.read_cali_header
+    monkeypatch.setattr(quantized, "read_cali_header", lambda *args: replace(read(*args), inferred=("sm_abit",)))
+    with caplog.at_level("INFO", logger="dsdiff"):
+        script.build_pipeline(script.parse_args(["--ptq", "--device", "cpu"]))
+    assert "does not say sm_abit: told by its numbers" in caplog.text
 
 
 def test_verbose_shows_the_packages_details(tmp_path, monkeypatch, capsys):

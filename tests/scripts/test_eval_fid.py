@@ -387,7 +387,10 @@ BAD_FLAGS = [
     (["--reference", "shapes", "--clip", "x"], "--clip has no effect"),
     (["--paired", ".", "--features", "shapes"], "--features has no effect"),
     (["--paired", ".", "--reader", "x"], "--reader has no effect"),
-    (["--reference", "shapes", "--inception_weights", "x"], "--inception_weights has no effect with --features shapes"),
+    (
+        ["--reference", "shapes", "--inception_weights", "x"],
+        "--inception_weights has no effect with features of shapes",
+    ),
     (["--reference", "shapes", "--resize", "crop"], "invalid choice"),
     (["--reference", "shapes", "--reader", "missing"], "no weights of the reader of shapes at 'missing'"),
     (["--reference", "shapes", "--n_samples", "8"], "unrecognized arguments: --n_samples"),

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
+from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED, READER
 from dsdiff.pipeline import load
 from qdiff.checkpoint import HEADER, read_cali_header
 from qdiff.engine.lower import backend_for
@@ -96,6 +96,8 @@ def test_what_contradicts_the_file_is_refused(bundle, tmp_path, capsys):
     for flags, said in CONTRADICTIONS:
         refuse(txt2img, [*FLAGS, "--ckpt", str(bundle), "--outdir", str(tmp_path / "out"), *flags], capsys, said)
         assert not list(tmp_path.iterdir()), flags
+    with pytest.raises(ValueError, match="brings its own"):
+        load(bundle, tokenizer=tmp_path)
 
 
 def refuse(script, flags, capsys, said):
@@ -109,6 +111,8 @@ def refuse(script, flags, capsys, said):
 def test_commands_that_need_the_float_model_say_so(bundle, tmp_path, capsys):
     refuse(calibrate, ["--ckpt", str(bundle), "--outdir", str(tmp_path / "x")], capsys, "holds a quantized model")
     refuse(export, [str(tmp_path / "y.safetensors"), "--ckpt", str(bundle)], capsys, "holds a quantized model")
+    other = ["--config", str(EMBEDDED), "--ckpt", str(READER)]  # a file that no cali_ckpt comes with
+    refuse(export, [str(tmp_path / "y.safetensors"), *other], capsys, "no calibration: give a --cali_ckpt")
     refuse(export, [str(tmp_path / "y.pth")], capsys, "must end in .safetensors")
     refuse(export, [str(tmp_path / "y.safetensors"), "--random_weights", "--weight_bit", "4"], capsys, "has no effect")
     refuse(export, [str(tmp_path / "y.safetensors"), "--cali_ckpt", "missing"], capsys, "missing")

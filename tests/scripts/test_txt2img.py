@@ -283,8 +283,8 @@ def test_resume_refuses_other_settings(run, refused, monkeypatch):
 
 
 BAD_FLAGS = (
-    (["--H", 100], "--H 100 is not a multiple of 8: use 96 or 104"),
-    (["--W", 3], "--W 3 is not a multiple of 8: use 8"),
+    (["--H", 100], "height 100 is not a multiple of 8: use 96 or 104"),
+    (["--W", 3], "width 3 is not a multiple of 8: use 8"),
     (["--C", 3], "--C 3 contradicts the model, which has 4"),
     (["--f", 4], "--f 4 contradicts the model, which has 8"),
     (["--ddim_steps", 0], "--ddim_steps: must be a whole number of 1 or more, got '0'"),

@@ -13,7 +13,8 @@ from dsdiff.models.registry import EMBEDDED, ROOT, STABLE_DIFFUSION
 def test_the_config_follows_from_the_model():
     assert BenchmarkOptions().config_path == EMBEDDED
     assert BenchmarkOptions(model="sd-v1").config_path == STABLE_DIFFUSION
-    assert BenchmarkOptions(config=Path("some.yaml"), random_weights=True).config_path == Path("some.yaml")
+    for config in (Path("some.yaml"), EMBEDDED):
+        assert BenchmarkOptions(config=config, random_weights=True).config_path == config
 
 
 def test_options_that_cannot_be_are_refused():
@@ -32,6 +33,8 @@ def test_options_that_cannot_be_are_refused():
         ({"seconds": -1.0}, "seconds is -1.0"),
         ({"startup": True, "memory": True}, "memory has no effect"),
         ({"startup": True, "engines": ("int8",), "peers": ("diffusers-bf16",)}, "engines, peers has no effect"),
+        ({"startup": True, "ratios": (0.5,), "weight_bit": 8}, "ratios, weight_bit has no effect"),
+        ({"startup": True, "seconds": 2.0}, "seconds has no effect"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError) as refused:
