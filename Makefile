@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
 # Tests run in as many processes as there are cores; threads that wait for each other must then not burn a core.
 JOBS ?= 2
-PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS)
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-isa fast lint train bench clean
 

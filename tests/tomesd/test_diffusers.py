@@ -12,6 +12,8 @@ import torch
 import tomesd
 
 diffusers = pytest.importorskip("diffusers")
+attention = pytest.importorskip("diffusers.models.attention")
+processors = pytest.importorskip("diffusers.models.attention_processor")
 
 CONTEXT = 12  # width of the prompt embeddings
 
@@ -142,7 +144,7 @@ def test_blocks_that_attend_to_the_prompt_only():
 
 
 def test_block_with_adaptive_norm_and_no_second_attention():
-    block = diffusers.models.attention.BasicTransformerBlock(
+    block = attention.BasicTransformerBlock(
         8, 2, 4, num_embeds_ada_norm=10, norm_type="ada_norm_zero"
     ).eval()
 
@@ -167,7 +169,7 @@ def test_block_with_adaptive_norm_and_no_second_attention():
 def test_a_chunked_feed_forward_cannot_be_merged(unet):
     for dim, chunk in {0: 1, 1: 4}.items():
         for module in unet.modules():
-            if isinstance(module, diffusers.models.attention.BasicTransformerBlock):
+            if isinstance(module, attention.BasicTransformerBlock):
                 module.set_chunk_feed_forward(chunk, dim=dim)
         whole = run(unet)
         tomesd.apply_patch(unet, merge_mlp=True)
@@ -179,7 +181,6 @@ def test_a_chunked_feed_forward_cannot_be_merged(unet):
 
 
 def test_attention_processors_may_be_exchanged_while_patched(unet):
-    processors = diffusers.models.attention_processor
     tomesd.apply_patch(unet, seed=1, merge_crossattn=True)
     expected = run(unet)
     unet.set_attn_processor(processors.AttnProcessor())  # softmax(q k^T) v written out
