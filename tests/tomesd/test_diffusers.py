@@ -144,9 +144,7 @@ def test_blocks_that_attend_to_the_prompt_only():
 
 
 def test_block_with_adaptive_norm_and_no_second_attention():
-    block = attention.BasicTransformerBlock(
-        8, 2, 4, num_embeds_ada_norm=10, norm_type="ada_norm_zero"
-    ).eval()
+    block = attention.BasicTransformerBlock(8, 2, 4, num_embeds_ada_norm=10, norm_type="ada_norm_zero").eval()
 
     class Net(torch.nn.Module):
         def __init__(self):
