@@ -25,7 +25,7 @@ test-isa: $(VENV)/ready
 		*) ONEDNN_MAX_CPU_ISA=$$isa $(PYTEST) tests/qdiff/engine;; \
 	esac; done
 
-# What takes less than 3 seconds a test: for the time between two edits.
+# The tests that take less than 3 seconds each, for use between two edits.
 fast: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 

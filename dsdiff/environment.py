@@ -63,7 +63,7 @@ def usable_cores() -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return the kind of this machine: CPU, cores, versions. Nothing tells one machine from another of its kind."""
+    """Return the kind of this machine: CPU, cores, versions. The facts are the same on all machines of one kind."""
     kind = {
         "cpu": cpu.model_name(),
         "isa": cpu.isa(),

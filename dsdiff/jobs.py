@@ -1,4 +1,4 @@
-"""Jobs: which pictures a run is to draw, which of them are there, and which are this process's share."""
+"""Jobs: the pictures that a run draws, without those that exist already, shared out to the processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> No
 
 
 class _NoInitialWeights(TorchFunctionMode):
-    """Within the block, drawing initial weights leaves a tensor as it is."""
+    """Turn functions that draw initial weights into no-ops within the block."""
 
     DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
 
@@ -95,7 +95,7 @@ class _NoInitialWeights(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Within the block, build networks whose parameters have shapes and no numbers (on the meta device).
+    """Build networks within the block on the meta device: their parameters have shapes, but no numbers.
 
     No initial weights are drawn: on the meta device that would import PyTorch's compiler, which takes a second.
     """

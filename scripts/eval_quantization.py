@@ -7,7 +7,7 @@ attributes that are right (colour, shape, texture, size, count and relation toge
 scripts/eval_attributes.py), and the bytes of the UNet's weights. --ablation takes Q-Diffusion apart instead.
 
 Calibrations and pictures are kept in OUTDIR, and made only if they are not there: an interrupted run goes on with the
-same command. With torchrun the processes share the work, which is fastest with one a core:
+same command. With torchrun the processes share the work, which is fastest with one per core:
 torchrun --nproc_per_node 2 scripts/eval_quantization.py. Writes OUTDIR/quantization.json or ablation.json, the table
 as markdown beside it, and a sheet of pictures, a row a variant.
 """

@@ -77,7 +77,7 @@ class Matching:
 
     @cached_property
     def _place_of_each_token(self) -> torch.Tensor:
-        """[B, N] int64: where in the merged sequence each token of the grid is found."""
+        """Return the position of each grid token in the merged sequence, int64 [B, N]."""
         batch, staying = self.unm_idx.shape
         device = self.unm_idx.device
         place = torch.empty(batch, self.tokens_before, dtype=torch.long, device=device)

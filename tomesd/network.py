@@ -1,4 +1,4 @@
-"""Finding the network and its transformer blocks inside a model, whoever wrote it."""
+"""Find the network and its transformer blocks inside any model, ours or a third party's."""
 
 from typing import Any
 

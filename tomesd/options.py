@@ -20,7 +20,7 @@ class MergeOptions:
     merge_crossattn, merge_mlp: merge around cross-attention, around the feed-forward layer. Both cost more
         quality than they gain.
     seed: start of the patch's own generator of destinations, in [0, 2**63).
-    Raises ValueError for anything else.
+    Raises ValueError for other values, and if nothing is left to merge around.
     """
 
     ratio: float = 0.5

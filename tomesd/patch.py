@@ -1,4 +1,4 @@
-"""Switching token merging on and off in a diffusion model, whoever wrote it.
+"""Switch token merging on and off in any diffusion model, ours or a third party's.
 
 Nothing of the model is re-implemented and no class is changed: hooks do the work (tomesd.hooks). A patched block
 carries them as its attribute `token_merging`. Names of modules and of the state dict stay what they are.
@@ -89,10 +89,10 @@ def reseed(model: Any, seed: int) -> None:
 
 @contextmanager
 def pinned(model: Any, seed: int) -> Iterator[None]:
-    """Within the `with` block each transformer block draws its destinations once, from `seed`, and keeps them.
+    """Let each transformer block draw its destinations once within the block, from `seed`, and keep them.
 
-    So all forwards merge the same tokens of a tile, whatever their batches (odd ones too), and whether the whole
-    model runs, a part of it, or a block alone: what a reconstruction needs of its inputs and targets.
+    All forwards then merge the same tokens, whatever their batches (odd ones too), and whether the whole model, a part
+    of it, or one transformer block runs. Reconstruction needs this, so that inputs and targets match.
     Raises ValueError if the model is not patched or the seed is not in [0, 2**63).
     """
     check_seed(seed)
@@ -132,5 +132,5 @@ def _mergings(model: Any) -> list[BlockMerging]:
 
 
 def _shared(mergings: list[BlockMerging]) -> list[ModelMerging]:
-    """Return what the blocks share, once each: one, unless a block of another patched model was put in."""
+    """Return the distinct shared states of the blocks: one, unless a block comes from another patched model."""
     return list(dict.fromkeys(merging.model for merging in mergings))

@@ -1,4 +1,4 @@
-"""Time a model's UNet against a baseline's, and tell the bytes of its weights: figures for the table of results."""
+"""Time a model's UNet against a baseline's, and measure its size in bytes, for the table of results."""
 
 import json
 import statistics
@@ -27,8 +27,11 @@ SECONDS = 0.5  # a measurement is the mean of the calls that fit into this time
 
 @dataclass(frozen=True, kw_only=True)
 class UNetFigures:
-    """The size and speed of a UNet. weight_bytes: see the function. seconds: of a call, the median of all repeats.
-    speed: the baseline's seconds over these, of the same repeat."""
+    """The size and speed of a UNet.
+
+    weight_bytes: see the function `weight_bytes`. seconds: time of a call, the median of all repeats. speed: the
+    baseline's seconds divided by these, within each repeat.
+    """
 
     weight_bytes: int
     seconds: float
@@ -38,9 +41,9 @@ class UNetFigures:
 def unet_figures(
     own: Pipeline, own_settings: DrawSettings, base: Pipeline, base_settings: DrawSettings, kept: Path, repeats: int
 ) -> UNetFigures:
-    """Time the UNet of `own` in turn with that of the baseline, on all cores.
+    """Time the UNet of `own` and that of the baseline in turn, on all cores.
 
-    The batch is 2, as of one picture with guidance. The figures are written to the file `kept`, and taken from there if
+    The batch is 2, as for one picture with guidance. The figures are written to the file `kept`, and read from there if
     they were measured in the same way on the same kind of machine.
     """
     with all_cores(own.device):
@@ -64,8 +67,7 @@ def unet_figures(
 
 
 def weight_bytes(pipeline: Pipeline) -> int:
-    """Return the size of a UNet's weights in bytes: in float32, or, of a quantized one, as they are stored, with
-    scales, biases and norms.
+    """Return the bytes of a UNet's parameters: all in float32, or for a quantized UNet as its cali_ckpt stores them.
 
     A quantized pipeline must have been made with the engine "calibration". Raises ValueError for a lowered one.
     """
@@ -78,7 +80,7 @@ def weight_bytes(pipeline: Pipeline) -> int:
 
 
 def as_calibrated(pipeline: Pipeline) -> Pipeline:
-    """Return a pipeline of the same quantized model that has the engine "calibration"; a float one itself."""
+    """Return a pipeline of the same model with the engine "calibration"; a float pipeline is returned as it is."""
     quantization = pipeline.quantization
     if quantization is None or quantization.engine is None:
         return pipeline
@@ -106,7 +108,7 @@ def all_cores(device: torch.device) -> Iterator[None]:
 def side_by_side(
     own: Pipeline, own_settings: DrawSettings, base: Pipeline, base_settings: DrawSettings, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Return the seconds of a call of both UNets, for each repeat; the order changes from repeat to repeat."""
+    """Return the seconds per call of both UNets, one value per repeat; their order alternates between repeats."""
     inputs = inputs_of(own.spec.config["model"]["params"], own.device)
     shape = (2, own.spec.channels, own_settings.height // own.spec.factor, own_settings.width // own.spec.factor)
     inputs["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own.device)

@@ -1,4 +1,4 @@
-"""The figures of a benchmark, as plain values: what is written as JSON, told as tables and plotted."""
+"""The figures of a benchmark, as plain values for JSON, tables and the plot."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A thing to measure: an engine or peer by its name, and the part of the tokens that it merges (0: none)."""
+    """One configuration to measure: the name of an engine or peer, and the share of tokens it merges (0: none)."""
 
     engine: str
     ratio: float
@@ -31,10 +31,10 @@ class Setting:
 class SettingFigures:
     """The speed of one setting.
 
-    tokens: the share of their tokens that the transformer blocks process. seconds: of a UNet call. seconds_by_repeat:
-    the same, repeat by repeat. speedup, speedup_bf16: seconds of float32 and of bf16 without merging over these,
-    within each repeat. merging: the same engine's seconds without merging over these. shares: of the time, by kind of
-    operator (see `operations`). None stands for what was not measured.
+    tokens: the share of tokens that the transformer blocks process. seconds: time of a UNet call. seconds_by_repeat:
+    the same for each repeat. speedup, speedup_bf16: seconds of float32 and of bf16 without merging, divided by these
+    within each repeat. merging: the same engine's seconds without merging, divided by these. shares: kind of operator
+    (see `operations`) -> share of the time. None means not measured.
     """
 
     engine: str
@@ -68,7 +68,7 @@ class OperationCount:
 
 @dataclass(frozen=True, kw_only=True)
 class FloorFigures:
-    """A call's operations over the kernels' peak, in seconds, and the measured time of int8 over that."""
+    """A call's operations divided by the kernels' peak, in seconds, and int8's measured time divided by that."""
 
     ratio: float
     seconds: float

@@ -74,7 +74,7 @@ class WorkerProcess:
         self.close()
 
     def _ending(self) -> str:
-        """How the process ended, and the last line that it wrote to stderr."""
+        """Return how the process ended, and the last line that it wrote to stderr."""
         status = self._process.wait()
         how = f"its process ended by {signal.Signals(-status).name}" if status < 0 else f"its process ended ({status})"
         self._stderr.seek(0)

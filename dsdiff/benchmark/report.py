@@ -1,4 +1,4 @@
-"""Tell a benchmark: tables for the terminal and as markdown, JSON, and a plot."""
+"""Write the report of a benchmark: tables for the terminal and in markdown, JSON, and a plot."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def write(report: Report, outdir: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file, complete or not at all."""
+    """Write a text file, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
@@ -49,8 +49,11 @@ def markdown(report: Report) -> str:
 
 
 def aligned(table: Table) -> list[str]:
-    """Return the lines of a table for the terminal: the first column to the left, the others to the right, and a blank
-    line wherever the first column changes."""
+    """Return the lines of a table for the terminal.
+
+    The first column is aligned to the left, the others to the right. A blank line stands wherever the first column
+    changes.
+    """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines, last = [], table[1][0]
     for cells in table:

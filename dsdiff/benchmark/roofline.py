@@ -1,4 +1,4 @@
-"""The least time in which the integer kernels could do the products of a UNet call: its operations over their peak.
+"""The least time that the products of a UNet call can take: its operations divided by the integer kernels' peak.
 
 The peak is that of a large convolution, linear layer and attention of Stable Diffusion v1, measured in the same run.
 The floor cannot be reached: small layers are slower, and all that is no product is left out.

@@ -93,8 +93,10 @@ def existing(places: tuple[Path, ...]) -> Path:
 
 
 def random_unet(config: dict[str, Any]) -> UNetModel:
-    """Return a UNet as training begins with it, but with noise for the weights that are zero there and would end all
-    signals. The weights are the same each time."""
+    """Return a UNet with initial weights, the same each time.
+
+    Weights that training initialises to zero are replaced by noise, since they would make all outputs zero.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         unet = instantiate_from_config(config)

@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class StartFigures:
-    """Several starts of the same: see Start. cpu and the parts are medians."""
+    """The figures of several starts of one command, as in Start. cpu and the parts are medians."""
 
     seconds: Spread
     cpu: float
@@ -56,7 +56,7 @@ class StartFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class StartupReport:
-    """All that was measured. machine: see `dsdiff.environment.machine`. starts: by what was started."""
+    """The results. machine: see `dsdiff.environment.machine`. starts: name of what was started -> its figures."""
 
     machine: dict[str, Any]
     repeats: int

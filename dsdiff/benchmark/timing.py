@@ -1,4 +1,4 @@
-"""Time UNet calls, by turns, and compare what belongs to the same repeat."""
+"""Time UNet calls of several settings in turn, and compare them within each repeat."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,11 @@ BASELINE = Setting(engine="float32", ratio=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One measurement. seconds: of a call. tokens: the share of their tokens that the transformer blocks process.
-    shares: of the time, by kind of operator (see `operations`); None if not asked for, or not known."""
+    """One measurement.
+
+    seconds: time of a call. tokens: the share of tokens that the transformer blocks process. shares: kind of operator
+    (see `operations`) -> share of the time; None if not asked for, or not known.
+    """
 
     seconds: float
     tokens: float = 1.0
@@ -124,7 +127,7 @@ def figures_of(found: Mapping[Setting, Measured]) -> list[SettingFigures]:
 
 
 def speedup(found: Mapping[Setting, Measured], other: Setting, measured: Measured) -> Spread | None:
-    """Return the other's seconds over these, within each repeat; None where the other was not measured."""
+    """Return the other's seconds divided by these, within each repeat; None if the other was not measured."""
     if other not in found:
         return None
     return Spread.over([theirs / own for theirs, own in zip(found[other].seconds, measured.seconds, strict=True)])

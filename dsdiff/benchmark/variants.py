@@ -49,10 +49,10 @@ class Engine:
 
     @contextmanager
     def running(self, ratio: float) -> Iterator[Callable[[], Any]]:
-        """Merge this part of the tokens within the block, and give the function that calls the UNet.
+        """Merge this share of the tokens within the block, and yield the function that calls the UNet.
 
-        It is one context for all calls of a measurement, as for all steps of a picture: what a lowered UNet keeps
-        within a picture, it keeps here. Afterwards the UNet is as it was.
+        All calls of a measurement are made within one block, like all steps of a picture, so that a lowered UNet keeps
+        results between them (see `qdiff.engine.step_cache`). Afterwards the UNet is as it was.
         """
         if ratio:
             tomesd.apply_patch(self.unet, ratio=ratio)
@@ -177,7 +177,7 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
 
 
 def fit(qnn: QuantModel, source: Source) -> None:
-    """Give all quantizers their ranges: those of the model's own cali_ckpt, else those of one input of noise."""
+    """Set the ranges of all quantizers, from the model's own cali_ckpt or else from one input of noise."""
     shipped = shipped_ranges(source, qnn.config)
     if shipped is not None:
         load_cali_ckpt(qnn, shipped)

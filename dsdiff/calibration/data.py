@@ -1,4 +1,4 @@
-"""The data of a calibration: what the UNet is given while pictures of prompts are drawn, kept on disk."""
+"""The data of a calibration: the UNet's inputs while pictures of prompts are drawn, kept on disk."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ MAX_BATCH = 16  # pictures drawn at a time
 
 
 def calibration_data(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
-    """Return the data that the options mean: read, found from an earlier calibration, or drawn and kept.
+    """Return the data that the options ask for: from a file, from an earlier calibration, or drawn now and kept.
 
     pipeline: the float model. Under torchrun all processes call this, and the first one draws.
     Raises ValueError for data of another model, and for options that cannot be.
@@ -47,7 +47,7 @@ def calibration_data(pipeline: Pipeline, options: CalibrationOptions) -> Calibra
 
 
 def _collected(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
-    """Return data drawn with the float model, or that which an earlier calibration drew alike."""
+    """Return data drawn with the float model; an earlier calibration's if it was drawn with the same settings."""
     settings = pipeline.resolve(options.draw)
     if options.cond and settings.scale == 1:
         raise ValueError("--cond: with --scale 1 there is no branch without the prompt: leave one of them out")
@@ -73,7 +73,7 @@ def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
 
 
 def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: CalibrationOptions) -> dict[str, Any]:
-    """Return all that the data depends on, as plain values. Names of kept files are made of it: change nothing."""
+    """Return all that the data depends on, as plain values. Kept files are named by its hash: do not change it."""
     sampling = asdict(settings)
     for name in ("merge", "quantization"):  # None both
         del sampling[name]
@@ -97,7 +97,7 @@ def collect(
     options: CalibrationOptions,
     facts: Mapping[str, Any],
 ) -> CalibrationSet:
-    """Draw cali_n pictures, and return what the UNet is given at cali_st of their timesteps.
+    """Draw cali_n pictures, and return the UNet's inputs at cali_st of their timesteps.
 
     Prompts are taken in turn, and picture i starts from the noise of seed + i. Samples are in the order of timesteps;
     at each of them come the pictures in batches, [without prompt; with prompt] where both branches are kept.

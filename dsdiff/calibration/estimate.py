@@ -48,9 +48,9 @@ class Estimate:
 
 
 def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, batch_size: int, cache: int) -> Estimate:
-    """Return the needs of a calibration, told from one timed forward pass of one batch.
+    """Return the needs of a calibration, estimated from one timed forward pass of one batch.
 
-    batch_size: samples a forward pass. cache: bytes of activations that are kept in memory.
+    batch_size: samples per forward pass. cache: bytes of activations that are kept in memory.
     """
     device = next(qnn.parameters()).device
     seconds, sizes = _measure(qnn, data, batch_size)

@@ -37,7 +37,7 @@ REPORT_FILE = "report.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that the result depends on. A calibration is gone on with only under the same settings.
+    """All that the result depends on. A calibration can be resumed only with the same settings.
 
     fingerprint: of the float UNet's weights. data_sha256: of the calibration data. samples: how many it has.
     processes: how many of torchrun share the work, in which sums are made in another order.
@@ -89,7 +89,7 @@ def calibrate(options: CalibrationOptions) -> Path:
 
 
 def ready_made(folder: Path, options: CalibrationOptions) -> Path:
-    """Return the file that these options make in `folder`: made if it is not there, gone on with if it was begun.
+    """Return the file that these options make in `folder`. It is made if missing, or resumed if it was begun.
 
     Under torchrun all processes call this.
     """
@@ -119,7 +119,7 @@ def _prepare(spec: ModelSpec, options: CalibrationOptions) -> tuple[QuantModel, 
 
 @contextmanager
 def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]:
-    """Within the block, merge the same tokens in each forward pass, if any are merged."""
+    """Merge the same tokens in all forward passes within the block, if tokens are merged at all."""
     if merge is None:
         yield
     else:
@@ -223,7 +223,7 @@ def describe(report: UnitReport) -> str:
 
 
 def summary(reports: Sequence[UnitReport]) -> Iterator[str]:
-    """Yield a line for each phase: by how much the errors of its units fell."""
+    """Yield a line for each phase, which says by how much the errors of its units fell."""
     for phase in ("weights", "activations"):
         units = [report for report in reports if report.phase == phase]
         if units:

@@ -20,7 +20,7 @@ logger = logging.getLogger("dsdiff")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that tells bad flags in one line, and wants flags written in full."""
+    """A parser that reports bad flags in one line, and accepts no abbreviated flags."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -133,7 +133,7 @@ class _Console(logging.Handler):
 
 @contextmanager
 def logs(verbose: bool) -> Iterator[Log]:
-    """Within the block, send our packages' lines to stdout (with `verbose` the detailed ones too) and to a log."""
+    """Send our packages' log lines to stdout (with `verbose` the detailed ones too) and to a log within the block."""
     root, log = logging.getLogger(), Log()
     console = _Console(logging.DEBUG if verbose else logging.INFO)
     root.addHandler(console)

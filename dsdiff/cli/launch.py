@@ -1,4 +1,4 @@
-"""Processes that torchrun started: they get to know each other, and a device each."""
+"""Set up the processes that torchrun started: the process group, and a device for each."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from qdiff.distributed import rank
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Within the block, let the processes of torchrun know each other: by NCCL on GPUs, by gloo on CPUs.
+    """Join the processes of torchrun into a process group within the block: by NCCL on GPUs, by gloo on CPUs.
 
     All but the first log warnings only, until `logs` ends. Nothing happens without torchrun.
     """

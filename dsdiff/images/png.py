@@ -18,7 +18,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 
 def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with the given text chunks; it is complete or not there."""
+    """Write a PNG with the given text chunks, atomically."""
     info = PngInfo()
     for key, text in (texts or {}).items():
         info.add_text(key, text)

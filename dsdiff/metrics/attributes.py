@@ -1,6 +1,6 @@
-"""Do pictures of shapes show what their captions ask for? Pictures are read by a small detector, and judged.
+"""Measure whether pictures of shapes show what their captions ask for; a small detector reads the pictures.
 
-Every attribute that a caption asks for gets an answer, right or wrong; what the caption leaves open is not judged.
+Every attribute that a caption asks for is judged right or wrong; what the caption leaves open is not judged.
 """
 
 import math

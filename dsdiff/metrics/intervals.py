@@ -1,4 +1,4 @@
-"""How sure an estimate is: jackknife, bootstrap, and the interval of a share."""
+"""Confidence intervals: jackknife, bootstrap, and the interval of a share."""
 
 import math
 from collections.abc import Iterator, Sequence

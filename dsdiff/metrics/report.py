@@ -20,7 +20,7 @@ class ScoringProtocol:
 
     pictures, reference, paired: the sets, by their facts. resize: how they came to one size, in words. features: the
     extractor, by its facts. seed: of intervals and extrapolation. kid_and_is_seed: of KID's subsets and the Inception
-    Score's splits. None stands for what there was not.
+    Score's splits. None means that the comparison had no such part.
     """
 
     pictures: Facts
@@ -32,7 +32,7 @@ class ScoringProtocol:
     kid_and_is_seed: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without what there was not."""
+        """Return plain values, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def lines(self) -> list[str]:

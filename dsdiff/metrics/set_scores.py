@@ -1,4 +1,4 @@
-"""Scores of a set of pictures from its features, with how far to trust them.
+"""Scores of a set of pictures from its features, with their intervals.
 
 FID, KID, Inception Score, precision and recall are torch-fidelity's. Added here are intervals, the FID at several
 numbers of pictures and its extrapolation, and notes on what too few pictures do to a score.

@@ -1,4 +1,4 @@
-"""Reading a float model: a LatentDiffusion with the weights of a checkpoint."""
+"""Read a float model: a LatentDiffusion with the weights of a checkpoint."""
 
 from pathlib import Path
 

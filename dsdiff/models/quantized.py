@@ -1,4 +1,4 @@
-"""Drawing with a calibrated model: what the options ask of its file, and putting the quantized UNet in place."""
+"""Draw with a calibrated model: choose its settings from options and file, and put the quantized UNet in place."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Folders of pictures that are drawn once: the name of a folder changes with all that shapes its pictures."""
+"""Folders of pictures that are drawn once. A folder's name holds a hash of all that its pictures depend on."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class DrawTask:
         root: Path,
         name: str,
     ) -> Self:
-        """Return the task whose folder is `root` / `name`-KEY, where KEY changes with all that shapes the pictures.
+        """Return the task whose folder is `root` / `name`-KEY, where KEY is a hash of all that the pictures depend on.
 
         Reads the headers of the model's files. Raises ValueError or OSError for what cannot be drawn.
         """

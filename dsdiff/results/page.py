@@ -1,4 +1,4 @@
-"""The table of results as markdown, and as a page that needs nothing beside it: table, plots, pictures side by side."""
+"""The table of results as markdown, and as one self-contained HTML page with table, plots and pictures."""
 
 import base64
 import html

@@ -1,6 +1,6 @@
 """The costs of quantization: the same captions from the same noise, in full precision and in few bits, side by side.
 
-Compared are the PSNR to the full-precision pictures, the share of attributes that are right, and the bytes of the
+The figures are the PSNR to the full-precision pictures, the share of attributes that are right, and the bytes of the
 UNet's weights. Calibrations and pictures are kept, so that an interrupted run goes on where it stopped.
 """
 
@@ -171,7 +171,7 @@ def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesRe
 
 
 def bytes_of(cali_ckpt: Path | None, device: str) -> int:
-    """Return the bytes of the UNet's weights, as a cali_ckpt has them, or in float32."""
+    """Return the bytes of the UNet's weights as a cali_ckpt stores them; in float32 without one."""
     quantization = None
     if cali_ckpt is not None:
         quantization = QuantizationOptions(cali_ckpt=cali_ckpt, engine=CALIBRATION_ENGINE)

@@ -91,7 +91,7 @@ def model_options(protocol: Protocol, options: ResultsOptions) -> ModelOptions:
 
 
 def check(spec: ModelSpec, protocol: Protocol, options: ResultsOptions) -> None:
-    """Raise ValueError or OSError for what would otherwise be told missing hours later."""
+    """Raise ValueError or OSError for what is missing, which would otherwise show only hours later."""
     scoring = scoring_options(protocol, options)
     if scoring.reference is None:
         raise ValueError(f"--model {options.model} is scored against real pictures: give --reference imagenet:DIR")
@@ -163,7 +163,7 @@ def plan_tasks(
 
 
 def _try_quantized(tasks: Sequence[Task]) -> None:
-    """Load a quantized model, so that a file that is damaged, or of another model, is told now."""
+    """Load a quantized model, so that a damaged file or one of another model is reported now."""
     for task in tasks:
         if task.pictures.settings.quantization is not None:
             pipeline = task.pictures.model.open()

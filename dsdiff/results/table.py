@@ -58,7 +58,7 @@ class Row:
         return MergeOptions(ratio=self.ratio) if self.ratio else None
 
     def quantization(self, cali_ckpt: Path) -> QuantizationOptions | None:
-        """Return what the row takes of a cali_ckpt; None for a float model."""
+        """Return the options by which the row reads a cali_ckpt; None for a float model."""
         if self.weight_bit is None:
             return None
         quant_act = self.act_bit is not None

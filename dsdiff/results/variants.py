@@ -1,4 +1,4 @@
-"""The variants that the costs of quantization are measured of, and the calibrations they need. Imports no torch."""
+"""The variants whose costs of quantization are measured, and the calibrations they need. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -42,7 +42,7 @@ class DPMSolverSampler(Sampler):
         return np.linspace(1, 1 / N, S + 1)
 
     def _model_times(self, t: np.ndarray) -> np.ndarray:
-        """Return the times that the model knows, 0 ... N - 1, for t."""
+        """Return the model's times in 0 ... N - 1 for t in 1/N ... 1."""
         N = self.model.num_timesteps
         return (t - 1 / N) * N
 

@@ -141,7 +141,7 @@ class ClipAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, heads, T, C / heads]."""
+        """Split x [B, T, C] into heads [B, heads, T, C / heads]."""
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 

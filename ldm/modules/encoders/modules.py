@@ -132,7 +132,7 @@ class FrozenCLIPEmbedder(nn.Module):
         return self.transformer(self.tokenize(prompts).to(device))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Do what calling the module does."""
+        """Return what `forward` returns. CompVis's code calls it by this name."""
         return self(prompts)
 
 
