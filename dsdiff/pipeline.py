@@ -139,11 +139,9 @@ class Pipeline:
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
         """Return the model, ready to draw with these settings: order of patches is quantize, lower, merge tokens."""
-        model = self._model
         # What a simulation shares with the integer engine depends on the precision: see `install`.
         stale = self._loaded_for != settings.precision and self._engine == "simulate"
-        if model is None or stale:
-            model = self._load(settings.precision)
+        model = self._load(settings.precision) if self._model is None or stale else self._model
         if settings.merge != self._merged:
             tomesd.remove_patch(model)
             self._merged = None  # also where merging is refused below

@@ -9,7 +9,7 @@ from PIL import Image
 from torch_fidelity.registry import DATASETS_REGISTRY, register_dataset
 from tqdm import tqdm
 
-from dsdiff.images.folders import PictureSet, ShapesPictures, text_sha256
+from dsdiff.images.sets import PictureSet, ShapesPictures, text_sha256
 from dsdiff.images.sources import SHAPES, Size
 
 

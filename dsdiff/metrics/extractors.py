@@ -25,7 +25,7 @@ from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 from dsdiff.environment import precision_context
-from dsdiff.images.folders import PictureSet
+from dsdiff.images.sets import PictureSet
 from dsdiff.models.registry import READER
 from ldm.data.reader import ShapesReader
 from ldm.fileio import file_sha256, write_atomically

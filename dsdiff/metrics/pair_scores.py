@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsdiff.images.folders import FilePictures
+from dsdiff.images.sets import FilePictures
 from dsdiff.images.sources import Size, size_text
 from dsdiff.metrics.intervals import bootstrap_interval
 from dsdiff.metrics.scores import Score, Scores

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dsdiff.environment import choose_device
-from dsdiff.images.folders import FilePictures, PictureSet, choose_framing, open_folder, open_source
+from dsdiff.images.folders import choose_framing, open_folder, open_source
+from dsdiff.images.sets import FilePictures, PictureSet
 from dsdiff.images.sources import PER_CLASS, SHAPES, SHAPES_SIDE, Size, size_text
 from dsdiff.metrics.extractors import Extractor, Features, FeatureStore, choose_extractor
 from dsdiff.metrics.options import EXTRACTORS, ScoringOptions, is_statistics

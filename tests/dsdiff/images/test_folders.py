@@ -7,7 +7,8 @@ from PIL import Image
 from torch_fidelity.registry import DATASETS_REGISTRY
 
 from dsdiff.images import registered
-from dsdiff.images.folders import ShapesPictures, choose_framing, open_source
+from dsdiff.images.folders import choose_framing, open_source
+from dsdiff.images.sets import ShapesPictures
 from dsdiff.images.sources import SHAPES_SEED, Framing
 from ldm.data.shapes import ShapesDataset
 

@@ -11,7 +11,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image import lpip
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from dsdiff.images.folders import FilePictures
+from dsdiff.images.sets import FilePictures
 from dsdiff.metrics import pair_scores as paired
 from dsdiff.metrics.scores import Score, Scores, cell
 from dsdiff.models.registry import TOKENIZER
