@@ -22,11 +22,12 @@ BITS = range(2, 17)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model: its files.
+    """Which model to use, by its files.
 
-    ckpt: a model's weights, or a bundle (None: those of the config under models/ldm). config: the model's yaml (None:
-    Stable Diffusion v1's if its checkpoint is there or `ckpt` is given, else the embedded model's). tokenizer: the
-    folder of the tokenizer's files (None: beside the checkpoint).
+    ckpt: the model's weights, or a bundle. None takes those of the config, under models/ldm.
+    config: the model's yaml. None takes Stable Diffusion v1's if its checkpoint is there or `ckpt` is given, else the
+        embedded model's.
+    tokenizer: the folder with the tokenizer's files. None looks beside the checkpoint.
     """
 
     ckpt: Path | None = None
@@ -36,13 +37,17 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """How pictures are drawn.
+    """How to draw pictures. None stands for the model's default.
 
-    height, width: in pixels, multiples of the model's factor. sampler: one of SAMPLERS. steps: asked for; DDIM and PLMS
-    may take more. eta: noise that DDIM puts back at each step, in [0, 1]. scale: of guidance,
-    eps = eps_u + scale (eps_c - eps_u); 1 is none. negative_prompt: what guidance leads away from. precision: of the
-    UNet, "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32. merge: token merging, None for none.
-    Raises ValueError for a value that no model can have, or one without effect.
+    height, width: the size in pixels, in multiples of the model's factor (8).
+    sampler: one of SAMPLERS.
+    steps: the number of sampling steps. DDIM and PLMS take more where it does not divide the model's timesteps.
+    eta: the share of noise that DDIM adds back at each step, in [0, 1]; 0 is deterministic.
+    scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance.
+    negative_prompt: the text that guidance leads away from.
+    precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
+    merge: the token merging; None merges none.
+    Raises ValueError for a value that no model can have, and for one that would have no effect.
     """
 
     height: int | None = None
@@ -77,14 +82,21 @@ class DrawOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationOptions:
-    """Options that a calibrated model is read by; None leaves one to the file.
+    """How to read a calibrated model. None leaves a setting to its file.
 
-    cali_ckpt: the file (None: the model's own). weight_bit, act_bit, sm_abit, split, quant_mode: what it must have been
-    made with. quant_act: True asks for quantized activations, False leaves them float. With None the file decides, or,
-    as soon as one of the settings before is given, they stay float: that is how the original work's command lines read.
-    engine: "int8" computes in integers, "simulate" in floats that hold integers, None is int8 where it can; with
-    "calibration" the layers stay those that calibration knows. low_memory: keep weights packed while drawing.
-    cond: the model must be a conditional one. no_grad_ckpt: switch gradient checkpointing off.
+    cali_ckpt: the file. None takes the one that comes with the model.
+    weight_bit, act_bit, sm_abit: the bits of weights, activations and softmax outputs, in 2..16. The file must have
+        been made with these.
+    split, quant_mode: further settings that the file must have been made with.
+    quant_act: True asks for quantized activations, False leaves them float. With None the file decides; but as soon as
+        one of weight_bit, act_bit, sm_abit, split and quant_mode is given they stay float, as the original work's
+        command lines mean it.
+    engine: "int8" computes in integers, "simulate" in floats that hold integers. None takes int8 where it can run.
+        "calibration" keeps the layers that calibration works on.
+    low_memory: keep weights packed while drawing; slower.
+    cond: require a conditional model.
+    no_grad_ckpt: switch gradient checkpointing off.
+    Raises ValueError for a value out of range.
     """
 
     cali_ckpt: Path | None = None

@@ -37,10 +37,10 @@ FIRST_SEED = 42  # of pictures whose seeds are not given
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """How pictures are drawn, all defaults resolved: see DrawOptions.
+    """How pictures are drawn, with all defaults of DrawOptions resolved.
 
-    steps: asked for; steps_taken: those that this gives (see `make_ddim_timesteps`). quantization: how the model's
-    numbers are quantized, None for a float one.
+    steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
+    quantization: how the model is quantized; None for a float model.
     """
 
     height: int
@@ -67,13 +67,16 @@ class Picture:
 
 
 class Pipeline:
-    """A model that draws.
+    """A model that draws pictures.
 
-    It reads the headers of its files at once, so that what cannot work is told early, and the weights at first use.
-    spec: the model. device: a torch device or a name, see `choose_device`. tokenizer: the folder of the tokenizer's
-    files. quantization: what of a calibrated model is asked for; None draws with a float one, or with a bundle as it
-    is. merge: token merging where DrawOptions say nothing of it.
-    Raises ValueError or FileNotFoundError for what cannot work.
+    The headers of its files are read at once, so that errors come early; the weights are read at first use.
+
+    spec: the model, as `find_model` returns it.
+    device: a torch device, or a name for `choose_device`.
+    tokenizer: the folder with the tokenizer's files. None looks beside the checkpoint.
+    quantization: how to read a calibrated model. None draws with the float model, or with a bundle as it is.
+    merge: the token merging for DrawOptions that have none.
+    Raises ValueError or FileNotFoundError for files and options that cannot work together.
     """
 
     def __init__(

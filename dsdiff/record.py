@@ -25,12 +25,18 @@ USUAL_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run of scripts/txt2img.py.
+    """The record of a run of scripts/txt2img.py.
 
-    prompts: gone through in turn. pictures: in all. n_iter, n_samples: rounds, and pictures a batch. seed: of the first
-    picture; with fixed_code of all. draw: how pictures are drawn. spec, device, tokenizer: the model. skip_grid,
-    n_rows: whether grids are written, and pictures in a row of them. first, first_grid: numbers of the first picture
-    and grid. versions: of the packages on which pictures depend.
+    prompts: the prompts, used in turn.
+    pictures: the number of pictures in the run.
+    n_iter, n_samples: the number of rounds, and of pictures per batch.
+    seed: the seed of the first picture; picture i has seed + i.
+    fixed_code: give all pictures the noise of `seed`.
+    draw: how the pictures are drawn.
+    spec, device, tokenizer: the model, the device's type, and the tokenizer's folder if one was given.
+    skip_grid, n_rows: whether grids are left out, and the pictures per row of a grid.
+    first, first_grid: the numbers of the first picture and of the first grid.
+    versions: the versions of the packages on which pictures depend.
     """
 
     prompts: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdiff.benchmark.variants import rest_precision
+from dsdiff.benchmark.variants import float_precision
 from qdiff.config import QuantConfig
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import IntegerLayer, LayerSpec
@@ -24,7 +24,7 @@ INPUT = QuantParams(delta=0.01, zero_point=128, high=255)
 
 def peaks(config: QuantConfig, device: torch.device, seconds: float) -> dict[str, float]:
     """Return the operations per second of the largest products, by kind. seconds: spent on each kind."""
-    dtype = torch.bfloat16 if rest_precision("int8", device) == "autocast" else torch.float32
+    dtype = torch.bfloat16 if float_precision("int8", device) == "autocast" else torch.float32
     channels = HEADS * WIDTH
     convolution = layer(config, device, channels, channels, {"stride": (1, 1), "padding": (1, 1)})
     linear = layer(config, device, CONTEXT, channels)

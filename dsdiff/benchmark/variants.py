@@ -120,7 +120,7 @@ def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:
     return None
 
 
-def rest_precision(name: str, device: torch.device) -> str:
+def float_precision(name: str, device: torch.device) -> str:
     """Return the precision of all that a quantized engine does not compute in integers."""
     fast = device.type != "cpu" or cpu.has_bfloat16()
     return "autocast" if name == "int8" and fast else "full"
@@ -172,7 +172,7 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
         inputs={name: suited(value, torch.float32) for name, value in source.inputs().items()},
         weight_bytes=size,
         device=source.device,
-        precision=rest_precision(name, source.device),
+        precision=float_precision(name, source.device),
     )
 
 
