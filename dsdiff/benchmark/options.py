@@ -23,16 +23,23 @@ IDLE_AT_STARTUP = ("config", "engines", "peers", "random_weights", "memory", "ra
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """Which UNet is measured, and how.
+    """Which UNet to measure, and how.
 
-    model: a key of CONFIGS (None: the embedded model, unless `config` is given). config: the yaml of any other model.
-    random_weights: build the UNet without a checkpoint. engines: some of ENGINES (None: those of DEFAULT_ENGINES that
-    run here). peers: some of PEERS. ratios: parts of the tokens to merge; 0 merges none. weight_bit: of quantized
-    engines, one of WEIGHT_BITS. memory: measure peak memory, too. repeats: how often each setting is measured.
-    seconds: a measurement is the mean of the calls that fit into this time, of one call at least. device: auto, cpu,
-    cuda or cuda:N. threads: of the CPU (None: as many as torch uses). outdir: the folder of all files that are written.
-    startup: measure how long the commands take to start, in place of UNet calls.
-    Raises ValueError for a value out of range and for options that contradict each other.
+    model: a key of CONFIGS. None is the embedded model, unless `config` is given.
+    config: the yaml of any other model.
+    random_weights: build the UNet without a checkpoint.
+    engines: some of ENGINES. None takes those of DEFAULT_ENGINES that run here.
+    peers: some of PEERS.
+    ratios: the shares of tokens to merge; 0 merges none.
+    weight_bit: the bits of weights in quantized engines, one of WEIGHT_BITS.
+    memory: measure peak memory as well.
+    repeats: the number of times that each setting is measured.
+    seconds: the time of one measurement, which is the mean of the calls that fit into it, at least one.
+    device: a name for `choose_device`: auto, cpu, cuda or cuda:N.
+    threads: the number of CPU threads. None takes torch's choice.
+    outdir: the folder for all files that are written.
+    startup: measure how long commands take to start, instead of UNet calls.
+    Raises ValueError for a value out of range, and for options that contradict each other.
     """
 
     model: str | None = None

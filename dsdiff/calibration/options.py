@@ -45,27 +45,36 @@ PRESETS: Mapping[str, Effort] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """How a model is calibrated. None means the preset's value, or else the default of `qdiff.config`.
+    """How to calibrate a model. None takes the preset's value, or else the default of `qdiff.config`.
 
-    model: the float model. draw: how the pictures of the calibration data are drawn, never with merged tokens.
-    merge: the token merging that is calibrated with, None for none.
-
-    weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, to how many bits: see QuantConfig.
-    quant_mode: "qdiff" learns rounding and step sizes; "linear", the baseline, rounds to nearest between minimum and
-    maximum. running_stat: take ranges of activations from running averages of minimum and maximum.
-
-    prompts: a text file, a prompt a line (None: the one that comes with the model). cali_st: timesteps, spread over the
-    trajectory. cali_n: pictures at each of them. cond: keep both branches of guidance, with prompt and without.
-    data_path: ready data, of an earlier calibration or in Q-Diffusion's layout, in place of drawing it.
-    num_samples: take so many of all samples, at random (None: all).
-
-    preset: a key of PRESETS. batch_size: samples a step, over all processes. iters_w, lr_w, weight, b_start, b_end,
-    warmup: of AdaRound; iters_a, lr, p: of LSQ; sym: all as in ReconConfig. no_grad_ckpt: no gradient checkpointing,
-    which is faster and needs more memory. cache_gb: GiB of activations kept in memory, the rest goes to disk (None: 2).
-
-    seed: of the noise of picture 0 and of all random choices, in [0, 2**31). device: see `choose_device`; under
-    torchrun each process gives its own. outdir: the folder for all files. resume: go on with the interrupted
-    calibration in `outdir`. format: of the file, "dsdiff" or "qdiff" for Q-Diffusion's .pth.
+    The model and what is quantized:
+        model: the float model.
+        merge: the token merging to calibrate with; None merges none.
+        weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, and to how many bits; see QuantConfig.
+        quant_mode: "qdiff" learns roundings and step sizes. "linear", the baseline, rounds to nearest between minimum
+            and maximum.
+        running_stat: take the ranges of activations from running averages of minimum and maximum.
+    The calibration data:
+        draw: how the pictures of the data are drawn, without merged tokens.
+        prompts: a text file with one prompt per line. None takes the one that comes with the model.
+        cali_st, cali_n: the number of timesteps, spread over the trajectory, and of pictures at each.
+        cond: keep both branches of guidance, with the prompt and without.
+        data_path: ready data, of an earlier calibration or in Q-Diffusion's layout, instead of new pictures.
+        num_samples: the number of samples to take at random. None takes all.
+    Learning:
+        preset: a key of PRESETS.
+        batch_size: the number of samples per step, over all processes.
+        iters_w, lr_w, weight, b_start, b_end, warmup: AdaRound's settings, as in ReconConfig.
+        iters_a, lr, p: LSQ's settings, as in ReconConfig.
+        sym: feed units the float model's inputs, as in ReconConfig.
+        no_grad_ckpt: use no gradient checkpointing: faster, with more memory.
+        cache_gb: GiB of activations to keep in memory; the rest goes to disk. None is 2.
+    The run:
+        seed: the seed of picture 0's noise and of all random choices, in [0, 2**31).
+        device: a name for `choose_device`. Under torchrun each process gives its own.
+        outdir: the folder for all files.
+        resume: go on with the interrupted calibration in `outdir`.
+        format: the file's format, "dsdiff", or "qdiff" for Q-Diffusion's .pth.
     Raises ValueError for a value out of range, and for an option that would have no effect.
     """
 

@@ -16,16 +16,23 @@ def is_statistics(source: str | None) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How a set of pictures is scored.
+    """How to score a set of pictures.
 
-    reference: the source of a set of real pictures, or a statistics file (None: no scores of sets). paired: a folder of
-    pictures of the same prompts and seeds (None: no scores of pairs). n, reference_n: take the first so many pictures
-    (None: all). per_class: pictures of each class of ImageNet (None: 5). resize: one of RESIZES. size: the side in
-    pixels that all pictures are brought to (None: that of the pictures scored). features: one of EXTRACTORS (None: what
-    the reference suggests). inception_weights, reader: files of weights (None: the usual ones). clip: a folder with a
-    CLIP model (None: the one in Hugging Face's cache). resamples: of the bootstrap. seed: of intervals and
-    extrapolation. batch_size: pictures in a batch. device: auto, cpu, cuda or cuda:N. cache: the folder that keeps
-    features (None: they are not kept). save_stats: write the statistics of the pictures to this file.
+    reference: the source of a set of real pictures, or a statistics file. None gives no scores of sets.
+    paired: a folder with pictures of the same prompts and seeds. None gives no scores of pairs.
+    n, reference_n: the number of pictures to take, from the first on. None takes all.
+    per_class: the number of pictures per class of ImageNet. None is 5.
+    resize: how pictures are brought to one size, one of RESIZES.
+    size: the side of that size in pixels. None takes the size of the pictures that are scored.
+    features: whose features to use, one of EXTRACTORS. None takes what the reference suggests.
+    inception_weights, reader: files with the networks' weights. None takes the usual ones.
+    clip: a folder with a CLIP model. None takes the one in Hugging Face's cache.
+    resamples: the number of bootstrap resamples.
+    seed: the seed of intervals and of the extrapolation.
+    batch_size: the number of pictures per batch.
+    device: a name for `choose_device`: auto, cpu, cuda or cuda:N.
+    cache: the folder that keeps features. None keeps none.
+    save_stats: the file to write the statistics of the pictures to.
     Raises ValueError for a value that cannot be.
     """
 
