@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= outputs/demo
-# Tests run in as many processes as there are cores; threads that wait for each other must then not burn a core.
+# How many processes run the tests, best one a core. Their threads, which wait for each other, must not burn a core.
 JOBS ?= 2
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST)
 
-# The tests of the integer engine as on older CPUs, one process each, and without a C compiler.
+# The tests of the integer engine as on older CPUs, one run each, and without a C compiler.
 ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI NO_COMPILER
 test-isa: $(VENV)/ready
 	@set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \

@@ -1,6 +1,7 @@
 """Time a model's UNet against a baseline's, and measure its size in bytes, for the table of results."""
 
 import json
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from dsdiff.pipeline import DrawSettings, Pipeline
 from qdiff.checkpoint import quantized_bytes
 from qdiff.engine import step_cache
 from qdiff.quant_model import QuantModel
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 0.5  # a measurement is the mean of the calls that fit into this time
 
@@ -137,12 +140,14 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(kept: Path, facts: Mapping[str, Any]) -> UNetFigures | None:
-    """Return the figures in a file, if they have these facts; None if not, and without a file."""
+    """Return the figures in a file, if they have these facts; None for other facts, no file, or a damaged one."""
     if not kept.exists():
         return None
-    content = json.loads(kept.read_text(encoding="utf-8"))
-    if content["facts"] != facts:
+    try:
+        content = json.loads(kept.read_text(encoding="utf-8"))
+        figures = content["figures"]
+        size, seconds, speed = figures["weight_bytes"], figures["seconds"], Spread(**figures["speed"])
+        return UNetFigures(weight_bytes=size, seconds=seconds, speed=speed) if content["facts"] == facts else None
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("the figures in %s cannot be read (%s): measuring anew", kept, error)
         return None
-    figures = content["figures"]
-    size, seconds = figures["weight_bytes"], figures["seconds"]
-    return UNetFigures(weight_bytes=size, seconds=seconds, speed=Spread(**figures["speed"]))

@@ -76,6 +76,11 @@ def test_figures_are_kept_while_nothing_they_depend_on_changes(tmp_path, base, q
     changed = comparison.unet_figures(quantized, merged, base, settings[1], kept, 3)
     assert len(measured) == 1 and changed.seconds == 1.5
     assert (changed.speed.median, changed.speed.min, changed.speed.max) == (1.5, 1.0, 2.0)
+    for damaged in ("", "[]", '{"facts": {}}', "\udcff"):
+        kept.write_bytes(damaged.encode(errors="surrogateescape"))
+        measured.clear()
+        again = comparison.unet_figures(quantized, merged, base, settings[1], kept, 3)
+        assert again == changed and len(measured) == 1, damaged
 
 
 def test_both_unets_are_called_by_turns(base, quantized):
