@@ -1,4 +1,4 @@
-"""A checkpoint of the embedded model's architecture with random weights, for the commands to run on."""
+"""Fixtures that all tests share: seeded random numbers, and checkpoints with random weights for the commands."""
 
 import pytest
 import torch
@@ -7,6 +7,14 @@ from omegaconf import OmegaConf
 from dsdiff.models.registry import EMBEDDED
 from ldm.checkpoint import save_checkpoint
 from ldm.util import instantiate_from_config
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers in each run, whatever ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,6 @@ from qdiff.engine.lower import backend_for
 from qdiff.quant_layer import SplitQuantModule
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
     """Tiny work that threads share is slow on a machine that does other work, too."""
