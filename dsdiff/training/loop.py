@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 
 from dsdiff.environment import choose_device
 from dsdiff.training.modules import training_module
-from dsdiff.training.options import DataConfig, TrainerConfig, TrainingConfig, TrainingOptions, read_training_config
+from dsdiff.training.options import (
+    DataConfig,
+    InitialWeights,
+    TrainerConfig,
+    TrainingConfig,
+    TrainingOptions,
+    read_training_config,
+)
 from dsdiff.training.samples import SampleGrids
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL
@@ -113,17 +120,21 @@ def build_trainer(config: TrainerConfig, options: TrainingOptions, samples: Samp
     )
 
 
-def initialise(model: nn.Module, init_from: Mapping[str, Path]) -> None:
-    """Fill parts of a model from files: prefix of the model's keys -> file whose keys lack the prefix.
+def initialise(model: nn.Module, init_from: Mapping[str, InitialWeights]) -> None:
+    """Fill parts of a model from files: prefix of the model's keys -> weights whose keys lack the prefix.
 
     Raises ValueError for a file that does not hold exactly the weights of its part.
     """
-    for prefix, path in init_from.items():
-        weights = {prefix + name: value.float() for name, value in read_weights(path).items()}
+    for prefix, source in init_from.items():
+        weights = {
+            prefix + name.removeprefix(source.prefix): value.float() if value.is_floating_point() else value
+            for name, value in read_weights(source.file).items()
+            if name.startswith(source.prefix)
+        }
         _, unexpected = model.load_state_dict(weights, strict=False)
         expected = {name for name in model.state_dict() if name.startswith(prefix)}
         if unexpected or expected - weights.keys():
-            raise ValueError(f"{path} does not fit the part {prefix!r} of {type(model).__name__}")
+            raise ValueError(f"{source.file} does not fit the part {prefix!r} of {type(model).__name__}")
 
 
 def export(model: nn.Module, path: Path, facts: Mapping[str, Any], pictures: DataLoader) -> None:

@@ -68,6 +68,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """Weights that a part of a model begins with: those of `file` whose names begin with `prefix`, without it."""
+
+    file: Path
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Settings of the trainer: length, precision, checkpoints, and the files to begin with and to end in.
 
@@ -76,7 +84,7 @@ class TrainerConfig:
     checkpoint_every, log_images_every: steps between checkpoints (with a validation) and between sample grids; 0
         writes no grids.
     export: where to write the float16 weights at the end; None: nowhere.
-    init_from: prefix of the model's keys -> a file with these weights, whose keys lack the prefix.
+    init_from: prefix of the model's keys -> the weights of that part, whose keys lack the prefix.
     """
 
     max_steps: int
@@ -85,7 +93,7 @@ class TrainerConfig:
     gradient_clip_val: float | None = None
     log_images_every: int = 0
     export: Path | None = None
-    init_from: Mapping[str, Path] = field(default_factory=dict)
+    init_from: Mapping[str, InitialWeights] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,7 @@ class TrainingConfig:
     trainer: TrainerConfig
 
 
-T = TypeVar("T", DataConfig, TrainerConfig)
+T = TypeVar("T", DataConfig, TrainerConfig, InitialWeights)
 
 
 def read_training_config(options: TrainingOptions) -> TrainingConfig:
@@ -118,7 +126,7 @@ def read_training_config(options: TrainingOptions) -> TrainingConfig:
         trainer,
         max_steps=options.max_steps or trainer.max_steps,
         export=_export_path(options, trainer),
-        init_from={prefix: Path(path) for prefix, path in (trainer.init_from or {}).items()},
+        init_from={prefix: _initial_weights(given, source) for prefix, given in (trainer.init_from or {}).items()},
     )
     check_writable(options.folder)
     return TrainingConfig(
@@ -139,6 +147,13 @@ def _export_path(options: TrainingOptions, trainer: TrainerConfig) -> Path | Non
     if options.export_only and not options.last.exists():
         raise FileNotFoundError(f"no checkpoint at {str(options.last)!r}: train first")
     return Path(target) if target else None
+
+
+def _initial_weights(given: str | Mapping[str, Any], source: str) -> InitialWeights:
+    """Read an entry of init_from: the name of a file, or a mapping with `file` and `prefix`."""
+    fields_given = {"file": given} if isinstance(given, str) else given
+    weights = _read_part(InitialWeights, fields_given, f"init_from in config {source!r}")
+    return replace(weights, file=Path(weights.file))
 
 
 def _read_part(kind: type[T], content: Mapping[str, Any], what: str) -> T:

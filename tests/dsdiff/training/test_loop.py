@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dsdiff.training.loop import initialise, run
-from dsdiff.training.options import TrainingOptions
+from dsdiff.training.options import InitialWeights, TrainingOptions
 from ldm.data.reader import ShapesReader
 from ldm.util import load_model_from_config
 
@@ -93,12 +93,16 @@ def test_a_part_is_filled_by_its_whole_file_only(tmp_path):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     weights = {name: value.detach().clone() + 1 for name, value in model["a"].state_dict().items()}
     torch.save(weights, tmp_path / "a.pt")
-    initialise(model, {"a.": tmp_path / "a.pt"})
+    initialise(model, {"a.": InitialWeights(file=tmp_path / "a.pt")})
     assert torch.equal(model["a"].weight, weights["weight"])
+    more = {f"inner.{name}": value + 1 for name, value in weights.items()} | {"other": torch.zeros(1)}
+    torch.save(more, tmp_path / "whole.pt")
+    initialise(model, {"b.": InitialWeights(file=tmp_path / "whole.pt", prefix="inner.")})
+    assert torch.equal(model["b"].weight, weights["weight"] + 1)
     for bad in ({"weight": weights["weight"]}, weights | {"more": torch.zeros(1)}):
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(ValueError, match=r"bad\.pt does not fit the part 'a\.' of ModuleDict"):
-            initialise(model, {"a.": tmp_path / "bad.pt"})
+            initialise(model, {"a.": InitialWeights(file=tmp_path / "bad.pt")})
 
 
 @pytest.mark.slow

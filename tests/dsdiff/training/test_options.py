@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dsdiff.training.options import TrainingOptions, read_training_config
+from dsdiff.training.options import InitialWeights, TrainingOptions, read_training_config
 
 
 def test_the_config_and_what_the_options_change_in_it(configs):
@@ -16,8 +16,17 @@ def test_the_config_and_what_the_options_change_in_it(configs):
     options = TrainingOptions(config=Path("txt2img.yaml"), max_steps=7, export="")
     config = read_training_config(options)
     assert (config.trainer.max_steps, config.trainer.export) == (7, None)
-    assert config.trainer.init_from == {"first_stage_model.": Path("autoencoder.safetensors")}
+    assert config.trainer.init_from == {"first_stage_model.": InitialWeights(file=Path("autoencoder.safetensors"))}
     assert options.last == Path("runs/txt2img/checkpoints/last.ckpt")
+
+
+def test_a_part_may_begin_with_a_part_of_a_file(configs):
+    content = OmegaConf.load("autoencoder.yaml")
+    content.trainer.init_from = {"": {"file": "model.safetensors", "prefix": "first_stage_model."}}
+    OmegaConf.save(content, "autoencoder.yaml")
+    config = read_training_config(TrainingOptions(config=Path("autoencoder.yaml")))
+    expected = InitialWeights(file=Path("model.safetensors"), prefix="first_stage_model.")
+    assert config.trainer.init_from == {"": expected}
 
 
 def test_a_bad_config_is_told_in_one_line(configs):
@@ -28,6 +37,7 @@ def test_a_bad_config_is_told_in_one_line(configs):
         ("model", {"base_learning_rate": None}, "no base_learning_rate"),
         ("trainer", {"max_steps": None}, "trainer in config 'bad.yaml': max_steps is missing"),
         ("data", {"train": None}, "data in config 'bad.yaml': train is missing"),
+        ("trainer", {"init_from": {"": {"path": "a"}}}, "init_from in config 'bad.yaml': unknown path "),
         ("trainer", {"export": "weights.ckpt"}, r"--export weights\.ckpt must end in \.safetensors"),
     ):
         changed = {name: value for name, value in (good[part] | change).items() if value is not None}
