@@ -196,7 +196,7 @@ def _score_sets(
     if options.save_stats is not None:
         write_statistics(options.save_stats, _described(features, pictures, store.extractor))
         logger.info("statistics in %s", options.save_stats)
-    if store.extractor.name == SHAPES and pictures.size != (SHAPES_SIDE, SHAPES_SIDE):
+    if store.extractor.name == SHAPES and not (len(set(pictures.size)) == 1 and pictures.size[0] % SHAPES_SIDE == 0):
         scores.notes.append(
             f"shapes features: of pictures of {size_text(pictures.size)}, while the reader has learnt from "
             f"{SHAPES_SIDE}x{SHAPES_SIDE}"

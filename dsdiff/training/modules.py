@@ -10,12 +10,14 @@ from itertools import chain
 from operator import add
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm.data.reader import ShapesReader, reader_losses
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import ContrastiveModel
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
@@ -144,10 +146,49 @@ class ReaderTraining(TrainingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class ContrastTraining(TrainingModule):
+    """Train the two towers of a ContrastiveModel on captions that are right and captions that are wrong."""
+
+    model: ContrastiveModel
+
+    def cosines(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.model(batch["image"], batch["caption"], batch["wrong"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        of_others, of_wrong = self.cosines(batch)
+        loss = self.model.loss(of_others, of_wrong)
+        told_apart = (of_others.detach().diagonal()[:, None] > of_wrong.detach()).float().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/told_apart": told_apart}, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the share of wrong captions that are further from their picture than the right one, also by kind."""
+        of_others, of_wrong = self.cosines(batch)
+        size = len(of_others)
+        right = of_others.diagonal()[:, None] > of_wrong  # [B, K]
+        retrieved = (of_others.argmax(dim=1) == torch.arange(size, device=of_others.device)).float().mean()
+        values = {"val/loss": self.model.loss(of_others, of_wrong), "val/retrieved": retrieved}
+        self.log_dict(values | {"val/told_apart": right.float().mean()}, prog_bar=True, batch_size=size)
+        kinds = np.array(batch["kinds"]).T  # [B, K]
+        for kind in np.unique(kinds):
+            verdicts = right[torch.from_numpy(kinds == kind).to(right.device)]
+            self.log(f"val/told_apart/{kind}", verdicts.float().mean(), batch_size=len(verdicts))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        # Decay is for matrices: scales, norms and embeddings of places keep their size.
+        named = dict(self.model.named_parameters())
+        plain = [p for name, p in named.items() if p.ndim < 2 or "embedding" in name]
+        matrices = [p for name, p in named.items() if p.ndim >= 2 and "embedding" not in name]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+        return with_scheduler(optimizer, self.model.scheduler_config)
+
+
 KINDS: Mapping[type[nn.Module], type[TrainingModule]] = {
     AutoencoderKL: AutoencoderTraining,
     LatentDiffusion: DiffusionTraining,
     ShapesReader: ReaderTraining,
+    ContrastiveModel: ContrastTraining,
 }
 
 

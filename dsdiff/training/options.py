@@ -126,7 +126,7 @@ def read_training_config(options: TrainingOptions) -> TrainingConfig:
         trainer,
         max_steps=options.max_steps or trainer.max_steps,
         export=_export_path(options, trainer),
-        init_from={prefix: _initial_weights(given, source) for prefix, given in (trainer.init_from or {}).items()},
+        init_from={prefix: _initial_weights(given, source) for prefix, given in _init_from(content).items()},
     )
     check_writable(options.folder)
     return TrainingConfig(
@@ -147,6 +147,10 @@ def _export_path(options: TrainingOptions, trainer: TrainerConfig) -> Path | Non
     if options.export_only and not options.last.exists():
         raise FileNotFoundError(f"no checkpoint at {str(options.last)!r}: train first")
     return Path(target) if target else None
+
+
+def _init_from(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    return content["trainer"].get("init_from") or {}
 
 
 def _initial_weights(given: str | Mapping[str, Any], source: str) -> InitialWeights:

@@ -8,6 +8,7 @@ Grammar (`size`, `texture`, the second object and the background may be left out
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -181,14 +182,17 @@ def sample_spec(rng: np.random.Generator, split: str = "train") -> SceneSpec:
             return spec
 
 
-def pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
-    """Draw one of `names`."""
-    return names[rng.integers(len(names))]
+T = TypeVar("T")
+
+
+def pick(rng: np.random.Generator, values: tuple[T, ...]) -> T:
+    """Draw one of `values`."""
+    return values[rng.integers(len(values))]
 
 
 def _propose(rng: np.random.Generator) -> SceneSpec | None:
     """Draw one proposal; return None if it breaks a rule of SceneSpec or would hide an object."""
-    objects = tuple(_propose_object(rng) for _ in range(1 if rng.random() < 0.4 else 2))
+    objects = tuple(propose_object(rng) for _ in range(1 if rng.random() < 0.4 else 2))
     relation = pick(rng, RELATIONS) if len(objects) == 2 else None
     background: tuple[str, ...] = ()
     if rng.random() < 0.5:
@@ -197,10 +201,11 @@ def _propose(rng: np.random.Generator) -> SceneSpec | None:
         spec = SceneSpec(objects=objects, relation=relation, background=background)
     except ValueError:
         return None
-    return None if _hides_an_object(spec) else spec
+    return None if hides_an_object(spec) else spec
 
 
-def _propose_object(rng: np.random.Generator) -> ObjectSpec:
+def propose_object(rng: np.random.Generator) -> ObjectSpec:
+    """Draw an object, with a size in half of the cases and a texture in 40 %."""
     return ObjectSpec(
         shape=pick(rng, SHAPES),
         color=pick(rng, COLORS),
@@ -209,7 +214,7 @@ def _propose_object(rng: np.random.Generator) -> ObjectSpec:
     )
 
 
-def _hides_an_object(spec: SceneSpec) -> bool:
+def hides_an_object(spec: SceneSpec) -> bool:
     """Tell whether the gradient passes close to the colour of an object, as red to yellow passes orange."""
     if len(spec.background) < 2:
         return False

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from ldm.data.shapes import COLORS, SHAPES, SIZES, TEXTURES, ObjectSpec, Scene, SceneSpec, ShapesDataset, render
 
 STRIDE = 8  # pixels of a grid cell
+READING_SIDE = 128  # pixels of the pictures that the reader learnt from
 LOSS_WEIGHTS = {"texture": 4.0}  # the others: 1. Stripes and dots take by far the longest to learn
 CLASSES = {"shape": SHAPES, "color": COLORS, "size": (None, *SIZES), "texture": (None, *TEXTURES)}
 
@@ -140,26 +141,44 @@ class _PictureContext(nn.Module):
         return x + self.project(summary)[:, :, None, None]
 
 
+def reader_trunk(width: int = 64, features: int = 128) -> nn.Sequential:
+    """Return the trunk of the reader: [B, 3, H, W] in [-1, 1] -> [B, features, H/8, W/8]."""
+    return nn.Sequential(
+        _conv(3, 24, stride=2),
+        _conv(24, 48, stride=2),
+        _ResidualBlock(48, 1),  # here a period of stripes or dots is two or three cells
+        _conv(48, width, stride=2),
+        _ResidualBlock(width, 1),
+        _PictureContext(width),
+        _ResidualBlock(width, 2),
+        _ResidualBlock(width, 1),
+        nn.Conv2d(width, features, 1),
+        nn.ReLU(),
+    )
+
+
+def at_reading_size(images: Tensor) -> Tensor:
+    """Return images [B, C, H, W] so that the shorter side has less than 256 pixels, by averaging.
+
+    The reader knows objects of the size that they have in pictures of 128 x 128, so it sees larger ones reduced: sides
+    are divided by the shorter side's whole multiple of 128, and rounded to multiples of 8.
+    """
+    factor = min(images.shape[2:]) // READING_SIDE
+    if factor < 2:
+        return images
+    height, width = (max(1, round(side / factor / STRIDE)) * STRIDE for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images, (height, width))
+
+
 class ShapesReader(nn.Module):
-    """Detector of shapes, fully convolutional, trained at 128 x 128 pixels.
+    """Detector of shapes, fully convolutional, trained at 128 x 128 pixels; it sees larger pictures reduced.
 
     width: channels of the trunk. features: channels of the last layer before the heads.
     """
 
     def __init__(self, width: int = 64, features: int = 128) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            _conv(3, 24, stride=2),
-            _conv(24, 48, stride=2),
-            _ResidualBlock(48, 1),  # here a period of stripes or dots is two or three cells
-            _conv(48, width, stride=2),
-            _ResidualBlock(width, 1),
-            _PictureContext(width),
-            _ResidualBlock(width, 2),
-            _ResidualBlock(width, 1),
-            nn.Conv2d(width, features, 1),
-            nn.ReLU(),
-        )
+        self.trunk = reader_trunk(width, features)
         self.parts = {"heat": 1, "offset": 2, **{name: len(values) for name, values in CLASSES.items()}}
         self.head = nn.Conv2d(features, sum(self.parts.values()), 1)
         self.head.bias.data[0] = -4.0  # few cells hold a centre
@@ -191,15 +210,15 @@ class ShapesReader(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return the trunk's output, averaged over the picture, [B, features] for images [B, 3, H, W] in [-1, 1]."""
-        return self._trunk(images).mean((2, 3))
+        return self._trunk(at_reading_size(images)).mean((2, 3))
 
     @torch.no_grad()
     def read(self, images: Tensor, threshold: float = 0.4) -> list[list[SeenObject]]:
         """Return the objects of each picture, best score first.
 
-        images: [B, 3, H, W] in [-1, 1]. threshold: least score of an object, in (0, 1).
+        images: [B, 3, H, W] in [-1, 1], of any size. threshold: least score of an object, in (0, 1).
         """
-        maps = {name: part.float().cpu() for name, part in self(images).items()}
+        maps = {name: part.float().cpu() for name, part in self(at_reading_size(images)).items()}
         heat = maps["heat"].sigmoid()
         peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > threshold)
         seen = [[] for _ in range(len(heat))]

@@ -6,7 +6,7 @@ results, bit for bit.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,36 +51,51 @@ NEUTRAL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
-    """Sizes of a text tower. The defaults are those of ViT-L/14, the encoder of Stable Diffusion v1.
+class ClipEncoderConfig:
+    """Sizes of a stack of transformer blocks. The defaults are those of ViT-L/14's text tower.
 
     attention_dropout: share of the attention weights that training drops. initializer_factor: scale of new weights.
     Raises ValueError for values that describe no tower.
     """
 
-    vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     attention_dropout: float = 0.0
     initializer_factor: float = 1.0
 
+    section: ClassVar[str] = "vision_config"
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"text_config: {field.name} must be a whole number of 1 or more, got {value!r}")
+                raise ValueError(f"{self.section}: {field.name} must be a whole number of 1 or more, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"text_config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.section}: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: use {' or '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"{self.section}: hidden_act {self.hidden_act!r} is unknown: use {' or '.join(ACTIVATIONS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig(ClipEncoderConfig):
+    """Sizes of a text tower. The defaults are those of ViT-L/14, the encoder of Stable Diffusion v1.
+
+    Raises ValueError for values that describe no tower.
+    """
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+
+    section: ClassVar[str] = "text_config"
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> "ClipTextConfig":
@@ -121,10 +136,11 @@ class ClipTextEmbeddings(nn.Module):
 
 
 class ClipAttention(nn.Module):
-    """Causal self-attention: each token sees itself and those before it. [B, T, C] -> [B, T, C]."""
+    """Self-attention; where it is causal, each token sees itself and those before it. [B, T, C] -> [B, T, C]."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipEncoderConfig, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.scale = (width // self.num_heads) ** -0.5
@@ -137,7 +153,8 @@ class ClipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale, is_causal=x.shape[1] > 1)
+        causal = self.causal and x.shape[1] > 1
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale, is_causal=causal)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -148,7 +165,7 @@ class ClipAttention(nn.Module):
 class ClipMLP(nn.Module):
     """The two linear layers of a block, with the activation between them."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipEncoderConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -161,9 +178,9 @@ class ClipMLP(nn.Module):
 class ClipEncoderLayer(nn.Module):
     """A transformer block that normalises before attention and before the MLP. [B, T, C] -> [B, T, C]."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipEncoderConfig, causal: bool = True) -> None:
         super().__init__()
-        self.self_attn = ClipAttention(config)
+        self.self_attn = ClipAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ClipMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -176,9 +193,9 @@ class ClipEncoderLayer(nn.Module):
 class ClipEncoder(nn.Module):
     """The blocks of the tower, one after the other."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipEncoderConfig, causal: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ClipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(ClipEncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -195,27 +212,25 @@ class ClipTextTransformer(nn.Module):
         self.embeddings = ClipTextEmbeddings(config)
         self.encoder = ClipEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self._initialise()
+        initialise_tower(self, config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
 
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Draw new weights as CLIP does: normal, with deviations by width and depth. Biases are zero."""
-        width, depth, factor = self.config.hidden_size, self.config.num_hidden_layers, self.config.initializer_factor
-        inner, outer, wide = (
-            factor * width**-0.5 * (2 * depth) ** -0.5,
-            factor * width**-0.5,
-            factor * (2 * width) ** -0.5,
-        )
-        deviations = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": outer, "fc1": wide, "fc2": inner}
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02 * factor)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=deviations[name.rpartition(".")[2]])
-                nn.init.zeros_(module.bias)
+
+@torch.no_grad()
+def initialise_tower(tower: nn.Module, config: ClipEncoderConfig) -> None:
+    """Draw new weights as CLIP does: normal, with deviations by width and depth. Biases are zero."""
+    width, depth, factor = config.hidden_size, config.num_hidden_layers, config.initializer_factor
+    outer, wide = factor * width**-0.5, factor * (2 * width) ** -0.5
+    inner = outer * (2 * depth) ** -0.5
+    deviations = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": outer, "fc1": wide, "fc2": inner}
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02 * factor)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviations[name.rpartition(".")[2]])
+            nn.init.zeros_(module.bias)
 
 
 class ClipTextModel(nn.Module):

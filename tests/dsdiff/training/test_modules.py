@@ -8,15 +8,18 @@ from omegaconf import OmegaConf
 
 from dsdiff.training.modules import (
     AutoencoderTraining,
+    ContrastTraining,
     DiffusionTraining,
     ReaderTraining,
     training_module,
     with_scheduler,
 )
+from ldm.data.contrasts import ContrastDataset
 from ldm.data.reader import ReaderDataset, ShapesReader
 from ldm.util import instantiate_from_config
 
-TINY = Path(__file__).parents[2] / "goldens/tiny_ldm.yaml"
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "tests/goldens/tiny_ldm.yaml"
 
 
 def tiny_model(**params):
@@ -62,6 +65,38 @@ def test_a_reader_step_reaches_every_weight(monkeypatch):
     batch = torch.utils.data.default_collate([ReaderDataset(2, resolution=64)[i] for i in range(2)])
     module.training_step(batch, 0).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def small_clip():
+    config = OmegaConf.load(ROOT / "configs/shapes/256/clip.yaml").model
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config.params.text_config.params.tokenizer = str(ROOT / "models/ldm/shapes/tokenizer")
+    config.params.text_config.params.text_config.update(tower)
+    config.params.image_config.params.update({"vision_config": tower, "trunk": {"width": 8, "features": 8}})
+    return instantiate_from_config(config)
+
+
+def test_a_step_of_contrast_reaches_every_weight_that_captions_need(monkeypatch):
+    module = quiet(training_module(small_clip(), 1e-3), monkeypatch)
+    assert isinstance(module, ContrastTraining)
+    batch = torch.utils.data.default_collate([ContrastDataset(3, contrasts=2)[i] for i in range(3)])
+    module.training_step(batch, 0).backward()
+    idle = {name for name, p in module.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert idle == set()
+    decayed = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
+    shapes = {tuple(p.shape) for p in decayed}
+    assert all(p.ndim >= 2 for p in decayed) and (624, 16) not in shapes and (64, 16) not in shapes
+
+
+def test_contrast_is_measured_by_kind(monkeypatch):
+    module, logged = training_module(small_clip(), 1e-3), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **kwargs: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **kwargs: logged.update(values))
+    of_others, of_wrong = torch.eye(2), torch.tensor([[0.5, 2.0], [0.0, 2.0]])
+    monkeypatch.setattr(module, "cosines", lambda batch: (of_others, of_wrong))
+    module.validation_step({"kinds": [("order", "order"), ("size", "order")]}, 0)
+    assert logged["val/told_apart/order"] == pytest.approx(2 / 3) and logged["val/told_apart/size"] == 0
+    assert logged["val/told_apart"] == 0.5 and logged["val/retrieved"] == 1
 
 
 def test_checkpoints_have_the_names_of_the_model():
