@@ -67,12 +67,30 @@ def test_a_changed_renderer_and_an_interrupt_leave_no_stale_latents(arguments, t
     CachedLatents(**arguments)
     render = shapes.render
     monkeypatch.setattr(shapes, "render", lambda scene, resolution: render(scene, resolution).rotate(90))
-    monkeypatch.setattr(CachedLatents, "_write_moments", interrupted)
+    monkeypatch.setattr(CachedLatents, "_encode_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         CachedLatents(**arguments)
     assert len(list((tmp_path / "latents").iterdir())) == 2  # of the first: moments and captions
 
 
-def interrupted(self, file, model, batch_size):
-    file.write_bytes(b"half of it")
+def interrupted(self, *arguments):
     raise KeyboardInterrupt
+
+
+def test_after_an_interruption_only_the_missing_parts_are_encoded(arguments, tmp_path, monkeypatch):
+    whole, encode_part, started = CachedLatents(**arguments), CachedLatents._encode_part, []
+
+    def encode(self, start, *rest):
+        started.append(start)
+        if start == 6 and started.count(6) == 1:
+            raise KeyboardInterrupt
+        return encode_part(self, start, *rest)
+
+    monkeypatch.setattr(CachedLatents, "_encode_part", encode)
+    with pytest.raises(KeyboardInterrupt):
+        CachedLatents(**arguments, part_size=3)
+    data = CachedLatents(**arguments, part_size=3)
+    assert started == [0, 3, 6, 6] and len(data) == len(whole) == 8
+    for i in range(8):
+        assert data[i]["caption"] == whole[i]["caption"]
+        assert (data[i]["moments"] - whole[i]["moments"]).abs().max() < 0.05, i  # batches of other sizes round apart
