@@ -67,7 +67,7 @@ class DrawRun:
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         self.sampling_seconds += time.perf_counter() - start
-        pictures = to_pictures(self.pipeline.decode(latents))
+        pictures = to_pictures(self.pipeline.decode(latents, self.record.draw))
         self.seconds += time.perf_counter() - start
         self.pictures += len(pictures)
         return pictures

@@ -7,31 +7,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.variants import fit
+from dsdiff.jobs import read_prompt_file
 from dsdiff.models.bundle import save_bundle
 from dsdiff.models.configs import read_config
-from dsdiff.models.float_model import load_float_model
 from dsdiff.models.quantized import cali_ckpt_of
-from dsdiff.models.registry import STABLE_DIFFUSION, TOKENIZER
+from dsdiff.models.registry import CALI_PROMPTS, STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model
-from dsdiff.options import ModelOptions
+from dsdiff.options import DrawOptions, ModelOptions
+from dsdiff.pipeline import Pipeline
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import for_inference, instantiate_from_config
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, split_layers
 from qdiff.config import QuantConfig
+from qdiff.decoder_ranges import Ranges, fit_decoder
+from qdiff.engine.cpu import has_bfloat16
 from qdiff.quant_model import QuantModel
+
+VAE_PICTURES = 4  # from which the ranges of a decoder are fitted
+STEPS = 20  # of the sampler that draws them
+RANDOM_SIZE = 32  # of the latents that take their place where weights are random
 
 logger = logging.getLogger(__name__)
 
 
 def export_calibrated(
-    file: Path, model: ModelOptions, cali_ckpt: Path | None = None, weight_bit: int | None = None
+    file: Path,
+    model: ModelOptions,
+    cali_ckpt: Path | None = None,
+    weight_bit: int | None = None,
+    *,
+    vae_pictures: int = VAE_PICTURES,
 ) -> None:
     """Write the bundle of a model with a calibration of it.
 
     cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model).
+    vae_pictures: from how many pictures the ranges of the decoder are fitted, 0 for a bundle without them.
     The checkpoint and the cali_ckpt are read, and not changed. Raises ValueError or FileNotFoundError for files that do
     not belong together, or where `file` is one of those that are read.
     """
@@ -42,12 +56,29 @@ def export_calibrated(
             raise ValueError(f"{str(file)!r} is what is read: give another name to write to")
     header = read_cali_header(path, weight_bit=weight_bit)
     logger.info("%s, %s", spec, path)
-    network = load_float_model(spec, torch.device("cpu"), model.tokenizer)
+    pipeline = Pipeline(spec, device="cpu", tokenizer=model.tokenizer)
+    network = pipeline.model
+    ranges = fit_to_pictures(pipeline, vae_pictures) if vae_pictures else None
     qnn = QuantModel(network.model.diffusion_model, header.config)
     load_cali_ckpt(qnn, path)
     network.model.diffusion_model = qnn
     facts = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes, **header.source}
-    _write(file, network, spec.config, replace(header, splits=split_layers(qnn), source=facts))
+    _write(file, network, spec.config, replace(header, splits=split_layers(qnn), source=facts), ranges)
+
+
+def fit_to_pictures(pipeline: Pipeline, count: int) -> Ranges:
+    """Return the ranges of a float model's decoder, fitted to pictures of prompts that it draws."""
+    path = CALI_PROMPTS.get(pipeline.spec.config_path.resolve(), CALI_PROMPTS[STABLE_DIFFUSION])
+    prompts = read_prompt_file(path, "prompts")
+    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+    precision = "autocast" if has_bfloat16() else "full"
+    settings = pipeline.resolve(DrawOptions(sampler="dpm_solver", steps=STEPS, precision=precision))
+    network, latents = pipeline.model, []
+    with tqdm(total=2 * count, desc="ranges of the decoder", unit="picture") as bar:
+        for i, prompt in enumerate(chosen):
+            latents.append(pipeline.sample([prompt], [i], settings) / network.scale_factor)
+            bar.update()
+        return fit_decoder(network.first_stage_model, torch.cat(latents), bar.update)
 
 
 def export_random(file: Path) -> None:
@@ -64,15 +95,20 @@ def export_random(file: Path) -> None:
         small = {**params["unet_config"]["params"], "model_channels": 32, "num_heads": 1}
         node = {**whole["model"], "params": {**params, "unet_config": {**params["unet_config"], "params": small}}}
         network = instantiate_from_config(for_inference(node)).eval()
+        latents = torch.randn(1, network.channels, RANDOM_SIZE, RANDOM_SIZE)
     network.cond_stage_model.set_tokenizer(TOKENIZER)
+    ranges = fit_decoder(network.first_stage_model, latents)
     source = Source.read(STABLE_DIFFUSION, random_weights=True, device=torch.device("cpu"))
     qnn = QuantModel(source.unet(), config)
     fit(qnn, source)
     network.model.diffusion_model = qnn
-    _write(file, network, whole, CaliHeader(config=config, splits=split_layers(qnn), source={"random_weights": True}))
+    header = CaliHeader(config=config, splits=split_layers(qnn), source={"random_weights": True})
+    _write(file, network, whole, header, ranges)
 
 
-def _write(file: Path, network: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader) -> None:
+def _write(
+    file: Path, network: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader, ranges: Ranges | None
+) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_bundle(network, config, header, file)
+    save_bundle(network, config, header, file, ranges)
     logger.info("written to %s (%.4g MB)", file, file.stat().st_size / 1e6)

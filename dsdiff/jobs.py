@@ -94,7 +94,7 @@ def draw_missing(
     total = sum(len(paths[part]) for part in missing)
     with tqdm(total=total, desc=title, unit="picture", disable=rank() != 0) as bar:
         for part in missing:
-            images = drawing.decode(drawing.sample(prompts[part], seeds[part], settings))
+            images = drawing.decode(drawing.sample(prompts[part], seeds[part], settings), settings)
             for path, prompt, seed, picture in zip(
                 paths[part], prompts[part], seeds[part], to_pictures(images), strict=True
             ):

@@ -14,6 +14,7 @@ __all__ = ["DrawOptions", "MergeOptions", "ModelOptions", "QuantizationOptions"]
 
 SAMPLERS = ("ddim", "plms", "dpm_solver")
 PRECISIONS = ("autocast", "full")
+VAES = ("float32", "bf16", "int8")
 ENGINES = ("int8", "simulate")
 CALIBRATION_ENGINE = "calibration"  # the layers that calibration knows, not lowered; for measuring, not for drawing
 QUANT_MODES = ("qdiff", "linear")
@@ -46,6 +47,9 @@ class DrawOptions:
     scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance.
     negative_prompt: the text that guidance leads away from.
     precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
+    vae: the decoder of the autoencoder. "float32", "bf16" (bfloat16, the last norm and convolution in float32) or
+        "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest that the CPU and the model have.
+    vae_tiling: decode in overlapping stripes, for large pictures on little memory; slower.
     merge: the token merging; None merges none.
     Raises ValueError for a value that no model can have, and for one that would have no effect.
     """
@@ -58,12 +62,16 @@ class DrawOptions:
     scale: float | None = None
     negative_prompt: str = ""
     precision: str | None = None
+    vae: str | None = None
+    vae_tiling: bool = False
     merge: MergeOptions | None = None
 
     def __post_init__(self) -> None:
         _check_choice("sampler", self.sampler, SAMPLERS)
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
+        if self.vae is not None:
+            _check_choice("vae", self.vae, VAES)
         for name in ("height", "width", "steps"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -13,7 +13,8 @@ from torch import Tensor
 import tomesd
 from dsdiff.environment import choose_device, precision_context
 from dsdiff.images.png import to_pictures
-from dsdiff.models.bundle import load_bundle
+from dsdiff.models.bundle import decoder_ranges, load_bundle
+from dsdiff.models.decoder import FLOAT32, choose_vae, decode, fast_decoder
 from dsdiff.models.float_model import load_float_model
 from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
@@ -27,6 +28,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
+from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.lower import fits_bytes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class DrawSettings:
     scale: float
     negative_prompt: str
     precision: str
+    vae: str
+    vae_tiling: bool
     merge: MergeOptions | None
     quantization: Quantization | None = None
 
@@ -94,6 +98,8 @@ class Pipeline:
         self.notes: list[str] = []  # lines to tell the user
         self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
+        self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
+        self._decoders: dict[str, FastDecoder] = {}  # by DrawSettings.vae
         self._model: LatentDiffusion | None = None
         self._loaded_for = ""  # the precision that the model was loaded for
         self._merged: MergeOptions | None = None
@@ -123,6 +129,8 @@ class Pipeline:
             scale=float(scale),
             negative_prompt=options.negative_prompt,
             precision=options.precision or self.default_precision,
+            vae=choose_vae(options.vae, self.decoder_ranges, self.device),
+            vae_tiling=options.vae_tiling,
             merge=options.merge or self.merge,
             quantization=self.quantization,
         )
@@ -159,6 +167,7 @@ class Pipeline:
 
     def _load(self, precision: str) -> LatentDiffusion:
         self._model, self._merged = None, None
+        self._decoders.clear()
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
@@ -203,7 +212,7 @@ class Pipeline:
     ) -> Iterator[Picture]:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            images = to_pictures(self.decode(self.sample(prompts[part], seeds[part], settings)))
+            images = to_pictures(self.decode(self.sample(prompts[part], seeds[part], settings), settings))
             for prompt, seed, image in zip(prompts[part], seeds[part], images, strict=True):
                 yield Picture(image=image, prompt=prompt, seed=seed, settings=settings)
 
@@ -249,15 +258,27 @@ class Pipeline:
         return latents
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, settings: DrawSettings | None = None) -> Tensor:
         """Return pictures [B, 3, H, W], float32 in [0, 1] on the CPU, of latents [B, C, h, w].
 
-        One at a time, which needs little memory, and in float32: bfloat16 is coarser than the 256 levels of a picture.
+        settings: which decoder, see DrawOptions; None: float32. One picture at a time, which needs little memory.
         """
+        vae, tiling = (FLOAT32, False) if settings is None else (settings.vae, settings.vae_tiling)
         model = self.model
         with precision_context(self.device, "full"):
-            images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
+            if vae == FLOAT32 and not tiling:
+                images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
+            else:
+                decoder = self._decoder(vae)
+                scaled = latents.float() / model.scale_factor
+                images = [decode(decoder, z[None], tiling=tiling).cpu() for z in scaled]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def _decoder(self, vae: str) -> FastDecoder:
+        """Return a decoder, made at first use."""
+        if vae not in self._decoders:
+            self._decoders[vae] = fast_decoder(self.model.first_stage_model, vae, self.decoder_ranges)
+        return self._decoders[vae]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.yaml"
 # Entries that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
+# Entries that older versions did not write, and what they did.
+BEFORE = {"vae": "float32", "vae_tiling": False}
 # Entries that say nothing of a single picture.
 OF_THE_RUN = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
 # Names by which other tools know the samplers.
@@ -148,7 +150,7 @@ def resumed(record: RunRecord, outdir: Path) -> RunRecord:
         numbers = {name: int(old[name]) for name in ("first", "first_grid")}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
-    _check_same(_flat(old), _flat(record.to_dict()), outdir)
+    _check_same(_flat(BEFORE | old), _flat(record.to_dict()), outdir)
     if old.get("versions") != dict(record.versions):
         logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))
     return replace(record, **numbers)

@@ -4,12 +4,16 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 PAGE_OUT = 21  # advice to the system that pages are not needed soon; those of a file are read again when used
+# Parameters of glibc's mallopt, and their values: none of its own maps and no trimming, then glibc's first ones.
+MMAP_MAX, TRIM_THRESHOLD = -4, -1
+KEEP_ALL, MMAPS, TRIMMED = 2**31 - 1, 2**16, 2**25
 
 
 def keep_in_half(network: nn.Module) -> nn.Module:
@@ -48,6 +52,13 @@ def _narrow(layer: nn.Module, args: tuple, output: object) -> None:
         _give_back(stored)
 
 
+def give_back_weights(network: nn.Module) -> None:
+    """Tell the system that the weights of a network that `keep_in_half` stores are not needed soon."""
+    for parameter in network.parameters():
+        if parameter.dtype == torch.float16:
+            _give_back(parameter.data)
+
+
 def _give_back(weight: Tensor) -> None:
     """Tell the system that the pages of a weight on the CPU are not needed soon."""
     advise = _madvise()
@@ -64,6 +75,27 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def reuse_freed() -> Iterator[None]:
+    """Keep memory that is freed within the block for what is allocated there, and return it to the system at the end.
+
+    glibc gives each tensor of more than 32 MB fresh pages, and writing to these takes several times as long as to pages
+    that are there. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_MAX, 0)
+    mallopt(TRIM_THRESHOLD, KEEP_ALL)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_MAX, MMAPS)
+        mallopt(TRIM_THRESHOLD, TRIMMED)
+        give_back_freed()
 
 
 @functools.cache

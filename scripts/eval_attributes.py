@@ -46,6 +46,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flags.add_model_arguments(parser, config="the embedded model's; no other knows the captions")
     flags.add_sampler_arguments(parser)
     flags.add_noise_arguments(parser)
+    flags.add_decoder_arguments(parser)
     flags.add_tome_arguments(parser)
     flags.add_quantization_arguments(parser)
     parser.set_defaults(seed=0, batch_size=16)

@@ -28,6 +28,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
     )
     add("--weight_bit", type=number(int, 2, 16), metavar="BITS", help="which of the embedded model's (default: 4)")
+    add(
+        "--vae_pictures",
+        type=number(int, 0),
+        default=4,
+        metavar="N",
+        help="pictures that are drawn to fit the ranges of the decoder for --vae int8; 0 leaves them out "
+        "(default: %(default)s)",
+    )
     add("--random_weights", action="store_true", help="Stable Diffusion v1's shapes without a checkpoint, to measure")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
     add_model_arguments(parser, precision=False)
@@ -53,7 +61,8 @@ def main(argv: list[str]) -> None:
         if args.random_weights:
             export_random(args.file)
         else:
-            export_calibrated(args.file, model_options(args), args.cali_ckpt, args.weight_bit)
+            model = model_options(args)
+            export_calibrated(args.file, model, args.cali_ckpt, args.weight_bit, vae_pictures=args.vae_pictures)
 
 
 if __name__ == "__main__":

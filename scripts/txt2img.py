@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flags.add_sampler_arguments(parser)
     flags.add_noise_arguments(parser, batch="--n_samples")
     flags.add_size_arguments(parser)
+    flags.add_decoder_arguments(parser)
     flags.add_tome_arguments(parser)
     flags.add_quantization_arguments(parser)
     args = parser.parse_args(argv)

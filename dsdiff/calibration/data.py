@@ -75,7 +75,7 @@ def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
 def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: CalibrationOptions) -> dict[str, Any]:
     """Return all that the data depends on, as plain values. Kept files are named by its hash: do not change it."""
     sampling = asdict(settings)
-    for name in ("merge", "quantization"):  # None both
+    for name in ("merge", "quantization", "vae", "vae_tiling"):  # none, none, and without effect on the data
         del sampling[name]
     return {
         **pipeline.spec.hashes,

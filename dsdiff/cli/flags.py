@@ -10,6 +10,7 @@ from dsdiff.options import (
     ENGINES,
     PRECISIONS,
     QUANT_MODES,
+    VAES,
     DrawOptions,
     MergeOptions,
     ModelOptions,
@@ -95,6 +96,23 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's)",
     )
     group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
+
+
+def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the decoder, for commands that make pictures of latents."""
+    group = parser.add_argument_group("decoder")
+    group.add_argument(
+        "--vae",
+        choices=VAES,
+        help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py "
+        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32)",
+    )
+    group.add_argument(
+        "--vae_tiling",
+        action="store_true",
+        default=None,
+        help="decode in overlapping stripes, without seams: less memory for large pictures, slower",
+    )
 
 
 def add_noise_arguments(parser: argparse.ArgumentParser, *, batch: str = "--batch_size") -> None:
@@ -198,8 +216,9 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 
 
 def draw_options(args: argparse.Namespace) -> DrawOptions:
-    """Return the options that the flags of sampler, size, precision and merging mean. Those of the size may be absent.
+    """Return the options that the flags of sampler, size, precision, decoder and merging mean.
 
+    Those of size and decoder may be absent.
     Raises ValueError for flags that would have no effect.
     """
     sampler = "plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim"
@@ -217,6 +236,7 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
         scale=args.scale,
         negative_prompt=args.negative_prompt or "",
         precision=args.precision,
+        **given_flags(args, ("vae", "vae_tiling")),
         merge=merge_options(args),
     )
 

@@ -107,7 +107,7 @@ def judge_model(
 
     def generated(part: slice) -> Tensor:
         seeds = [seed + i for i in range(part.start, part.stop)]
-        return pipeline.decode(pipeline.sample(captions[part], seeds, settings))
+        return pipeline.decode(pipeline.sample(captions[part], seeds, settings), settings)
 
     def decoded(part: slice) -> Tensor:
         return pipeline.decode(pipeline.encode(rendered(part)))

@@ -4,6 +4,7 @@ unet.NAME                    the UNet's quantizers, as in a cali_ckpt (`qdiff.qu
 model.diffusion_model.NAME   its biases and norms, float32
 first_stage_model.NAME       the autoencoder, cond_stage_model.NAME the text encoder, both float16
 tokenizer.NAME               the tokenizer's files, as bytes
+decoder.NAME.delta, .zero_point   the ranges of the autoencoder's decoder, for `--vae int8`; older files have none
 
 Its header is a cali_ckpt's, with the model's config in it.
 """
@@ -28,11 +29,14 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import for_inference, get_obj_from_str, instantiate_from_config, without_weights
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
+from qdiff.decoder_ranges import HIGH, Ranges
+from qdiff.engine.quant_params import QuantParams
 from qdiff.quant_model import QuantModel
 from qdiff.quant_state import activation_tensors, check_keys, expected_keys, load_tensors, weight_tensors
 
 ENTRY = "model"  # of the header, with the config
-QUANTIZERS, UNET, TOKENIZER = "unet.", "model.diffusion_model.", "tokenizer."
+QUANTIZERS, UNET, TOKENIZER, DECODER = "unet.", "model.diffusion_model.", "tokenizer.", "decoder."
+RANGE = (".delta", ".zero_point")  # the ends of the names of a range's two numbers
 PARTS = ("first_stage_model", "cond_stage_model")
 
 
@@ -75,10 +79,13 @@ def _check_targets(config: Any, source: str) -> None:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def save_bundle(model: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader, path: Path) -> None:
+def save_bundle(
+    model: LatentDiffusion, config: Mapping[str, Any], header: CaliHeader, path: Path, ranges: Ranges | None = None
+) -> None:
     """Write a LatentDiffusion whose UNet is a calibrated QuantModel.
 
-    config: the whole config of the model, plain. header: of the calibration. The file is complete or not there.
+    config: the whole config of the model, plain. header: of the calibration. ranges: of the decoder, None for none.
+    The file is complete or not there.
     """
     qnn: QuantModel = model.model.diffusion_model
     tensors = {QUANTIZERS + name: tensor for name, tensor in (weight_tensors(qnn) | activation_tensors(qnn)).items()}
@@ -87,6 +94,9 @@ def save_bundle(model: LatentDiffusion, config: Mapping[str, Any], header: CaliH
         for name, tensor in getattr(model, part).state_dict().items():
             tensors[f"{part}.{name}"] = tensor.half() if tensor.is_floating_point() else tensor
     tensors |= {TOKENIZER + name: data for name, data in tokenizer_files(model).items()}
+    for name, params in (ranges or {}).items():
+        for end, value in zip(RANGE, (params.delta, params.zero_point), strict=True):
+            tensors[f"{DECODER}{name}{end}"] = torch.tensor(float(value))
     config = config_for_drawing(config)
     _check_targets(config, "the model's config")
     metadata = header_metadata(header, **{ENTRY: config})
@@ -147,6 +157,22 @@ def load_bundle(path: Path, device: torch.device) -> tuple[LatentDiffusion, Quan
         network.to(device)
     fill_unet(qnn, path, header, device)
     return model.to(device).eval(), qnn
+
+
+def decoder_ranges(path: Path) -> Ranges:
+    """Return the ranges of the decoder in a bundle; none from a file that was made without them.
+
+    Raises ValueError for damaged ones.
+    """
+    numbers = {name: float(tensor) for name, tensor in _below(read_weights(path), DECODER).items()}
+    names = dict.fromkeys(name.removesuffix(RANGE[0]) for name in numbers if name.endswith(RANGE[0]))
+    try:
+        return {
+            name: QuantParams(delta=numbers[name + RANGE[0]], zero_point=int(numbers[name + RANGE[1]]), high=HIGH)
+            for name in names
+        }
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: the ranges of its decoder ({error})") from error
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

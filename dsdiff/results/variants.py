@@ -9,7 +9,7 @@ from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions
 
 MODEL = ModelOptions(config=EMBEDDED)
-DRAWING = DrawOptions(sampler="dpm_solver", steps=20, precision="full")
+DRAWING = DrawOptions(sampler="dpm_solver", steps=20, precision="full", vae="float32")
 HALF = MergeOptions(ratio=0.5)
 
 

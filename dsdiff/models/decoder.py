@@ -1,0 +1,72 @@
+"""The decoder that pictures are made with: which one a model and a device have, and how it is run."""
+
+import torch
+from torch import Tensor
+
+from dsdiff.options import VAES
+from ldm.half_storage import give_back_weights, reuse_freed
+from ldm.models.autoencoder import AutoencoderKL
+from qdiff.decoder_ranges import Ranges
+from qdiff.engine.backends import onednn
+from qdiff.engine.cpu import has_bfloat16
+from qdiff.engine.decoder import streamed, whole
+from qdiff.engine.decoder.layers import Convolution, FloatConvolution, IntegerConvolution, Kernel
+from qdiff.engine.decoder.network import FastDecoder
+
+FLOAT32, BF16, INT8 = VAES
+
+
+def choose_vae(wanted: str | None, ranges: Ranges, device: torch.device) -> str:
+    """Return the decoder asked for, or the fastest that there is: int8, then bf16, then float32.
+
+    ranges: of the model's decoder, empty if it has none. Raises ValueError if int8 is asked for and cannot be had.
+    """
+    reason = _why_no_int8(ranges, device)
+    if wanted == INT8 and reason is not None:
+        raise ValueError(f"--vae int8: {reason}; use --vae bf16 or float32")
+    if wanted is not None:
+        return wanted
+    if device.type != "cpu":
+        return FLOAT32
+    if reason is None:
+        return INT8
+    return BF16 if has_bfloat16() else FLOAT32
+
+
+def _why_no_int8(ranges: Ranges, device: torch.device) -> str | None:
+    if not ranges:
+        return "the model's decoder has no calibrated ranges, which a file of scripts/export.py has"
+    if device.type != "cpu":
+        return f"there are no kernels for {device.type}: they run on the CPU"
+    if onednn.largest_exact_weight() < onednn.LARGEST:
+        return "this CPU, or this build of PyTorch, has no exact kernels for weights of 8 bits"
+    return None
+
+
+@torch.no_grad()
+def fast_decoder(autoencoder: AutoencoderKL, vae: str, ranges: Ranges) -> FastDecoder:
+    """Return a decoder in float32, bfloat16 or integers, with weights of its own.
+
+    Raises ValueError if the ranges are not those of the autoencoder's decoder.
+    """
+    dtype = torch.bfloat16 if vae == BF16 or (vae == INT8 and has_bfloat16()) else torch.float32
+
+    def make(kernel: Kernel) -> Convolution:
+        if vae != INT8:
+            return FloatConvolution(kernel, dtype)
+        if kernel.name not in ranges:
+            raise ValueError(f"the ranges of the decoder are another model's: they lack {kernel.name}")
+        return IntegerConvolution(kernel, dtype, ranges[kernel.name], onednn.OneDNNLayer)
+
+    decoder = FastDecoder(autoencoder, make)
+    give_back_weights(autoencoder)
+    return decoder
+
+
+def decode(decoder: FastDecoder, z: Tensor, *, tiling: bool) -> Tensor:
+    """Return the pictures [B, 3, H, W], about [-1, 1] and not clamped, of unscaled latents z [B, C, h, w].
+
+    tiling: in stripes, on less memory.
+    """
+    with reuse_freed():
+        return (streamed if tiling else whole).decode(decoder, z)
