@@ -67,7 +67,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--inception_weights", type=Path, metavar="FILE", help="torch-fidelity's (default: where it keeps or gets them)"
     )
     add("--reader", type=Path, metavar="FILE", help=f"weights of the shapes features (default: {READER})")
-    add("--clip", metavar="DIR", help="a CLIP model for the CLIP score (default: ViT-L/14 of Hugging Face's cache)")
+    add("--clip", metavar="DIR", help="for the CLIP score; or shapes (default: ViT-L/14 of Hugging Face's cache)")
     add("--resamples", type=number(int, 100), default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of intervals and extrapolation (default: 0)")
     add("--batch_size", type=number(int, 1), default=32, metavar="N", help="pictures per batch (default: %(default)s)")

@@ -26,7 +26,7 @@ class ScoringOptions:
     size: the side of that size in pixels. None takes the size of the pictures that are scored.
     features: whose features to use, one of EXTRACTORS. None takes what the reference suggests.
     inception_weights, reader: files with the networks' weights. None takes the usual ones.
-    clip: a folder with a CLIP model. None takes the one in Hugging Face's cache.
+    clip: a folder with a CLIP model; shapes is the embedded model's own. None takes the one in Hugging Face's cache.
     resamples: the number of bootstrap resamples.
     seed: the seed of intervals and of the extrapolation.
     batch_size: the number of pictures per batch.

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdiff.images.sets import FilePictures
-from dsdiff.images.sources import Size, size_text
+from dsdiff.images.sources import SHAPES, Size, size_text
+from dsdiff.metrics.clip_scores import CLIP, build_clip, build_shapes_clip
 from dsdiff.metrics.intervals import bootstrap_interval
 from dsdiff.metrics.scores import Score, Scores
 
-CLIP = "openai/clip-vit-large-patch14"  # its name on the Hugging Face hub
 SSIM_WINDOW = 11
 LPIPS_SIDE = 64  # pixels; of less, AlexNet's poolings leave nothing
 MSE = "mse"  # the mean squared error of a pair, from which its PSNR comes
@@ -31,6 +30,8 @@ TITLES = {  # key -> name of the score, and which way is better
     "lpips": ("LPIPS (AlexNet)", "lower"),
     "clip_score": ("CLIP score", "higher"),
     "clip_score_paired": ("CLIP score of the other folder", "higher"),
+    "shapes_clip_score": ("CLIP score (shapes)", "higher"),
+    "shapes_clip_score_paired": ("CLIP score (shapes) of the other folder", "higher"),
 }
 
 PairScore = Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # two uint8 [B, 3, H, W] and their prompts -> [B]
@@ -169,33 +170,11 @@ def build_lpips(device: torch.device) -> PairScore:
     return lpips
 
 
-def build_clip(source: str, device: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """Return the CLIP score of Hessel et al. 2021: (uint8 [B, 3, H, W], prompts) -> [B], 100 times the cosine, >= 0.
-
-    source: a folder, or a name in Hugging Face's cache. Raises OSError if its files are not there; nothing is fetched.
-    """
-    from transformers import CLIPModel, CLIPProcessor
-
-    model: Any = CLIPModel.from_pretrained(source, local_files_only=True)
-    model = model.to(device).eval()
-    processor: Any = CLIPProcessor.from_pretrained(source, local_files_only=True)
-
-    @torch.no_grad()
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        inputs = processor(
-            text=list(prompts), images=list(images), return_tensors="pt", padding=True, truncation=True
-        ).to(device)
-        found = model(**inputs)
-        cosines = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
-        return (100 * cosines).clamp(min=0).cpu()
-
-    return score
-
-
 def choose_scores(size: Size, device: torch.device, clip: str | None) -> tuple[dict[str, PairScore], list[str]]:
     """Return what can be computed of pictures of `size`, by key, and a note for each score that cannot.
 
-    clip: a folder, None for Hugging Face's cache. Raises ValueError if `clip` is given and holds no CLIP model.
+    clip: a folder, "shapes" for the embedded model's own CLIP, None for Hugging Face's cache. Raises ValueError or
+    OSError if `clip` is given and holds no CLIP model.
     """
     scores: dict[str, PairScore] = {MSE: lambda first, second, prompts: squared_errors(first, second)}
     notes = []
@@ -209,15 +188,18 @@ def choose_scores(size: Size, device: torch.device, clip: str | None) -> tuple[d
         scores["lpips"] = build_lpips(device)
     else:
         notes.append(f"LPIPS: left out, the weights of AlexNet are not at {str(lpips_weights())!r}")
+    key = "shapes_clip_score" if clip == SHAPES else "clip_score"
     try:
-        score = build_clip(clip or CLIP, device)
+        score = build_shapes_clip(device) if clip == SHAPES else build_clip(clip or CLIP, device)
     except (OSError, ValueError) as error:
+        if clip == SHAPES:
+            raise
         if clip is not None:
             raise ValueError(f"--clip {clip!r} holds no CLIP model with its processor") from error
         notes.append(f"CLIP score: left out, {CLIP} is not in Hugging Face's cache (or give its files with --clip DIR)")
     else:
-        scores["clip_score"] = lambda first, second, prompts: score(first, prompts)
-        scores["clip_score_paired"] = lambda first, second, prompts: score(second, prompts)
+        scores[key] = lambda first, second, prompts: score(first, prompts)
+        scores[f"{key}_paired"] = lambda first, second, prompts: score(second, prompts)
     return scores, notes
 
 

@@ -13,8 +13,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from dsdiff.images.sets import FilePictures
 from dsdiff.metrics import pair_scores as paired
+from dsdiff.metrics.clip_scores import build_shapes_clip
 from dsdiff.metrics.scores import Score, Scores, cell
-from dsdiff.models.registry import TOKENIZER
+from dsdiff.models.configs import read_config
+from dsdiff.models.registry import SHAPES_CLIP_CONFIG, TOKENIZER
+from ldm.checkpoint import save_checkpoint
+from ldm.util import instantiate_from_config
 
 
 def images_of(n, seed=0, side=24):
@@ -195,3 +199,23 @@ def test_clip_score_is_the_cosine_of_picture_and_prompt(tmp_path):
 def test_a_folder_without_clip_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no CLIP model"):
         paired.choose_scores((24, 24), torch.device("cpu"), str(tmp_path))
+
+
+def test_the_clip_of_the_shapes_has_a_name_of_its_own(tmp_path, monkeypatch):
+    """With random weights; its score is the cosine of the two towers' embeddings."""
+    config = read_config(SHAPES_CLIP_CONFIG)["model"]
+    model = instantiate_from_config({name: config[name] for name in ("target", "params")}).eval()
+    path = tmp_path / "clip.safetensors"
+    save_checkpoint(model, path)
+    monkeypatch.setattr(paired, "build_shapes_clip", lambda device: build_shapes_clip(device, path))
+    found, _ = paired.choose_scores((24, 24), torch.device("cpu"), "shapes")
+    assert "clip_score" not in found and paired.TITLES["shapes_clip_score"][0] == "CLIP score (shapes)"
+    images, prompts = images_of(2), ["a red circle", "a blue ring above a pink heart"]
+    values = found["shapes_clip_score"](images, images.flip(0), prompts)
+    pairs = model.embed_images(images.float() / 127.5 - 1) @ model.embed_texts(prompts).T
+    assert values.tolist() == pytest.approx((100 * pairs.diagonal()).clamp(min=0).tolist(), abs=0.5)  # float16 weights
+    assert found["shapes_clip_score_paired"](images.flip(0), images, prompts).tolist() == pytest.approx(values.tolist())
+    save_checkpoint(torch.nn.Linear(2, 2), path)
+    for weights, error in ((path, ValueError), (tmp_path / "missing.safetensors", FileNotFoundError)):
+        with pytest.raises(error, match=str(weights)):
+            build_shapes_clip(torch.device("cpu"), weights)
