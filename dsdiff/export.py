@@ -73,12 +73,12 @@ def fit_to_pictures(pipeline: Pipeline, count: int) -> Ranges:
     chosen = [prompts[i * len(prompts) // count] for i in range(count)]
     precision = "autocast" if has_bfloat16() else "full"
     settings = pipeline.resolve(DrawOptions(sampler="dpm_solver", steps=STEPS, precision=precision))
-    network, latents = pipeline.model, []
+    network, autoencoder, latents = pipeline.model, pipeline.model.first_stage_model, []
     with tqdm(total=2 * count, desc="ranges of the decoder", unit="picture") as bar:
         for i, prompt in enumerate(chosen):
             latents.append(pipeline.sample([prompt], [i], settings) / network.scale_factor)
             bar.update()
-        return fit_decoder(network.first_stage_model, torch.cat(latents), bar.update)
+        return fit_decoder(autoencoder.decoder, autoencoder.post_quant_conv, torch.cat(latents), bar.update)
 
 
 def export_random(file: Path) -> None:
@@ -97,7 +97,8 @@ def export_random(file: Path) -> None:
         network = instantiate_from_config(for_inference(node)).eval()
         latents = torch.randn(1, network.channels, RANDOM_SIZE, RANDOM_SIZE)
     network.cond_stage_model.set_tokenizer(TOKENIZER)
-    ranges = fit_decoder(network.first_stage_model, latents)
+    autoencoder = network.first_stage_model
+    ranges = fit_decoder(autoencoder.decoder, autoencoder.post_quant_conv, latents)
     source = Source.read(STABLE_DIFFUSION, random_weights=True, device=torch.device("cpu"))
     qnn = QuantModel(source.unet(), config)
     fit(qnn, source)

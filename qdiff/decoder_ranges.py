@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.modules.diffusionmodules.model import Decoder
 from qdiff.engine.decoder.layers import STRIPE, FloatConvolution, Kernel
 from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.decoder.whole import decode
@@ -43,15 +43,17 @@ class Observed(FloatConvolution):
 
 
 @torch.no_grad()
-def fit_decoder(autoencoder: AutoencoderKL, z: Tensor, progress: Callable[[int], object] = lambda n: None) -> Ranges:
+def fit_decoder(
+    decoder: Decoder, post_quant_conv: nn.Conv2d, z: Tensor, progress: Callable[[int], object] = lambda n: None
+) -> Ranges:
     """Return the range of each convolution's input, fitted by mean squared error to decoding unscaled latents z.
 
     progress(n) is called when n more latents are done. Raises ValueError for latents that give no finite numbers.
     """
     kept: dict[str, list[Tensor]] = {}
-    decoder = FastDecoder(autoencoder, lambda kernel: Observed(kernel, kept))
+    observed = FastDecoder(decoder, post_quant_conv, lambda kernel: Observed(kernel, kept))
     for latent in z:
-        decode(decoder, latent[None])
+        decode(observed, latent[None])
         progress(1)
     return {name: _fit(name, torch.cat(values)) for name, values in kept.items() if values}
 

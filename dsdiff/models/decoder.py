@@ -58,7 +58,7 @@ def fast_decoder(autoencoder: AutoencoderKL, vae: str, ranges: Ranges) -> FastDe
             raise ValueError(f"the ranges of the decoder are another model's: they lack {kernel.name}")
         return IntegerConvolution(kernel, dtype, ranges[kernel.name], onednn.OneDNNLayer)
 
-    decoder = FastDecoder(autoencoder, make)
+    decoder = FastDecoder(autoencoder.decoder, autoencoder.post_quant_conv, make)
     give_back_weights(autoencoder)
     return decoder
 

@@ -1,4 +1,4 @@
-"""A decoder made of an AutoencoderKL's weights, whose convolutions are given as `layers.Convolution`."""
+"""A decoder made of the weights of an autoencoder, whose convolutions are given as `layers.Convolution`."""
 
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -7,8 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.modules.diffusionmodules.model import AttnBlock, Level, ResnetBlock
+from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Level, ResnetBlock
 from qdiff.engine.decoder.layers import Convolution, FloatConvolution, Kernel, MakeConvolution, UpsamplingConvolution
 
 
@@ -47,15 +46,14 @@ class FastDecoder:
     """The decoder of an autoencoder with other convolutions: latents [1, z, h, w] -> pictures [1, 3, f h, f w].
 
     The first convolutions and the last norm and convolution are float32. All others are made by `make`, and features
-    between them have its dtype. The autoencoder is read, and not changed.
+    between them have its dtype. decoder, post_quant_conv: of the autoencoder; they are read, and not changed.
     Raises ValueError for an autoencoder that doubles without a convolution.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, make: MakeConvolution):
-        decoder = autoencoder.decoder
+    def __init__(self, decoder: Decoder, post_quant_conv: nn.Conv2d, make: MakeConvolution):
         self.first = [
             FloatConvolution(Kernel.of(name, conv), torch.float32)
-            for name, conv in (("post_quant_conv", autoencoder.post_quant_conv), ("conv_in", decoder.conv_in))
+            for name, conv in (("post_quant_conv", post_quant_conv), ("conv_in", decoder.conv_in))
         ]
         names: dict[nn.Module, str] = {module: name for name, module in decoder.named_modules()}
         middle, up = decoder.mid, [cast(Level, level) for level in reversed(decoder.up)]
