@@ -19,6 +19,14 @@ Speed does not depend on the values of the weights: --random_weights measures th
 of any --config, without a checkpoint. Prints tables and writes benchmark.json, benchmark.md and benchmark.png to
 OUTDIR.
 
+--pictures measures whole pictures instead: each in a process of its own, from the start of the process to the PNG on
+disk, by {float32, bf16, int8} with each --ratio and drawn in each way of --draws, and by --peers. Of many steps it
+takes 4 (--steps_measured), and says so; --full takes all. Writes pictures.json, pictures.md, pictures.png, and to
+OUTDIR/pictures the pictures and the files that they are drawn from, such as a checkpoint with random weights.
+
+--isa measures under each cap of the instruction set that this CPU has, or under some of AVX2, AVX2_VNNI, AVX512_CORE,
+AVX512_CORE_VNNI, AVX512_CORE_BF16 and AVX512_CORE_AMX, each in a process of its own; isa.md compares them.
+
 --startup measures how long the commands take to start instead, and writes startup.json and startup.md: the seconds of
 txt2img.py --help, and those from the start of a process to the first step of the embedded model, float and --ptq; with
 --model sd-v1 also of a bundle of Stable Diffusion v1's shapes, which it makes in OUTDIR (850 MB).
@@ -31,7 +39,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
-from dsdiff.benchmark.options import DEFAULT_ENGINES, ENGINES, PEERS, WEIGHT_BITS, BenchmarkOptions
+from dsdiff.benchmark.options import (
+    CALL_PEERS,
+    CAPS,
+    DEFAULT_ENGINES,
+    DRAWS,
+    ENGINES,
+    PEERS,
+    PICTURE_PEERS,
+    WEIGHT_BITS,
+    BenchmarkOptions,
+    Draw,
+)
 from dsdiff.cli.console import ArgumentParser, command, logs, number
 from dsdiff.models.registry import CONFIGS
 
@@ -46,10 +65,20 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     engines = " ".join(DEFAULT_ENGINES)
     add("--engine", nargs="+", choices=ENGINES, metavar="E", help=f"(default: those that run of {engines})")
     add("--peers", nargs="*", choices=PEERS, metavar="P", help=f"all that is installed, or some of {' '.join(PEERS)}")
-    add("--ratio", type=number(float, 0, 1), nargs="+", default=[0.0, 0.3, 0.5], metavar="X", help="(default: 0 .3 .5)")
+    ratios = "(default: 0 .3 .5; of pictures 0 .5)"
+    add("--ratio", type=number(float, 0, 1), nargs="+", metavar="X", help=ratios)
     add("--weight_bit", type=int, choices=WEIGHT_BITS, default=4, help="of quantized engines (default: %(default)s)")
     add("--memory", action="store_true", help="measure peak memory, too: each engine is built twice")
     add("--startup", action="store_true", help="measure how long the commands take to start, and nothing else")
+    add("--batch", type=number(int, 1), default=2, metavar="N", help="samples of a UNet call (default: %(default)s)")
+    add("--latents", type=size, metavar="HxW", help="size of a UNet call's latents (default: the model's)")
+    add("--pictures", action="store_true", help="measure whole pictures in place of UNet calls")
+    draws = "how to draw (default: plms:50 dpm_solver:20 dpm_solver:4:1)"
+    add("--draws", type=draw, nargs="+", default=DRAWS, metavar="SAMPLER:STEPS[:SCALE]", help=draws)
+    steps = "take no more steps of a picture, and extrapolate (default: %(default)s)"
+    add("--steps_measured", type=number(int, 2), default=4, metavar="N", help=steps)
+    add("--full", action="store_true", help="take all steps of a picture")
+    add("--isa", nargs="*", choices=CAPS, metavar="CAP", help="measure under all caps that this CPU has, or under some")
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="(default: %(default)s)")
     seconds = "a measurement is the mean of the calls that fit into N seconds, of one at least (default: %(default)s)"
     add("--seconds", type=number(float, 0), default=0.5, metavar="N", help=seconds)
@@ -60,6 +89,22 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def draw(text: str) -> Draw:
+    """Parse a way to draw."""
+    try:
+        return Draw.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse HxW."""
+    height, x, width = text.partition("x")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 64x64")
+    return int(height), int(width)
+
+
 def benchmark_options(args: argparse.Namespace) -> BenchmarkOptions:
     """Return the options that the flags mean. Raises ValueError for flags that contradict each other."""
     return BenchmarkOptions(
@@ -67,12 +112,19 @@ def benchmark_options(args: argparse.Namespace) -> BenchmarkOptions:
         config=args.config,
         random_weights=args.random_weights,
         engines=None if args.engine is None else tuple(args.engine),
-        peers=PEERS if args.peers == [] else tuple(args.peers or ()),
-        ratios=tuple(args.ratio),
+        peers=(PICTURE_PEERS if args.pictures else CALL_PEERS) if args.peers == [] else tuple(args.peers or ()),
+        ratios=None if args.ratio is None else tuple(args.ratio),
         weight_bit=args.weight_bit,
         memory=args.memory,
         repeats=args.repeats,
         seconds=args.seconds,
+        batch=args.batch,
+        latents=args.latents,
+        pictures=args.pictures,
+        draws=tuple(args.draws),
+        steps_measured=args.steps_measured,
+        full=args.full,
+        isa=None if args.isa is None else tuple(args.isa),
         device=args.device,
         threads=args.threads,
         outdir=args.outdir,
@@ -85,20 +137,11 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     options = benchmark_options(args)
     with logs(args.verbose):
-        from tqdm import tqdm
-
-        from dsdiff.benchmark import report, run, startup
+        from dsdiff.benchmark.modes import execute
         from ldm.fileio import check_writable
 
         check_writable(options.outdir)
-        if options.startup:
-            started = startup.startup(options)
-            tqdm.write(startup.text(started))
-            startup.write(started, options.outdir)
-        else:
-            measured = run.benchmark(options)
-            tqdm.write(report.text(measured))
-            report.write(measured, options.outdir)
+        execute(options)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ class SettingFigures:
     """The speed of one setting.
 
     tokens: the share of tokens that the transformer blocks process. seconds: time of a UNet call. seconds_by_repeat:
-    the same for each repeat. speedup, speedup_bf16: seconds of float32 and of bf16 without merging, divided by these
-    within each repeat. merging: the same engine's seconds without merging, divided by these. shares: kind of operator
-    (see `operations`) -> share of the time. None means not measured.
+    the same for each repeat. speedup, speedup_bf16, speedup_openvino: seconds of float32, of bf16 and of OpenVINO's
+    int8 (see `timing.speedup_openvino`), each without merging, divided by these within each repeat. merging: the same
+    engine's seconds without merging, divided by these. shares: kind of operator (see `operations`) -> share of the
+    time. None means not measured.
     """
 
     engine: str
@@ -44,6 +45,7 @@ class SettingFigures:
     seconds_by_repeat: list[float]
     speedup: Spread | None
     speedup_bf16: Spread | None
+    speedup_openvino: Spread | None
     merging: Spread | None
     shares: dict[str, float] | None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dsdiff.benchmark import peers_openvino
-from dsdiff.benchmark.options import DIFFUSERS, OPENVINO
+from dsdiff.benchmark.options import DIFFUSERS, MERGING, OPENVINO, SDCPP
 from dsdiff.benchmark.process import WorkerError, WorkerProcess
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.timing import Timing
@@ -21,6 +21,7 @@ class Peer:
     """A UNet in a worker process. Raises WorkerError if it cannot be built. weight_bytes, precision: as of Engine."""
 
     def __init__(self, name: str, source: Source, *, weight_bit: int, outdir: Path):
+        self.name = name
         self.process = start(source, weight_bit=weight_bit, outdir=outdir)
         try:
             facts = self.process.ask("build", name=name)
@@ -31,7 +32,8 @@ class Peer:
         self.precision: str = facts["precision"]
 
     def time(self, ratio: float, *, seconds: float, warm: bool, profiled: bool) -> Timing:
-        """Measure calls, see `timing.Timeable`."""
+        """Measure calls, see `timing.Timeable`. A UNet that was converted with merging merges by itself."""
+        ratio = 0.0 if self.name in MERGING else ratio
         return Timing(**self.process.ask("time", ratio=ratio, seconds=seconds, warm=warm, profiled=profiled))
 
     def close(self) -> None:
@@ -51,6 +53,8 @@ def start(source: Source, *, weight_bit: int, outdir: Path) -> WorkerProcess:
             threads=torch.get_num_threads(),
             weight_bit=weight_bit,
             outdir=str(outdir),
+            batch=source.batch,
+            latents=source.latents,
         )
     except WorkerError:
         process.close()
@@ -74,24 +78,30 @@ def convert(names: Sequence[str], source: Source, outdir: Path) -> dict[str, str
     return reasons
 
 
-def choose_peers(wanted: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """Return the peers that can be measured here, and for the others the reasons."""
-    reasons = {name: reason for name in wanted if (reason := why_not(name, device))}
+def choose_peers(
+    wanted: Sequence[str], device: torch.device, *, pictures: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """Return the peers that can be measured here, and for the others the reasons. pictures: whole pictures, in place
+    of calls of a UNet."""
+    reasons = {name: reason for name in wanted if (reason := why_not(name, device, pictures=pictures))}
     return [name for name in dict.fromkeys(wanted) if name not in reasons], reasons
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device, *, pictures: bool = False) -> str | None:
     """Return why a peer cannot be measured; None if it can."""
-    missing = [package for package in packages_of(name) if util.find_spec(package) is None]
+    if name in SDCPP and not pictures:
+        return "it draws whole pictures only: add --pictures"
+    missing = [package for module, package in packages_of(name, pictures).items() if util.find_spec(module) is None]
     if missing:
         return f"not installed: pip install {' '.join(missing)}"
-    if name in OPENVINO and device.type != "cpu":
+    if name in (*OPENVINO, *SDCPP) and device.type != "cpu":
         return "it is measured on the CPU alone: use --device cpu"
     return None
 
 
-def packages_of(name: str) -> tuple[str, ...]:
-    """Return the packages that a peer needs."""
-    if name in DIFFUSERS:
-        return ("diffusers",)
-    return ("openvino", "nncf") if "int8" in name else ("openvino",)
+def packages_of(name: str, pictures: bool) -> dict[str, str]:
+    """Return the modules that a peer needs, and the packages that hold them."""
+    if name in SDCPP:
+        return {"stable_diffusion_cpp": "stable-diffusion-cpp-python"}
+    needed = ["diffusers", *(["transformers"] if pictures else [])] if name in DIFFUSERS else ["openvino"]
+    return {module: module for module in [*needed, *(["nncf"] if "int8" in name else [])]}

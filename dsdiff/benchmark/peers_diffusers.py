@@ -1,9 +1,10 @@
-"""diffusers' UNet of the same sizes, with weights of its own. Runs in a worker only (see `worker`)."""
+"""diffusers' networks of the same sizes, with weights of their own. Runs in a worker only (see `worker`)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import nn
@@ -33,14 +34,15 @@ def check_sizes(source: Source) -> None:
         raise ValueError(f"its UNet of these sizes has {theirs} parameters, in place of {ours}")
 
 
-def make_unet(params: Mapping[str, Any]) -> nn.Module:
-    """Make a UNet2DConditionModel of the sizes of a UNetModel with these params."""
+def make_unet(params: Mapping[str, Any], side: int | None = None) -> nn.Module:
+    """Make a UNet2DConditionModel of the sizes of a UNetModel with these params. side: of its latents by default."""
     logging.set_verbosity_error()  # it warns of every change of dtype
     mult = params["channel_mult"]
     attends = [2**level in params["attention_resolutions"] for level in range(len(mult))]
     down, up = ([f"CrossAttn{way}Block2D" if on else f"{way}Block2D" for on in attends] for way in ("Down", "Up"))
     with torch.random.fork_rng(devices=[]):
         return UNet2DConditionModel(
+            sample_size=side,
             in_channels=params["in_channels"],
             out_channels=params["out_channels"],
             block_out_channels=tuple(params["model_channels"] * factor for factor in mult),
@@ -51,3 +53,21 @@ def make_unet(params: Mapping[str, Any]) -> nn.Module:
             attention_head_dim=params["num_heads"],  # diffusers' name for it
             norm_num_groups=params.get("norm_groups", 32),
         )
+
+
+def make_autoencoder(params: Mapping[str, Any], scale: float) -> nn.Module:
+    """Make an AutoencoderKL of the sizes of ours with these params. scale: the factor of its latents."""
+    sizes = params["ddconfig"]
+    levels = len(sizes["ch_mult"])
+    return AutoencoderKL(
+        in_channels=sizes["in_channels"],
+        out_channels=sizes["out_ch"],
+        latent_channels=params["embed_dim"],
+        block_out_channels=tuple(sizes["ch"] * factor for factor in sizes["ch_mult"]),
+        layers_per_block=sizes["num_res_blocks"],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=sizes.get("norm_groups", 32),
+        sample_size=sizes["resolution"],
+        scaling_factor=scale,
+    )

@@ -81,9 +81,10 @@ def times(report: Report) -> Table:
         "ratio",
         "tokens",
         "s per UNet call",
-        f"UNet s/picture ({report.steps} steps)",
+        *([f"UNet s/picture ({report.steps} steps)"] if _is_of_a_picture(report) else []),
         "x float32",
         "x bf16",
+        *(["x openvino-int8"] if _beside_openvino(report) else []),
         "x unmerged",
         "weights MB",
         "peak MB",
@@ -91,15 +92,25 @@ def times(report: Report) -> Table:
     return [head, *(_times_line(row, report) for row in report.settings)]
 
 
+def _is_of_a_picture(report: Report) -> bool:
+    """Tell whether a call is that of one picture, with guidance or without."""
+    return report.model.latents[0] <= 2
+
+
+def _beside_openvino(report: Report) -> bool:
+    return any(row.speedup_openvino for row in report.settings)
+
+
 def _times_line(row: SettingFigures, report: Report) -> list[str]:
     engine = report.engines[row.engine]
+    openvino = [row.speedup_openvino] if _beside_openvino(report) else []
     return [
         row.engine,
         f"{row.ratio:g}",
         f"{row.tokens:.0%}",
-        _spread(row.seconds, 4),
-        f"{report.steps * row.seconds.median:.4g}",
-        *(_spread(ratio, 3) for ratio in (row.speedup, row.speedup_bf16, row.merging)),
+        spread(row.seconds, 4),
+        *([f"{report.steps * row.seconds.median:.4g}"] if _is_of_a_picture(report) else []),
+        *(spread(ratio, 3) for ratio in (row.speedup, row.speedup_bf16, *openvino, row.merging)),
         f"{engine.weight_bytes / 1e6:.1f}",
         "-" if engine.peak_bytes is None else f"{engine.peak_bytes / 1e6:.0f}",
     ]
@@ -112,7 +123,8 @@ def shares(report: Report) -> Table:
     return [head, *([row.engine, f"{row.ratio:g}", *(f"{part:.0%}" for part in kinds.values())] for row, kinds in rows)]
 
 
-def _spread(values: Spread | None, digits: int) -> str:
+def spread(values: Spread | None, digits: int) -> str:
+    """Return a median with the least and the most, of so many digits; "-" for None."""
     if values is None:
         return "-"
     median, low, high = (f"{value:.{digits}g}" for value in (values.median, values.min, values.max))
@@ -129,9 +141,9 @@ def facts(report: Report) -> list[str]:
     return [
         f"{model.config}: UNet of {model.parameters / 1e6:.1f} M parameters, {weights}, latents "
         f"{model.latents}, context {model.context}; quantized to {model.bits}, {model.ranges}.",
-        f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads, torch "
-        f"{machine['torch']}; median (least..most) of {report.repeats} repeats, ratios within a repeat. A picture is "
-        "its calls of the UNet, text encoder and decoder left out.",
+        f"{machine.get('gpu', machine['cpu'])} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} "
+        f"threads, torch {machine['torch']}; median (least..most) of {report.repeats} repeats, ratios within a repeat. "
+        "A picture is its calls of the UNet, text encoder and decoder left out.",
     ]
 
 

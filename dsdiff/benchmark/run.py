@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -39,12 +40,13 @@ def benchmark(options: BenchmarkOptions) -> Report:
     device, config = choose_device(options.device), variants.quant_config(options.weight_bit)
     set_threads(options.threads, device)
     names, left_out = variants.choose_engines(options.engines, config, device)
-    source = Source.read(options.config_path, options.random_weights, device)
+    shape: dict[str, Any] = {"batch": options.batch, "latents": options.latents}
+    source = Source.read(options.config_path, options.random_weights, device, **shape)
     chosen, missing = peers.choose_peers(options.peers, device)
     for name, reason in (left_out | missing).items():
         logger.info("%s is left out: %s", name, reason)
     left_out |= missing
-    settings = settings_of(names, options.ratios, chosen)
+    settings = settings_of(names, options.chosen_ratios, chosen)
     names = list(dict.fromkeys(setting.engine for setting in settings))
     with ExitStack() as stack:
         engines, peak = _build(names, source, options, left_out, stack)
@@ -52,7 +54,7 @@ def benchmark(options: BenchmarkOptions) -> Report:
         measured, failed = measure(engines, settings, options.repeats, seconds=options.seconds)
         _leave_out(failed, left_out)
         rows = figures_of(measured)
-        counted = [_count(engines, ratio) for ratio in dict.fromkeys(options.ratios)]
+        counted = [_count(engines, ratio) for ratio in dict.fromkeys(options.chosen_ratios)]
     return Report(
         model=_model_facts(source, config),
         machine=machine(device),

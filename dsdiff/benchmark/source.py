@@ -1,6 +1,6 @@
 """The model that a benchmark measures: its UNet, from a checkpoint or with random weights, and the inputs of a call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,47 @@ from ldm.util import instantiate_from_config, without_weights
 UNET_PREFIX = "model.diffusion_model."
 CLIP_TOKENS = 77  # of a prompt, unless the config says otherwise
 STEPS = 50  # of a picture, unless the config says otherwise
+GUIDED = 2  # the batch of a call with guidance, for one picture
 TIMESTEP = 500  # of a measured call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where UNets come from. config: a yaml. params: its `model.params`. steps: UNet calls that make a picture. ckpt:
-    the checkpoint, None for random weights. device: where the UNets will be."""
+    """Where UNets come from, and the inputs of a call.
+
+    config: a yaml. params: its `model.params`. steps: UNet calls that make a picture. ckpt: the checkpoint, None for
+    random weights. device: where the UNets will be. batch: the samples of a call. latents: height and width of its
+    latents.
+    """
 
     config: Path
     params: Mapping[str, Any]
     steps: int
     ckpt: Path | None
     device: torch.device
+    batch: int
+    latents: tuple[int, int]
 
     @classmethod
-    def read(cls, config: Path, random_weights: bool, device: torch.device) -> "Source":
-        """Read a config. Raises OSError or ValueError if it describes no model with text, and FileNotFoundError if
-        weights are wanted and there is no checkpoint."""
+    def read(
+        cls,
+        config: Path,
+        random_weights: bool,
+        device: torch.device,
+        *,
+        batch: int = GUIDED,
+        latents: Sequence[int] | None = None,
+    ) -> "Source":
+        """Read a config. latents: height and width; None takes the model's. Raises OSError or ValueError if the config
+        describes no model with text, or for latents that its UNet cannot take, and FileNotFoundError if weights are
+        wanted and there is no checkpoint."""
         content = read_config(config)
         params, steps = params_of(content, config), steps_of(content, config)
         ckpt = None if random_weights else existing(CHECKPOINTS[config])
-        return cls(config=config, params=params, steps=steps, ckpt=ckpt, device=device)
+        height, width = latents or (params["image_size"], params["image_size"])
+        _check_latents(height, width, params["unet_config"]["params"])
+        size = (height, width)
+        return cls(config=config, params=params, steps=steps, ckpt=ckpt, device=device, batch=batch, latents=size)
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -57,7 +76,7 @@ class Source:
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the arguments of a call, see `inputs_of`."""
-        return inputs_of(self.params, self.device)
+        return inputs_of(self.params, self.device, batch=self.batch, latents=self.latents)
 
 
 def params_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -117,18 +136,32 @@ def trained_unet(config: dict[str, Any], ckpt: Path) -> UNetModel:
     return unet.float()
 
 
-def inputs_of(params: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Return noise as the arguments of a UNet call with guidance, from a config's `model.params`.
+def inputs_of(
+    params: Mapping[str, Any],
+    device: torch.device,
+    *,
+    batch: int = GUIDED,
+    latents: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """Return noise as the arguments of a UNet call, from a config's `model.params`.
 
-    x [2, C, h, w], timesteps [2], context [2, tokens, context_dim].
+    latents: their height h and width w; None takes the model's. Returns x [batch, C, h, w], timesteps [batch], context
+    [batch, tokens, context_dim].
     """
     generator = torch.Generator().manual_seed(0)
-    side = params["image_size"]
+    size = latents or (params["image_size"], params["image_size"])
     encoder = (params.get("cond_stage_config") or {}).get("params") or {}
     width = params["unet_config"]["params"]["context_dim"]
     inputs = {
-        "x": torch.randn(2, params["channels"], side, side, generator=generator),
-        "timesteps": torch.full((2,), TIMESTEP),
-        "context": torch.randn(2, encoder.get("max_length", CLIP_TOKENS), width, generator=generator),
+        "x": torch.randn(batch, params["channels"], *size, generator=generator),
+        "timesteps": torch.full((batch,), TIMESTEP),
+        "context": torch.randn(batch, encoder.get("max_length", CLIP_TOKENS), width, generator=generator),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _check_latents(height: int, width: int, unet: Mapping[str, Any]) -> None:
+    """Raise ValueError for sides that the UNet, which halves them at each level, cannot put together again."""
+    step = 2 ** (len(unet.get("channel_mult", (1, 2, 4, 8))) - 1)
+    if min(height, width) < 1 or height % step or width % step:
+        raise ValueError(f"latents {height}x{width} do not fit this UNet: both sides must be multiples of {step}")

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from dsdiff.benchmark.figures import Setting, SettingFigures, Spread
+from dsdiff.benchmark.options import MERGED_RATIO, MERGING, OPENVINO_INT8, TOME
 from dsdiff.benchmark.process import WorkerError
 
 SLOW_SECONDS = 10.0  # a call that takes longer is warmed up in the first repeat only
@@ -47,9 +48,10 @@ class Measured:
 
 
 def settings_of(engines: Sequence[str], ratios: Sequence[float], peers: Sequence[str] = ()) -> list[Setting]:
-    """Return the baseline, then all engines with all ratios, then the peers, which do not merge."""
+    """Return the baseline, then all engines with all ratios, then the peers, of which those of MERGING merge."""
     wanted = [Setting(engine=engine, ratio=ratio) for engine in engines for ratio in ratios]
-    return list(dict.fromkeys([BASELINE, *wanted, *(Setting(engine=peer, ratio=0.0) for peer in peers)]))
+    others = [Setting(engine=peer, ratio=MERGED_RATIO if peer in MERGING else 0.0) for peer in peers]
+    return list(dict.fromkeys([BASELINE, *wanted, *others]))
 
 
 # --- time --------------------------------------------------------------------------------------------------
@@ -119,11 +121,25 @@ def figures_of(found: Mapping[Setting, Measured]) -> list[SettingFigures]:
             seconds_by_repeat=measured.seconds,
             speedup=speedup(found, BASELINE, measured),
             speedup_bf16=speedup(found, Setting(engine="bf16", ratio=0.0), measured),
-            merging=speedup(found, Setting(engine=setting.engine, ratio=0.0), measured) if setting.ratio else None,
+            speedup_openvino=speedup_openvino(found, measured),
+            merging=speedup(found, unmerged(setting), measured) if setting.ratio else None,
             shares=measured.shares,
         )
         for setting, measured in found.items()
     ]
+
+
+def unmerged(setting: Setting) -> Setting:
+    """Return the setting of the same engine without merging."""
+    return Setting(engine=setting.engine.removesuffix(TOME), ratio=0.0)
+
+
+def speedup_openvino(found: Mapping[Setting, Measured], measured: Measured) -> Spread | None:
+    """Return the seconds of OpenVINO's int8 without merging divided by these, within each repeat: those of the faster
+    one of its variants, which differ in the precision of the rest. None if none was measured."""
+    variants = [Setting(engine=name, ratio=0.0) for name in OPENVINO_INT8]
+    speedups = [speedup(found, variant, measured) for variant in variants if variant in found]
+    return min((each for each in speedups if each is not None), key=lambda each: each.median, default=None)
 
 
 def speedup(found: Mapping[Setting, Measured], other: Setting, measured: Measured) -> Spread | None:

@@ -38,7 +38,8 @@ class Engine:
     """A UNet that is ready to be called.
 
     inputs: the arguments of a call. weight_bytes: size of its weights, as they would be stored. precision: of all that
-    is not in integers, "autocast" or "full" (see `precision_context`).
+    is not in integers, "autocast" or "full" (see `precision_context`). tokens: the share of tokens that are left
+    without our merging: fewer than 1 in a UNet that merges by itself.
     """
 
     unet: nn.Module
@@ -46,6 +47,7 @@ class Engine:
     weight_bytes: int
     device: torch.device
     precision: str = "full"
+    tokens: float = 1.0
 
     @contextmanager
     def running(self, ratio: float) -> Iterator[Callable[[], Any]]:
@@ -72,7 +74,7 @@ class Engine:
 
             return Timing(
                 seconds=measure(warm),
-                tokens=self._tokens() if ratio else 1.0,
+                tokens=self._tokens() if ratio else self.tokens,
                 shares=shares(lambda: measure(True), self.device) if profiled else None,
             )
 
@@ -95,17 +97,20 @@ def quant_config(weight_bit: int) -> QuantConfig:
 
 
 def choose_engines(
-    wanted: Sequence[str] | None, config: QuantConfig, device: torch.device
+    wanted: Sequence[str] | None,
+    config: QuantConfig,
+    device: torch.device,
+    default: Sequence[str] = DEFAULT_ENGINES,
 ) -> tuple[list[str], dict[str, str]]:
     """Return the engines to measure, and for those that are left out the reasons.
 
-    wanted: None for all that can run. Raises ValueError if one of them cannot.
+    wanted: None for those of `default` that can run. Raises ValueError if one of them cannot.
     """
-    reasons = {name: reason for name in wanted or DEFAULT_ENGINES if (reason := why_not(name, config, device))}
+    reasons = {name: reason for name in wanted or default if (reason := why_not(name, config, device))}
     if wanted and reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"engine {name} cannot run: {reason}; leave it out")
-    return [name for name in dict.fromkeys(wanted or DEFAULT_ENGINES) if name not in reasons], reasons
+    return [name for name in dict.fromkeys(wanted or default) if name not in reasons], reasons
 
 
 def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:

@@ -36,9 +36,10 @@ class Worker:
         self.weight_bit, self.outdir = 0, Path()
 
     def start(self, *, config: str, random_weights: bool, device: str, threads: int, **others: Any) -> None:
-        """Take the source of UNets and the number of threads. others: weight_bit and outdir."""
+        """Take the source of UNets and the number of threads. others: weight_bit and outdir; batch and latents."""
         torch.set_num_threads(threads)
-        self.source = Source.read(Path(config), random_weights, torch.device(device))
+        shape: dict[str, Any] = {name: others[name] for name in ("batch", "latents") if name in others}
+        self.source = Source.read(Path(config), random_weights, torch.device(device), **shape)
         self.weight_bit, self.outdir = others["weight_bit"], Path(others["outdir"])
 
     def convert(self, *, name: str) -> None:
@@ -47,6 +48,13 @@ class Worker:
 
         assert self.source is not None
         peers_openvino.convert(name, self.source, self.outdir)
+
+    def make(self, *, kind: str, ckpt: str, path: str) -> None:
+        """Make a file that whole pictures are drawn from, see `pictures.files.make`."""
+        from dsdiff.benchmark.pictures import files
+
+        assert self.source is not None
+        files.make(kind, self.source, Path(ckpt), Path(path))
 
     def build(self, *, name: str) -> dict[str, Any]:
         """Build an engine or a peer; return its weight_bytes and precision."""
@@ -112,6 +120,7 @@ def main() -> None:
     asked = {
         "start": worker.start,
         "convert": worker.convert,
+        "make": worker.make,
         "build": worker.build,
         "time": worker.time,
         "gpu_peak": worker.gpu_peak,

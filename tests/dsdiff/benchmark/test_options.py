@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dsdiff.benchmark.options import BenchmarkOptions
+from dsdiff.benchmark.options import CAPS, DRAWS, BenchmarkOptions, Draw
 from dsdiff.models.registry import EMBEDDED, ROOT, STABLE_DIFFUSION
+from qdiff.engine import cpu
 
 
 def test_the_config_follows_from_the_model():
@@ -35,11 +36,41 @@ def test_options_that_cannot_be_are_refused():
         ({"startup": True, "engines": ("int8",), "peers": ("diffusers-bf16",)}, "engines, peers has no effect"),
         ({"startup": True, "ratios": (0.5,), "weight_bit": 8}, "ratios, weight_bit has no effect"),
         ({"startup": True, "seconds": 2.0}, "seconds has no effect"),
+        ({"startup": True, "pictures": True}, "pictures has no effect on the time to start"),
+        ({"startup": True, "isa": ()}, "isa has no effect on the time to start"),
+        ({"pictures": True, "memory": True}, "memory has no effect on whole pictures"),
+        ({"pictures": True, "batch": 1, "latents": (8, 8)}, "batch, latents has no effect on whole pictures"),
+        ({"full": True}, "full has no effect without --pictures"),
+        ({"draws": (Draw(sampler="ddim", steps=3),)}, "draws has no effect without --pictures"),
+        ({"pictures": True, "full": True, "steps_measured": 8}, "steps_measured has no effect with --full"),
+        ({"pictures": True, "steps_measured": 1}, "steps_measured is 1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"isa": ("SSE2",)}, "isa 'SSE2' is unknown"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError) as refused:
             BenchmarkOptions(**given)
         assert message in str(refused.value), given
+
+
+def test_caps_are_those_of_the_engine():
+    assert tuple(cpu.ISAS) == CAPS
+
+
+def test_ways_to_draw_are_read():
+    assert Draw.parse("plms:50") == Draw(sampler="plms", steps=50)
+    assert Draw.parse("dpm_solver:4:1") == Draw(sampler="dpm_solver", steps=4, scale=1.0)
+    told = ["50 plms", "20 dpm_solver", "4 dpm_solver without guidance"]
+    assert [str(draw) for draw in DRAWS] == told
+    for text in ("plms", "plms:x", "euler:20", "plms:0", "plms:5:-1", "plms:5:1:2", ""):
+        with pytest.raises(ValueError, match="is no SAMPLER:STEPS"):
+            Draw.parse(text)
+
+
+def test_ratios_depend_on_what_is_measured():
+    assert BenchmarkOptions().chosen_ratios == (0.0, 0.3, 0.5)
+    assert BenchmarkOptions(pictures=True).chosen_ratios == (0.0, 0.5)
+    assert BenchmarkOptions(pictures=True, ratios=(0.3,)).chosen_ratios == (0.3,)
 
 
 def test_options_import_no_torch():

@@ -24,11 +24,26 @@ def test_speedups_are_taken_within_a_repeat():
     assert row.speedup == Spread(median=2.0, min=1.0, max=3.0)  # not 4 / 3, the ratio of the medians
     assert row.speedup_bf16 == row.merging == Spread(median=2.0, min=0.5, max=2.0)
     assert row.seconds == Spread(median=3.0, min=1.0, max=4.0)
+    assert row.speedup_openvino is None
+
+
+def test_openvino_is_the_faster_one_of_its_variants():
+    ours = Setting(engine="int8", ratio=0.5)
+    found = {
+        ours: Measured(seconds=[1.0, 2.0]),
+        Setting(engine="openvino-int8", ratio=0.0): Measured(seconds=[4.0, 4.0]),
+        Setting(engine="openvino-int8-float32", ratio=0.0): Measured(seconds=[2.0, 6.0]),
+        Setting(engine="openvino-int8-tome", ratio=0.5): Measured(seconds=[1.0, 1.0]),
+    }
+    rows = timing.figures_of(found)
+    assert rows[0].speedup_openvino == Spread(median=2.5, min=2.0, max=3.0)  # 2 and 3; the other is at 4 and 2
+    assert rows[3].merging == Spread(median=4.0, min=4.0, max=4.0)
 
 
 def test_settings_are_those_asked_for_after_the_baseline():
-    settings = timing.settings_of(["int8"], [0.5, 0.5], ["diffusers-bf16"])
-    assert settings == [BASELINE, Setting(engine="int8", ratio=0.5), Setting(engine="diffusers-bf16", ratio=0.0)]
+    settings = timing.settings_of(["int8"], [0.5, 0.5], ["diffusers-bf16", "openvino-int8-tome"])
+    others = [("int8", 0.5), ("diffusers-bf16", 0.0), ("openvino-int8-tome", 0.5)]
+    assert settings == [BASELINE, *(Setting(engine=engine, ratio=ratio) for engine, ratio in others)]
 
 
 def test_settings_take_turns_and_leave_no_trace(tiny_config):

@@ -120,6 +120,18 @@ def test_models_have_their_real_sizes():
         assert (source.parameters(), source.steps) == (parameters, 50), name
 
 
+def test_calls_have_the_batch_and_size_asked_for():
+    source = Source.read(EMBEDDED, False, CPU, batch=1, latents=(24, 16))
+    assert {name: list(tensor.shape) for name, tensor in source.inputs().items()} == {
+        "x": [1, 4, 24, 16],
+        "timesteps": [1],
+        "context": [1, 32, 128],
+    }
+    for latents in ((18, 16), (0, 16)):
+        with pytest.raises(ValueError, match="both sides must be multiples of 4"):
+            Source.read(EMBEDDED, False, CPU, latents=latents)
+
+
 # Operations
 
 

@@ -1,0 +1,65 @@
+"""Our own pictures, drawn as scripts/txt2img.py draws them. Runs in a `child` only."""
+
+from pathlib import Path
+
+import torch
+
+from dsdiff.benchmark.pictures.request import PROMPT, SEED, Clock, PictureRequest
+from dsdiff.images.png import to_pictures, write_png
+from dsdiff.models.spec import find_model
+from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
+from dsdiff.pipeline import DrawSettings, Pipeline
+
+PRECISIONS = {"float32": "full", "bf16": "autocast", "int8-float32": "full"}  # of the UNet; others take the default
+
+
+def draw(request: PictureRequest, clock: Clock) -> str:
+    """Draw the picture of a request; return facts in words."""
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    tokenizer = None if request.tokenizer is None else Path(request.tokenizer)
+    spec = find_model(
+        ModelOptions(ckpt=Path(request.ckpt), config=None if is_bundle(request) else Path(request.config))
+    )
+    pipeline = Pipeline(
+        spec, device=request.device, tokenizer=None if spec.bundle else tokenizer, quantization=quantization(request)
+    )
+    settings = pipeline.resolve(options(request))
+    draw_with(pipeline, settings, request, clock)
+    return f"the rest in {'bfloat16' if settings.precision == 'autocast' else 'float32'}"
+
+
+def draw_with(pipeline: Pipeline, settings: DrawSettings, request: PictureRequest, clock: Clock) -> None:
+    """Load the model of a pipeline, draw the picture, and write its PNG."""
+    model = pipeline.prepare(settings)
+    clock.ready()
+    model.cond_stage_model.register_forward_hook(lambda *_: clock.lap("text"))
+    latents = pipeline.sample([PROMPT], [SEED], settings, callback=lambda _: clock.step())
+    (picture,) = to_pictures(pipeline.decode(latents))
+    clock.lap("decoding")
+    write_png(Path(request.png), picture)
+    clock.lap("png")
+
+
+def options(request: PictureRequest) -> DrawOptions:
+    """Return how to draw."""
+    return DrawOptions(
+        sampler=request.sampler,
+        steps=request.steps,
+        scale=request.scale,
+        precision=PRECISIONS.get(request.name),
+        merge=MergeOptions(ratio=request.ratio) if request.ratio else None,
+    )
+
+
+def quantization(request: PictureRequest) -> QuantizationOptions | None:
+    """Return how the model is quantized; None for a float one."""
+    if request.name in ("float32", "bf16"):
+        return None
+    engine = "simulate" if request.name == "simulate" else "int8"
+    return QuantizationOptions(engine=engine, cali_ckpt=None if not request.files else Path(request.files["cali_ckpt"]))
+
+
+def is_bundle(request: PictureRequest) -> bool:
+    """Tell whether the weights are a bundle, which holds its config."""
+    return quantization(request) is not None and not request.files
