@@ -8,8 +8,7 @@ Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes ar
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -94,20 +93,43 @@ def geglu(x: Tensor, params: QuantParams) -> Tensor:
 Three = tuple[QuantParams, QuantParams, QuantParams]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxParams:
+    """The quantizer of a softmax: code = clamp(round(p / delta), 0, high) for a probability p. high: 2^bits - 1."""
+
+    delta: float
+    high: int
+
+
+FREE = SoftmaxParams(delta=1 / 65535, high=65535)  # what the kernel computes with at least
+
+
 def attention(
-    codes: tuple[Tensor, Tensor, Tensor], inputs: Three, heads: int, output: QuantParams, dtype: torch.dtype
+    codes: tuple[Tensor, Tensor, Tensor],
+    inputs: Three,
+    heads: int,
+    output: QuantParams,
+    dtype: torch.dtype,
+    *,
+    softmax: SoftmaxParams = FREE,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the codes [B, N, heads d] of softmax(q k^T / sqrt(d)) v, computed in `dtype`.
+    """Return the codes [B, N, heads d] of softmax(q k^T / sqrt(d)) v.
 
     codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three. output: the quantizer
-    of the result. The N x M matrix of scores is never stored. Raises ValueError if the shapes do not fit each other.
+    of the result. softmax: the quantizer of the probabilities, of 16 bits at most. mask: bool [B, M], False for keys
+    that no query sees; a query that sees none gets 0. The N x M matrix of scores is never stored.
+
+    Our kernel computes in whole numbers, probabilities in 16 bits (see kernels/attention.c). Where it cannot run (see
+    `has_integer_attention`), PyTorch computes in `dtype`, without the quantizer of the softmax. Raises ValueError if
+    the shapes do not fit each other.
     """
     if codes[1].shape != codes[2].shape or len(codes[0]) != len(codes[1]):
         shapes = ", ".join(str(list(each.shape)) for each in codes)
         raise ValueError(f"q, k and v of {shapes} do not fit each other: a context needs the batch of its latents")
-    if dtype == torch.bfloat16 and _fits_tiles(codes, inputs, heads):
-        return _tiled_attention(codes, inputs, heads, output)
-    # c - Z is a whole number of 9 bits, which bfloat16 and float32 hold exactly. In float16 sums of products could
+    if has_integer_attention(codes[0].device, inputs, codes[0].shape[-1] // heads):
+        return _integer_attention(codes, inputs, heads, output, softmax, mask)
+    # c - Z is a whole number of 9 bits, which bfloat16 and float16 hold exactly. In float16 sums of products could
     # overflow, so codes are multiplied by their steps first.
     steps = [params.delta if dtype == torch.float16 else 1.0 for params in inputs]
     q, k, v = (
@@ -115,7 +137,8 @@ def attention(
         for each, params, step in zip(codes, inputs, steps, strict=True)
     )
     scale = inputs[0].delta / steps[0] * inputs[1].delta / steps[1] * q.shape[-1] ** -0.5
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    seen = None if mask is None else mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return quantize(out.transpose(1, 2).flatten(2), _of_multiples(output, inputs[2].delta / steps[2]))[0]
 
 
@@ -124,22 +147,30 @@ def _of_multiples(params: QuantParams, step: float) -> QuantParams:
     return replace(params, delta=params.delta / step)
 
 
-def _fits_tiles(codes: Sequence[Tensor], inputs: Three, heads: int) -> bool:
-    """Return whether the attention kernel can run: bfloat16 must hold the values less their zero point."""
-    in_bytes = all(each.device.type == "cpu" for each in codes) and 0 <= inputs[2].zero_point <= 255
-    return in_bytes and codes[0].shape[-1] // heads <= MAX_HEAD_WIDTH and native.has_attention()
+def has_integer_attention(device: torch.device, inputs: Three, width: int) -> bool:
+    """Return whether our attention kernel can run. inputs: the quantizers of q, k and v. width: of a head."""
+    in_bytes = all(0 <= params.zero_point <= 255 for params in inputs)
+    return device.type == "cpu" and in_bytes and width <= MAX_HEAD_WIDTH and native.has_attention()
 
 
-def _tiled_attention(codes: tuple[Tensor, Tensor, Tensor], inputs: Three, heads: int, output: QuantParams) -> Tensor:
+def _integer_attention(
+    codes: tuple[Tensor, Tensor, Tensor],
+    inputs: Three,
+    heads: int,
+    output: QuantParams,
+    softmax: SoftmaxParams,
+    mask: Tensor | None,
+) -> Tensor:
     q, k, v = (each.contiguous() for each in codes)
     batch, queries, width = q.shape
     sizes = (k.shape[1], width // heads)
     scale = inputs[0].delta * inputs[1].delta * sizes[1] ** -0.5 / math.log(2)
     workspace = torch.empty(native.call("attention_bytes", batch * heads, *sizes), dtype=torch.uint8)
+    seen = None if mask is None else mask.to(torch.uint8).contiguous()
     out = torch.empty_like(q)
     native.call(
-        "attention", q, k, v, batch, heads, queries, *sizes, scale, inputs[0].zero_point, inputs[2].zero_point,
-        [_of_multiples(output, inputs[2].delta)], workspace, out
+        "attention", q, k, v, seen, batch, heads, queries, *sizes, scale, inputs[0].zero_point, inputs[2].zero_point,
+        softmax.delta, softmax.high, [_of_multiples(output, inputs[2].delta)], workspace, out
     )  # fmt: skip
     return out
 

@@ -1,253 +1,419 @@
-/* Attention on codes by matrix tiles (Intel AMX). The matrix of scores is never in memory.
+/* Attention on codes. Both products are sums of whole numbers; the matrix of scores is never in memory.
  *
- * Let c be codes, Z zero points and D steps. The score of a query i and a key j is
+ * With the names of attention.h, the logit of a query i and a key j is
  *
- *     D_q D_k / sqrt(d) (sum_d c_q c_k - Z_q sum_d c_k)
+ *     scale (sum_d (c_q - 128) c_k + (128 - Z_q) sum_d c_k)
  *
- * up to terms that are the same for all keys of a query: these drop out of the softmax. The first sum is a product of
- * byte tiles, exact in 32 bits. Probabilities are rounded to bfloat16 and multiplied by c_v - Z_v, which bfloat16 holds
- * exactly; these sums are float32. Keys are processed in parts of PART. A running maximum and a running sum combine the
- * parts (Milakov and Gimelshein 2018, online softmax). */
-#include "rows.h"
+ * up to terms that are the same for all keys of a query, which drop out of the softmax. The parentheses hold a whole
+ * number, the score. The probability of a key is 2^(logit - the highest logit), a whole number of 16 bits in units of
+ * 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the sums over PART keys; float32 adds these
+ * up. The sum of the probabilities divides the result, and 128 - Z_v is added to it.
+ *
+ * Keys are processed in parts. A running maximum and a running sum combine the parts (Milakov and Gimelshein
+ * 2018, online softmax). A quantizer of the softmax whose step is coarser than the unit, or whose range ends below a
+ * probability, takes a second pass, in which maximum and sum are known: see `attend`. */
+#include "attention.h"
+#include "vectors.h"
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__) && \
-    defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef VECTORS
 
+/* GROUP queries are processed together. So many vectors of sums of each are in registers; measured. */
+#if defined(__AVX512F__)
+enum { GROUP = 6, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
+#else
+enum { GROUP = 4, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
+#endif
 enum {
-    TILE = 16,         /* a tile has 16 rows of 16 numbers of 32 bits */
-    ROWS = 2 * TILE,   /* queries processed at a time */
-    PART = 256,        /* keys processed at a time */
-    MAX_WIDTH = 256,   /* of a head; wider ones might have sums of bytes that float32 does not hold exactly */
-    REQUEST = 0x1023,  /* arch_prctl's ARCH_REQ_XCOMP_PERM: ask the kernel for a feature */
-    TILE_DATA = 18,    /* the feature: tile registers */
+    BLOCK = 16 * GROUP,   /* queries that a thread takes at a time: a part of the keys stays in its cache meanwhile */
+    PART = 256,           /* keys processed at a time: 65535 * 128 * 256 is below 2^31 */
+    UNIT = 65535,         /* a probability of 1 */
+    NARROW = 64,          /* up to this width of a head, scores are below 2^22 */
+    BASE = 0x4b400000,    /* the bits of the float 2^23 + 2^22: added to a narrow head's score, they are a float */
+    UNSEEN = -0x0eb60d36, /* what keys that no query sees add to their scores; as a float it is -10^30 */
 };
+/* How many codes a number of 32 bits holds: four bytes, or two numbers of 16 bits. */
+#ifdef VNNI
+enum { CODES = 4 };
+typedef uint8_t KeyCode;
+typedef int8_t QueryCode;
+#define ADD_SCORES add_products_8
+#else
+enum { CODES = 2 };
+typedef int16_t KeyCode;
+typedef int16_t QueryCode;
+#define ADD_SCORES add_products_16
+#endif
+#define INLINE static inline __attribute__((always_inline))
 
+/* The coefficients of a polynomial that is 2^x for x in [0, 1) with a relative error below 1e-4, highest power first.
+ * It is below 2 at 1, so that no probability is above 1. */
+static const float POWER_OF_2[4] = {0.07802291f, 0.22606949f, 0.69583272f, 0.99992526f};
+
+/* Sizes of a head. keys: a multiple of 2 LANES. units: of CODES codes. full: vectors of LANES values. tail: 1 if up to
+ * LANES / 2 values are left, else 0; with more than that left, there is a further full vector. narrow: see NARROW. */
 typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((packed)) TileConfig;
+    int64_t keys, units, full, tail, narrow;
+} Sizes;
 
-/* Round n up to a multiple of `to`. */
-static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-/* Return 1 if this process may use tiles. Linux has to be asked once. */
-int64_t has_attention(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
-
-/* The workspace of one head: keys and values in tile layout, and the constant that each key adds to its scores.
- * Values are pairs of bfloat16. */
+/* One head's keys and values as the products read them.
+ * keys: LANES keys side by side, CODES codes of each in turn. added: what each key adds to its scores.
+ * values: numbers of 32 bits that hold c_v - 128 of two keys. A row has those of four keys: the full vectors of the
+ * first two keys, those of the other two, and the tails of both, number by number. starts: for each part, 2^15 times
+ * the sum of its values, as probabilities are multiplied less 2^15. */
 typedef struct {
-    uint8_t *keys;
-    uint32_t *values;
-    float *added;
+    KeyCode *keys;
+    int32_t *added, *starts, *values;
 } Head;
 
+static Sizes sizes_of(int64_t keys, int64_t width) {
+    int64_t left = width % LANES;
+    return (Sizes){
+        .keys = up(keys, 2 * LANES),
+        .units = up(width, CODES) / CODES,
+        .full = width / LANES + (left > LANES / 2),
+        .tail = left > 0 && left <= LANES / 2,
+        .narrow = width <= NARROW,
+    };
+}
+
+/* Return the values of four keys, and of a query's output. */
+static int64_t row_width(Sizes sizes) { return (2 * sizes.full + sizes.tail) * LANES; }
+static int64_t out_width(Sizes sizes) { return (sizes.full + sizes.tail) * LANES; }
+
+/* Return the place of value i in the output, and in `starts`. */
+static int64_t place_of(int64_t i, Sizes sizes) { return i < sizes.full * LANES ? i : 2 * i - sizes.full * LANES; }
+
 /* Return the bytes of a Head. */
-static int64_t head_bytes(int64_t keys, int64_t width) {
-    return up(keys, 2 * TILE) * (up(width, 64) + 2 * up(width, 2 * TILE) + sizeof(float));
+static int64_t head_bytes(Sizes sizes) {
+    int64_t codes = sizes.keys * sizes.units * CODES * (int64_t)sizeof(KeyCode), parts = up(sizes.keys, PART) / PART;
+    return up(codes + 4 * (sizes.keys / 4 * row_width(sizes) + parts * out_width(sizes) + sizes.keys), 64);
 }
 
 /* Return the Head whose arrays begin at `workspace`. */
-static Head head_of(uint8_t *workspace, int64_t keys, int64_t width) {
-    int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
-    return (Head){workspace, (uint32_t *)(workspace + all * deep), (float *)(workspace + all * (deep + 2 * wide))};
+static Head head_of(uint8_t *workspace, Sizes sizes) {
+    Head head;
+    head.keys = (KeyCode *)workspace;
+    head.values = (int32_t *)(head.keys + sizes.keys * sizes.units * CODES);
+    head.starts = head.values + sizes.keys / 4 * row_width(sizes);
+    head.added = head.starts + up(sizes.keys, PART) / PART * out_width(sizes);
+    return head;
 }
+
+/* Return 1 if this CPU has attention. */
+int64_t has_attention(void) { return 1; }
 
 /* Return the bytes of the workspace that `attention` needs; heads: batch times heads. */
-int64_t attention_bytes(int64_t heads, int64_t keys, int64_t width) { return heads * head_bytes(keys, width); }
+int64_t attention_bytes(int64_t heads, int64_t keys, int64_t width) {
+    int64_t own = head_bytes(sizes_of(keys, width)), tiles = tiles_bytes(keys, width);
+    return heads * (own > tiles ? own : tiles) + 64;
+}
 
-/* Lay out the keys of a head for tiles: 16 keys side by side, four bytes of each in turn. added[key] is factor times
- * the sum of its codes. Keys that pad the last tile get a probability of 0. */
-static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t stride, float factor, uint8_t *packed,
-                      float *added) {
-    int64_t all = up(keys, 2 * TILE), deep = up(width, 64);
-    memset(packed, 0, all * deep);
-    for (int64_t key = 0; key < all; key++) {
+/* --- keys and values ------------------------------------------------------------------------------------------- */
+
+/* Lay out the keys of a head. Those that the mask hides, and those that pad, are 0. */
+static void pack_keys(const Attention *a, int64_t batch, int64_t head, Sizes sizes, Head to) {
+    int64_t stride = a->heads * a->width;
+    int32_t base = sizes.narrow ? BASE : 0, factor = 128 - (int32_t)a->zero_of_q;
+    const uint8_t *k = a->k + batch * a->keys * stride + head * a->width, *mask = a->mask;
+    for (int64_t key = 0; key < sizes.keys; key++) {
+        int seen = key < a->keys && !(mask && !mask[batch * a->keys + key]);
+        KeyCode *packed = to.keys + (key / LANES * sizes.units * LANES + key % LANES) * CODES, row[MAX_WIDTH];
         int32_t sum = 0;
-        uint8_t row[MAX_WIDTH] = {0}, *to = packed + key / TILE * TILE * deep + key % TILE * 4;
-        if (key < keys) memcpy(row, k + key * stride, width);
-        for (int64_t i = 0; i < deep; i++) sum += row[i];
-        for (int64_t i = 0; i < deep / 4; i++) memcpy(to + i * 64, row + i * 4, 4);
-        added[key] = key < keys ? factor * sum : -1e30f;
+        memset(row + sizes.units * CODES - CODES, 0, CODES * sizeof(KeyCode));
+        for (int64_t i = 0; i < a->width; i++) {
+            row[i] = seen ? k[key * stride + i] : 0;
+            sum += row[i];
+        }
+        for (int64_t i = 0; i < sizes.units; i++) memcpy(packed + i * LANES * CODES, row + i * CODES, 4);
+        to.added[key] = seen ? factor * sum + base : UNSEEN;
     }
 }
 
-/* Lay out the values of a head for tiles: the bfloat16 numbers of two keys side by side, 16 such pairs in a row. */
-static void pack_values(const uint8_t *v, int64_t keys, int64_t width, int64_t stride, float zero_point,
-                        uint32_t *packed) {
-    int64_t all = up(keys, 2 * TILE), wide = up(width, 2 * TILE);
-    for (int64_t key = 0; key < all; key += 2) {
-        float pair[2][MAX_WIDTH];
-        memset(pair, 0, sizeof pair);
-        for (int64_t k = 0; k < 2 && key + k < keys; k++)
-            for (int64_t i = 0; i < width; i++) pair[k][i] = v[(key + k) * stride + i] - zero_point;
-        for (int64_t at = 0; at < wide; at += TILE) {
-            uint32_t *to = packed + key / 32 * TILE * wide + at * TILE + key % 32 / 2 * TILE;
-            for (int64_t i = 0; i < TILE; i++) /* whole numbers of 9 bits: truncation to bfloat16 is exact */
-                to[i] = to_bits(pair[0][at + i]) >> 16 | (to_bits(pair[1][at + i]) & 0xffff0000u);
+/* Lay out the values of a head. Those of keys that pad are 0. */
+static void pack_values(const Attention *a, int64_t batch, int64_t head, Sizes sizes, Head to) {
+    static const uint8_t nothing[MAX_WIDTH];
+    int64_t stride = a->heads * a->width, together = sizes.full * LANES, left = a->width - together;
+    const uint8_t *v = a->v + batch * a->keys * stride + head * a->width;
+    memset(to.values, 0, sizes.keys / 4 * row_width(sizes) * sizeof(int32_t));
+    memset(to.starts, 0, up(sizes.keys, PART) / PART * out_width(sizes) * sizeof(int32_t));
+    for (int64_t pair = 0; pair < sizes.keys / 2; pair++) {
+        int64_t key = pair / LANES * 2 * LANES + packed_key(2 * (pair % LANES)), there = a->keys - key;
+        const uint8_t *first = there > 0 ? v + key * stride : nothing;
+        const uint8_t *second = there > 1 ? v + (key + 1) * stride : nothing;
+        int32_t zeros[2] = {there > 0 ? 128 : 0, there > 1 ? 128 : 0};
+        int32_t *start = to.starts + key / PART * out_width(sizes), *row = to.values + pair / 2 * row_width(sizes);
+        int16_t *packed = (int16_t *)(row + pair % 2 * together), *tail = (int16_t *)(row + 2 * together + pair % 2);
+        for (int64_t i = 0; i < a->width && i < together; i++) {
+            packed[2 * i] = (int16_t)(first[i] - zeros[0]);
+            packed[2 * i + 1] = (int16_t)(second[i] - zeros[1]);
+            start[i] += (packed[2 * i] + packed[2 * i + 1]) * (1 << 15);
+        }
+        for (int64_t i = 0; i < left; i++) {
+            tail[4 * i] = (int16_t)(first[together + i] - zeros[0]);
+            tail[4 * i + 1] = (int16_t)(second[together + i] - zeros[1]);
+            start[together + 2 * i] += (tail[4 * i] + tail[4 * i + 1]) * (1 << 15);
         }
     }
 }
 
-/* Multiply q [ROWS][deep] with `count` keys, a multiple of 32, into scores [ROWS][PART]. Four tiles of sums at a time
- * hide each other's latency. */
-static void multiply_scores(const uint8_t *q, const uint8_t *packed_k, int64_t count, int64_t deep, int32_t *scores) {
-    for (int64_t key = 0; key < count; key += 2 * TILE) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t at = 0; at < deep; at += 64) {
-            _tile_loadd(4, q + at, deep);
-            _tile_loadd(5, q + TILE * deep + at, deep);
-            _tile_loadd(6, packed_k + key * deep + at * TILE, 64);
-            _tile_loadd(7, packed_k + (key + TILE) * deep + at * TILE, 64);
-            _tile_dpbuud(0, 4, 6);
-            _tile_dpbuud(1, 4, 7);
-            _tile_dpbuud(2, 5, 6);
-            _tile_dpbuud(3, 5, 7);
+/* --- one group of queries -------------------------------------------------------------------------------------- */
+
+/* Find the scores of GROUP queries with SCORE_VECTORS vectors of keys. Raise `highest` to them. */
+INLINE void vectors_scores(const int32_t *q, const KeyCode *keys, const int32_t *added, int64_t units,
+                           Ints *highest, int32_t *scores) {
+    Ints sums[GROUP][SCORE_VECTORS];
+    for (int row = 0; row < GROUP; row++)
+        for (int i = 0; i < SCORE_VECTORS; i++) sums[row][i] = load_ints(added + i * LANES);
+    for (int64_t unit = 0; unit < units; unit++) {
+        Ints k[SCORE_VECTORS];
+        for (int i = 0; i < SCORE_VECTORS; i++) k[i] = load_ints(keys + (i * units + unit) * LANES * CODES);
+        for (int row = 0; row < GROUP; row++) {
+            Ints codes = all_ints(q[row * units + unit]);
+            for (int i = 0; i < SCORE_VECTORS; i++) sums[row][i] = ADD_SCORES(sums[row][i], k[i], codes);
         }
-        _tile_stored(0, scores + key, PART * sizeof(int32_t));
-        _tile_stored(1, scores + key + TILE, PART * sizeof(int32_t));
-        _tile_stored(2, scores + TILE * PART + key, PART * sizeof(int32_t));
-        _tile_stored(3, scores + TILE * PART + key + TILE, PART * sizeof(int32_t));
     }
-}
-
-/* Return 2^x for x <= 0 with a relative error below 1e-4: 2^floor(x) times a polynomial in x - floor(x). */
-static inline __m512 power_of_2(__m512 x) {
-    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_set1_ps(0.07802291f);
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.22606949f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.69583272f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.99992526f));
-    return _mm512_scalef_ps(p, x);
-}
-
-/* Return 16 logits: scores times the scale, plus the constants of their keys. */
-static inline __m512 logits(const int32_t *scores, const float *added, __m512 scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scores)), scale, _mm512_loadu_ps(added));
-}
-
-/* Turn one row of `count` scores, a multiple of 32, into probabilities that are not normalised yet. Update the row's
- * running maximum and total. Return the factor by which the results of earlier parts must be multiplied. */
-static float exponentials(const int32_t *scores, const float *added, int64_t count, float scale, float *highest,
-                          float *total, uint16_t *out) {
-    __m512 scales = _mm512_set1_ps(scale), top = _mm512_set1_ps(*highest), sums = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += TILE) top = _mm512_max_ps(top, logits(scores + i, added + i, scales));
-    float before = *highest;
-    *highest = _mm512_reduce_max_ps(top);
-    top = _mm512_set1_ps(*highest);
-    for (int64_t i = 0; i < count; i += 2 * TILE) {
-        __m512 first = power_of_2(_mm512_sub_ps(logits(scores + i, added + i, scales), top));
-        __m512 second = power_of_2(_mm512_sub_ps(logits(scores + i + TILE, added + i + TILE, scales), top));
-        sums = _mm512_add_ps(sums, _mm512_add_ps(first, second));
-        _mm512_store_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-    }
-    float factor = exp2f(before - *highest);
-    *total = *total * factor + _mm512_reduce_add_ps(sums);
-    return factor;
-}
-
-/* Add probabilities [ROWS][PART] times values to output [ROWS][wide]. `count` keys and `wide` are multiples of 32. */
-static void add_values(const uint16_t *probabilities, const uint32_t *packed_v, int64_t count, int64_t wide,
-                       float *output) {
-    int64_t bytes = wide * sizeof(float);
-    for (int64_t at = 0; at < wide; at += 2 * TILE) {
-        _tile_loadd(0, output + at, bytes);
-        _tile_loadd(1, output + at + TILE, bytes);
-        _tile_loadd(2, output + TILE * wide + at, bytes);
-        _tile_loadd(3, output + TILE * wide + at + TILE, bytes);
-        for (int64_t key = 0; key < count; key += 2 * TILE) {
-            _tile_loadd(4, probabilities + key, PART * sizeof(uint16_t));
-            _tile_loadd(5, probabilities + TILE * PART + key, PART * sizeof(uint16_t));
-            _tile_loadd(6, packed_v + (key / 2 * wide + at * TILE), 64);
-            _tile_loadd(7, packed_v + (key / 2 * wide + (at + TILE) * TILE), 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+    for (int row = 0; row < GROUP; row++)
+        for (int i = 0; i < SCORE_VECTORS; i++) {
+            highest[row] = max_ints(highest[row], sums[row][i]);
+            store_ints(scores + row * PART + i * LANES, sums[row][i]);
         }
-        _tile_stored(0, output + at, bytes);
-        _tile_stored(1, output + at + TILE, bytes);
-        _tile_stored(2, output + TILE * wide + at, bytes);
-        _tile_stored(3, output + TILE * wide + at + TILE, bytes);
-    }
 }
 
-/* Compute attention for `rows` queries of a head, the first of them at q, and quantize the result. */
-static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, int64_t stride, float scale,
-                   Head head, QuantParams params, uint8_t *out) {
-    int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
-    _Alignas(64) uint8_t queries[ROWS * MAX_WIDTH];
-    _Alignas(64) int32_t scores[ROWS * PART];
-    _Alignas(64) uint16_t probabilities[ROWS * PART];
-    _Alignas(64) float output[ROWS * MAX_WIDTH];
-    float highest[ROWS], total[ROWS];
-    memset(queries, 0, ROWS * deep);
-    memset(output, 0, ROWS * wide * sizeof(float));
-    for (int64_t row = 0; row < ROWS; row++) {
-        highest[row] = -1e29f;
-        total[row] = 0;
-        if (row < rows) memcpy(queries + row * deep, q + row * stride, width);
+/* Find the scores [GROUP, PART] of GROUP queries with `count` keys, a multiple of 2 LANES. Raise `highest` to them. */
+static void part_scores(const int32_t *q, const KeyCode *keys, const int32_t *added, int64_t units, int64_t count,
+                        int32_t *highest, int32_t *scores) {
+    int64_t width = units * CODES;
+    Ints top[GROUP];
+    for (int row = 0; row < GROUP; row++) top[row] = all_ints(highest[row]);
+    for (int64_t key = 0; key < count; key += SCORE_VECTORS * LANES)
+        vectors_scores(q, keys + key * width, added + key, units, top, scores + key);
+    for (int row = 0; row < GROUP; row++) highest[row] = highest_int(top[row]);
+}
+
+/* Return the logits, less the highest one, of LANES scores. */
+INLINE Floats logits(const int32_t *scores, Floats scale, Floats offset, const int narrow) {
+    Ints from = load_ints(scores);
+    return fma_floats(narrow ? as_floats(from) : to_floats(from), scale, offset);
+}
+
+/* Return 2^x times what the polynomial is multiplied by. */
+INLINE Floats powers(Floats x, const Floats *polynomial) {
+    Floats part = above_floor(x), y = fma_floats(polynomial[0], part, polynomial[1]);
+    y = fma_floats(fma_floats(y, part, polynomial[2]), part, polynomial[3]);
+    return scale_floats(y, x);
+}
+
+/* Turn `count` scores of a query into probabilities in units of 1 / unit, and return their sum. They are written less
+ * 2^15, in the order of pack_16. most: what they must not exceed, where `clamp` is 1. */
+INLINE float exponentials(const int32_t *scores, int64_t count, float scale, float offset, float unit, float most,
+                          const int narrow, const int clamp, int32_t *out) {
+    Floats scales = all_floats(scale), offsets = all_floats(offset), mosts = all_floats(most), polynomial[4];
+    Ints sums = all_ints(0), ones = all_ints(0x00010001);
+    for (int i = 0; i < 4; i++) polynomial[i] = all_floats(POWER_OF_2[i] * unit);
+    for (int64_t i = 0; i < count; i += 2 * LANES) {
+        Floats first = powers(logits(scores + i, scales, offsets, narrow), polynomial);
+        Floats second = powers(logits(scores + i + LANES, scales, offsets, narrow), polynomial);
+        if (clamp) first = min_floats(first, mosts), second = min_floats(second, mosts);
+        Ints both = pack_16(first, second);
+        sums = add_products_16(sums, both, ones);
+        store_ints(out + i / 2, both);
     }
-    for (int64_t key = 0; key < all; key += PART) {
-        int64_t count = all - key < PART ? all - key : PART;
-        __asm__ volatile("" ::: "memory");
-        multiply_scores(queries, head.keys + key * deep, count, deep, scores);
-        for (int64_t row = 0; row < ROWS; row++) {
-            float factor = exponentials(scores + row * PART, head.added + key, count, scale, highest + row, total + row,
-                                        probabilities + row * PART);
-            for (int64_t i = 0; i < wide; i++) output[row * wide + i] *= factor;
+    return sum_floats(to_floats(sums)) + (float)count * (1 << 15);
+}
+
+/* Add probabilities times values to `vectors` full vectors, and to the tail if there is one, of GROUP outputs. */
+INLINE void add_vectors(const int32_t *pairs, const int32_t *values, const int32_t *tails, const int32_t *start,
+                        int64_t count, Sizes sizes, const int vectors, const int tail, float *out) {
+    Ints sums[GROUP][VALUE_VECTORS + 1];
+    for (int row = 0; row < GROUP; row++)
+        for (int i = 0; i < vectors + tail; i++) sums[row][i] = load_ints(start + i * LANES);
+    for (int64_t pair = 0; pair < count / 2; pair += 2) {
+        const int32_t *from = values + pair / 2 * row_width(sizes);
+        for (int k = 0; k < 2; k++)
+            for (int i = 0; i < vectors; i++) {
+                Ints v = load_ints(from + (k * sizes.full + i) * LANES);
+                for (int row = 0; row < GROUP; row++)
+                    sums[row][i] = add_products_16(sums[row][i], v, all_ints(pairs[row * PART / 2 + pair + k]));
+            }
+        if (!tail) continue;
+        Ints v = load_ints(tails + pair / 2 * row_width(sizes));
+        for (int row = 0; row < GROUP; row++) {
+            int64_t both;
+            memcpy(&both, pairs + row * PART / 2 + pair, sizeof both);
+            sums[row][vectors] = add_products_16(sums[row][vectors], v, all_longs(both));
         }
-        __asm__ volatile("" ::: "memory");
-        add_values(probabilities, head.values + key / 2 * wide, count, wide, output);
     }
+    for (int row = 0; row < GROUP; row++)
+        for (int i = 0; i < vectors + tail; i++) {
+            float *to = out + row * out_width(sizes) + i * LANES;
+            Ints sum = i < vectors ? sums[row][i] : add_ints(sums[row][i], swap_pairs(sums[row][i]));
+            store_floats(to, add_floats(to_floats(sum), load_floats(to)));
+        }
+}
+
+/* Add probabilities [GROUP, PART] times the values of `count` keys to out [GROUP, out_width]. */
+static void add_values(const int32_t *pairs, const int32_t *values, const int32_t *start, int64_t count, Sizes sizes,
+                       float *out) {
+    int64_t at = 0;
+    const int32_t *tails = values + 2 * sizes.full * LANES;
+#define ADD(vectors, tail) \
+    add_vectors(pairs, values + at * LANES, tails, start + at * LANES, count, sizes, vectors, tail, out + at * LANES)
+    for (; at + VALUE_VECTORS < sizes.full; at += VALUE_VECTORS) ADD(VALUE_VECTORS, 0);
+    switch (2 * (sizes.full - at) + sizes.tail) {
+        // clang-format off
+        case 1: ADD(0, 1); break;
+        case 2: ADD(1, 0); break;
+        case 3: ADD(1, 1); break;
+        case 4: ADD(2, 0); break;
+        case 5: ADD(2, 1); break;
+        // clang-format on
+    }
+#undef ADD
+}
+
+/* What is known of GROUP queries. A logit less the highest one is score * scale + offset. total: sum of probabilities,
+ * in units of 1 / UNIT of the highest. */
+typedef struct {
+    int32_t highest[GROUP];
+    float offset[GROUP], total[GROUP];
+    _Alignas(64) float out[GROUP * (MAX_WIDTH + LANES)];
+} Group;
+
+/* Raise the highest score of a query, and scale down what was summed up with the earlier one. */
+static void raise_highest(Group *group, int row, int32_t highest, float scale, Sizes sizes) {
+    double exact = -(double)(sizes.narrow ? from_bits((uint32_t)highest) : (float)highest) * scale;
+    float offset = (float)exact; /* rounded downwards, so that no logit is above the highest one */
+    if (offset > exact) offset = nextafterf(offset, -INFINITY);
+    if (group->total[row] > 0) {
+        float factor = exp2f(offset - group->offset[row]);
+        group->total[row] *= factor;
+        for (int64_t i = 0; i < out_width(sizes); i++) group->out[row * out_width(sizes) + i] *= factor;
+    }
+    group->offset[row] = offset;
+    group->highest[row] = highest;
+}
+
+static void start_group(Group *group) {
+    memset(group, 0, sizeof *group);
+    for (int row = 0; row < GROUP; row++) group->highest[row] = INT32_MIN;
+}
+
+/* Add the keys [key, key + PART) to a group whose queries are q. Without `final`, highest scores and totals are found
+ * on the way. Else they are those of *final, and probabilities are codes of the quantizer of the softmax. */
+static void add_part(const Attention *a, const int32_t *q, Sizes sizes, Head head, int64_t key, const Group *final,
+                     Group *group) {
+    _Alignas(64) int32_t scores[GROUP * PART], pairs[GROUP * PART / 2];
+    int32_t highest[GROUP];
+    int64_t count = sizes.keys - key < PART ? sizes.keys - key : PART;
+    memcpy(highest, group->highest, sizeof highest);
+    part_scores(q, head.keys + key * sizes.units * CODES, head.added + key, sizes.units, count, highest, scores);
+    for (int row = 0; row < GROUP; row++) {
+        const int32_t *own = scores + row * PART;
+        int32_t *to = pairs + row * PART / 2;
+        float total;
+        if (final) {
+            float unit = UNIT / (final->total[row] * a->softmax_delta);
+            total = exponentials(own, count, a->scale, final->offset[row], unit, a->softmax_high, sizes.narrow, 1, to);
+        } else {
+            if (highest[row] > group->highest[row]) raise_highest(group, row, highest[row], a->scale, sizes);
+            float offset = group->offset[row];
+            total = sizes.narrow ? exponentials(own, count, a->scale, offset, UNIT, 0, 1, 0, to)
+                                 : exponentials(own, count, a->scale, offset, UNIT, 0, 0, 0, to);
+        }
+        group->total[row] += total;
+    }
+    add_values(pairs, head.values + key / 4 * row_width(sizes), head.starts + key / PART * out_width(sizes), count,
+               sizes, group->out);
+}
+
+/* Return 1 if the softmax of a group has to be quantized in a second pass. */
+static int needs_quantizer(const Attention *a, const Group *group) {
+    if (a->softmax_delta * UNIT > 1.001f) return 1;
+    for (int row = 0; row < GROUP; row++)
+        if (UNIT > group->total[row] * (a->softmax_high + 0.5f) * a->softmax_delta) return group->total[row] > 0;
+    return 0;
+}
+
+/* Quantize the results of the first `rows` queries of a group. factor: 0 to divide by the totals. A query that sees no
+ * key gets 0. */
+static void write_group(const Attention *a, const Group *group, int64_t rows, Sizes sizes, float factor, uint8_t *out) {
     for (int64_t row = 0; row < rows; row++) {
-        for (int64_t i = 0; i < width; i++) output[row * wide + i] /= total[row];
-        quantize_row(output + row * wide, width, params, out + row * stride);
+        float results[MAX_WIDTH], total = group->total[row], zero = total * (128 - a->zero_of_v);
+        float times = total > 0 ? (factor > 0 ? factor : 1 / total) : 0;
+        const float *sums = group->out + row * out_width(sizes);
+        for (int64_t i = 0; i < a->width; i++) results[i] = (sums[place_of(i, sizes)] + zero) * times;
+        quantize_row(results, a->width, a->params, out + row * a->heads * a->width);
     }
 }
 
-/* Quantize softmax(q k^T) (v - zero_of_v).
- * q, out: codes [batch, queries, heads * width]. k, v: codes [batch, keys, heads * width]. scale: D_q D_k / sqrt(d),
- * divided by ln 2 as exponentials are powers of 2. workspace: attention_bytes(batch * heads, keys, width) bytes. */
-void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, int64_t batch, int64_t heads, int64_t queries,
-               int64_t keys, int64_t width, float scale, float zero_of_q, float zero_of_v, const QuantParams *params,
-               uint8_t *workspace, uint8_t *out) {
-    int64_t stride = heads * width, blocks = (queries + ROWS - 1) / ROWS, bytes = head_bytes(keys, width);
+/* Compute attention for up to BLOCK queries of a head, the first of them at q, and quantize the results. */
+static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes sizes, Head head, uint8_t *out) {
+    int64_t stride = a->heads * a->width, width = sizes.units * CODES, groups = up(rows, GROUP) / GROUP;
+    _Alignas(64) QueryCode queries[BLOCK * MAX_WIDTH];
+    Group all[BLOCK / GROUP];
+    memset(queries, 0, groups * GROUP * width * sizeof(QueryCode));
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < a->width; i++) queries[row * width + i] = (QueryCode)(q[row * stride + i] - 128);
+    const int32_t *q_units = (const int32_t *)queries;
+    for (int64_t i = 0; i < groups; i++) start_group(all + i);
+    for (int64_t key = 0; key < sizes.keys; key += PART)
+        for (int64_t i = 0; i < groups; i++)
+            add_part(a, q_units + i * GROUP * sizes.units, sizes, head, key, NULL, all + i);
+    for (int64_t i = 0; i < groups; i++) {
+        int64_t first = i * GROUP, count = rows - first < GROUP ? rows - first : GROUP;
+        if (!needs_quantizer(a, all + i)) {
+            write_group(a, all + i, count, sizes, 0, out + first * stride);
+            continue;
+        }
+        Group quantized;
+        start_group(&quantized);
+        for (int64_t key = 0; key < sizes.keys; key += PART)
+            add_part(a, q_units + first * sizes.units, sizes, head, key, all + i, &quantized);
+        write_group(a, &quantized, count, sizes, a->softmax_delta, out + first * stride);
+    }
+}
+
+/* --- all queries ----------------------------------------------------------------------------------------------- */
+
+static void attend_by_vectors(const Attention *a) {
+    int64_t stride = a->heads * a->width, blocks = (a->queries + BLOCK - 1) / BLOCK;
+    Sizes sizes = sizes_of(a->keys, a->width);
+    uint8_t *workspace = (uint8_t *)up((int64_t)a->workspace, 64);
 #pragma omp parallel
     {
-        TileConfig before, own = {.palette = 1};
-        for (int i = 0; i < 8; i++) own.rows[i] = TILE, own.bytes[i] = 64;
-        __asm__ volatile("" ::: "memory"); /* compilers do not see what tile instructions read */
-        _tile_storeconfig(&before); /* restored below: oneDNN relies on its own configuration */
-        _tile_loadconfig(&own);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < batch * heads; i++) {
-            int64_t at = i / heads * keys * stride + i % heads * width;
-            Head head = head_of(workspace + i * bytes, keys, width);
-            pack_keys(k + at, keys, width, stride, -scale * zero_of_q, head.keys, head.added);
-            pack_values(v + at, keys, width, stride, zero_of_v, head.values);
+        for (int64_t i = 0; i < a->batch * a->heads; i++) {
+            Head head = head_of(workspace + i * head_bytes(sizes), sizes);
+            pack_keys(a, i / a->heads, i % a->heads, sizes, head);
+            pack_values(a, i / a->heads, i % a->heads, sizes, head);
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < batch * heads * blocks; i++) {
-            int64_t head = i / blocks, first = i % blocks * ROWS;
-            int64_t at = (head / heads * queries + first) * stride + head % heads * width;
-            int64_t rows = queries - first < ROWS ? queries - first : ROWS;
-            attend(q + at, rows, keys, width, stride, scale, head_of(workspace + head * bytes, keys, width), *params,
-                   out + at);
+        for (int64_t i = 0; i < a->batch * a->heads * blocks; i++) {
+            int64_t head = i / blocks, first = i % blocks * BLOCK, rows = a->queries - first;
+            int64_t at = (head / a->heads * a->queries + first) * stride + head % a->heads * a->width;
+            attend(a, a->q + at, rows < BLOCK ? rows : BLOCK, sizes, head_of(workspace + head * head_bytes(sizes), sizes),
+                   a->out + at);
         }
-        _tile_loadconfig(&before);
     }
+}
+
+/* Quantize softmax(q k^T) (v - zero_of_v). The arguments are those of struct Attention. */
+void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, const uint8_t *mask, int64_t batch, int64_t heads,
+               int64_t queries, int64_t keys, int64_t width, float scale, float zero_of_q, float zero_of_v,
+               float softmax_delta, float softmax_high, const QuantParams *params, uint8_t *workspace, uint8_t *out) {
+    Attention a = {
+        .q = q, .k = k, .v = v, .mask = mask, .batch = batch, .heads = heads, .queries = queries, .keys = keys,
+        .width = width, .scale = scale, .zero_of_q = zero_of_q, .zero_of_v = zero_of_v, .softmax_delta = softmax_delta,
+        .softmax_high = softmax_high, .params = *params, .workspace = workspace, .out = out};
+    if (has_tiles() && !mask && softmax_delta * UNIT <= 1.001f)
+        attend_by_tiles(&a);
+    else
+        attend_by_vectors(&a);
 }
 
 #else
 
-/* This CPU has no tiles: PyTorch computes attention. */
+/* This CPU has no such vectors: PyTorch computes attention. */
 int64_t has_attention(void) { return 0; }
 
 #endif

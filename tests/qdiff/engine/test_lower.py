@@ -237,6 +237,24 @@ def test_large_attention_is_fused(lowered, monkeypatch):
     assert torch.equal(qnn(*inputs), expected)  # nothing here is large
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not native.has_attention(), reason="this CPU has no integer attention")
+def test_large_attention_in_float32_is_in_integers(lowered, monkeypatch):
+    """Masks too, up to rounding; quantizers of the softmax of 8 bits as well."""
+    for bits in (16, 8):
+        qnn, _ = lowered(SimulatedLayer, sm_abit=bits)
+        block = next(module for module in qnn.modules() if isinstance(module, LoweredCrossAttention))
+        x = torch.randn(2, 12, block.to_q.weight.shape[1])
+        for mask in (None, torch.rand(2, 12) < 0.7):
+            expected = block(x, mask=mask)
+            with monkeypatch.context() as patch, torch.profiler.profile() as profile:
+                patch.setattr(attention, "SMALL", 0)
+                result = block(x, mask=mask)
+            assert "dsdiff::attention" in {event.key for event in profile.key_averages()}
+            assert result.dtype == torch.float32
+            assert 0 < (result - expected).norm() < 0.03 * expected.norm(), (bits, mask)
+
+
 # --- what it keeps -----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,32 @@
+/* Attention on codes: what its implementations share. */
+#ifndef DSDIFF_ATTENTION_H
+#define DSDIFF_ATTENTION_H
+
+#include "rows.h"
+
+enum { MAX_WIDTH = 256 }; /* of a head; wider ones might have sums of bytes that float32 does not hold exactly */
+
+/* The operands. Let c be codes, Z zero points and D steps.
+ * q, out: codes [batch, queries, heads * width]. k, v: codes [batch, keys, heads * width].
+ * mask: [batch, keys], 0 for keys that no query sees; NULL for none.
+ * scale: D_q D_k / sqrt(width) / ln 2; exponentials are powers of 2.
+ * softmax_delta, softmax_high: the quantizer of the softmax, whose zero point is 0.
+ * params: the quantizer of the result, for multiples of D_v.
+ * workspace: of attention_bytes(batch * heads, keys, width) bytes. */
+typedef struct {
+    const uint8_t *q, *k, *v, *mask;
+    int64_t batch, heads, queries, keys, width;
+    float scale, zero_of_q, zero_of_v, softmax_delta, softmax_high;
+    QuantParams params;
+    uint8_t *workspace, *out;
+} Attention;
+
+/* Round n up to a multiple of `to`. */
+static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* Matrix tiles, see attention_tiles.c. They take no mask, and leave out the quantizer of the softmax. */
+int64_t has_tiles(void);
+int64_t tiles_bytes(int64_t keys, int64_t width);
+void attend_by_tiles(const Attention *operands);
+
+#endif
