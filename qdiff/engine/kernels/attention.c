@@ -293,9 +293,13 @@ static void raise_highest(Group *group, int row, int32_t highest, float scale, S
     group->highest[row] = highest;
 }
 
+/* Until a key is seen, an offset makes all probabilities 0. */
 static void start_group(Group *group) {
     memset(group, 0, sizeof *group);
-    for (int row = 0; row < GROUP; row++) group->highest[row] = INT32_MIN;
+    for (int row = 0; row < GROUP; row++) {
+        group->highest[row] = UNSEEN;
+        group->offset[row] = -1e30f;
+    }
 }
 
 /* Add the keys [key, key + PART) to a group whose queries are q. Without `final`, highest scores and totals are found

@@ -252,7 +252,7 @@ def test_large_attention_in_float32_is_in_integers(lowered, monkeypatch):
                 result = block(x, mask=mask)
             assert "dsdiff::attention" in {event.key for event in profile.key_averages()}
             assert result.dtype == torch.float32
-            assert 0 < (result - expected).norm() < 0.03 * expected.norm(), (bits, mask)
+            assert (result - expected).norm() < 0.03 * expected.norm(), (bits, mask)
 
 
 # --- what it keeps -----------------------------------------------------------------------------------------
