@@ -1,4 +1,4 @@
-"""What a benchmark measures: UNet calls, whole pictures or starts, here or under caps; its tables, told and written."""
+"""Run a benchmark of UNet calls, whole pictures or starts, here or under caps; tell and write its tables."""
 
 from pathlib import Path
 

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """What an engine or peer reads. ckpt: the weights, or a bundle. tokenizer: a folder, None beside the weights.
-    others: the further files of `PictureRequest.files`. stored: all files that count as its size on the disk."""
+    """The files that an engine or peer reads.
+
+    ckpt: the weights, or a bundle. tokenizer: a folder, None beside the weights. others: the further files of
+    `PictureRequest.files`. stored: all files that count as its size on the disk.
+    """
 
     ckpt: Path
     tokenizer: Path | None

@@ -1,11 +1,11 @@
-"""What a process is asked to draw, and what it tells of it. Nothing here imports torch."""
+"""The request for a picture, and the times that its process tells. Nothing here imports torch."""
 
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 PROMPT = "a red circle on a blue background"
 SEED = 42
@@ -18,8 +18,8 @@ class PictureRequest:
 
     name: an engine or a peer. ratio: the share of tokens to merge. sampler, steps, scale: as of DrawOptions; steps are
     those that are really taken. config: the model's yaml. ckpt: the file of its weights, or a bundle. tokenizer: a
-    folder, None for the model's own. weight_bit: the bits of a calibration that comes with `ckpt`. files: those that a
-    peer reads, by what they hold. png: the picture to write. device, threads: see BenchmarkOptions.
+    folder, None for the model's own. files: all others that are read, by what they hold: the "cali_ckpt" of a quantized
+    engine, or those of a peer. png: the picture to write. device, threads: see BenchmarkOptions.
     """
 
     name: str
@@ -30,7 +30,6 @@ class PictureRequest:
     config: str
     ckpt: str
     tokenizer: str | None
-    weight_bit: int
     files: Mapping[str, str] = field(default_factory=dict)
     png: str
     device: str
@@ -46,7 +45,7 @@ class PictureRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTold:
-    """What a process tells of its picture, in seconds.
+    """The times of a picture, in seconds, as its process tells them.
 
     ready, done: the time of day at which the model was loaded, and at which the PNG was on the disk. phases: the length
     of those of PHASES but the start and the steps. steps: the length of each step. peak_bytes: the most resident memory
@@ -109,8 +108,3 @@ def peak_resident() -> int | None:
         from dsdiff.environment import peak_memory
 
         return peak_memory()
-
-
-def told_of(content: dict[str, Any]) -> PictureTold:
-    """Return what a process told, from JSON."""
-    return PictureTold(**content)

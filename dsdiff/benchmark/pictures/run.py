@@ -162,7 +162,6 @@ def request_of(row: Row, files: ModelFiles, options: BenchmarkOptions, config: P
         config=str(config),
         ckpt=str(files.ckpt.resolve()),
         tokenizer=None if files.tokenizer is None else str(files.tokenizer),
-        weight_bit=options.weight_bit,
         files={part: str(path.resolve()) for part, path in files.others.items()},
         png=str(folder / f"{row.name}-ratio{row.ratio:g}-{draw.sampler}{draw.steps}{guided}.png"),
         device=str(choose_device(options.device)),
