@@ -148,6 +148,9 @@ CONTRASTS: Mapping[str, tuple[Condition, Change]] = {
     "count": (_always, _count),
     "background": (lambda spec: bool(spec.background), _background),
 }
+# The kinds that no bag of words tells apart: who is where, and what has which colour. They take the longest to learn,
+# so that an item has all of them that its scene has, before any other.
+BINDING = ("relation", "order", "colors")
 TRIES = 20
 
 
@@ -177,8 +180,8 @@ class ContrastDataset(Dataset):
     """Pictures of ShapesDataset, each with its caption and `contrasts` captions that are wrong.
 
     Item i depends on (seed, split, i) alone. Items: {"image": float32 [3, resolution, resolution] in [-1, 1],
-    "caption": str, "wrong": list of captions, "kinds": their kinds}. An item has each kind once before it has one
-    twice.
+    "caption": str, "wrong": list of captions, "kinds": their kinds}. An item has the kinds of BINDING first, and each
+    kind once before it has one twice.
     augmented: degrade the pictures like decoded latents, see `ldm.data.reader.augment`.
     """
 
@@ -219,10 +222,11 @@ class ContrastDataset(Dataset):
 
     def _wrong(self, rng: np.random.Generator, spec: SceneSpec) -> list[tuple[str, SceneSpec]]:
         """Draw `contrasts` pairs of a kind and a content of that kind."""
+        others = [kind for kind in CONTRASTS if kind not in BINDING]
         found: list[tuple[str, SceneSpec]] = []
         while len(found) < self.contrasts:
-            for kind in rng.permutation(list(CONTRASTS)):
-                wrong = contradiction(rng, spec, str(kind))
+            for kind in map(str, (*rng.permutation(BINDING), *rng.permutation(others))):
+                wrong = contradiction(rng, spec, kind)
                 if wrong is not None and len(found) < self.contrasts:
-                    found.append((str(kind), wrong))
+                    found.append((kind, wrong))
         return found

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.data.captions import caption, held_out, parse_caption, sample_spec
-from ldm.data.contrasts import CONTRASTS, ContrastDataset, contradiction
+from ldm.data.contrasts import BINDING, CONTRASTS, ContrastDataset, contradiction
 from ldm.data.shapes import SceneSpec, ShapesDataset
 
 PAIR = "a small striped red circle left of a large blue star on a white background"
@@ -83,6 +83,10 @@ def test_items():
     assert data[3]["wrong"] == item["wrong"]
     counts = [item["kinds"].count(kind) for kind in set(item["kinds"])]
     assert max(counts) - min(counts) <= 1
+    few = ContrastDataset(20, resolution=64, contrasts=3)
+    for i in range(20):
+        if len(parse_caption(few[i]["caption"]).objects) == 2:
+            assert set(few[i]["kinds"]) >= set(BINDING[:2]), i  # exchanged colours may be a held-out combination
     blurred = ContrastDataset(20, resolution=64)[3]["image"]
     assert blurred.shape == item["image"].shape and not torch.equal(blurred, item["image"])
     with pytest.raises(ValueError, match="contrasts 0"):
