@@ -26,7 +26,8 @@ def draw(request: PictureRequest, clock: Clock) -> str:
     )
     settings = pipeline.resolve(options(request))
     draw_with(pipeline, settings, request, clock)
-    return f"the rest in {'bfloat16' if settings.precision == 'autocast' else 'float32'}"
+    rest = "bfloat16" if settings.precision == "autocast" else "float32"
+    return f"UNet in {rest} where it is float, decoder in {settings.vae}"
 
 
 def draw_with(pipeline: Pipeline, settings: DrawSettings, request: PictureRequest, clock: Clock) -> None:
@@ -35,7 +36,7 @@ def draw_with(pipeline: Pipeline, settings: DrawSettings, request: PictureReques
     clock.ready()
     model.cond_stage_model.register_forward_hook(lambda *_: clock.lap("text"))
     latents = pipeline.sample([PROMPT], [SEED], settings, callback=lambda _: clock.step())
-    (picture,) = to_pictures(pipeline.decode(latents))
+    (picture,) = to_pictures(pipeline.decode(latents, settings))
     clock.lap("decoding")
     write_png(Path(request.png), picture)
     clock.lap("png")
@@ -48,6 +49,7 @@ def options(request: PictureRequest) -> DrawOptions:
         steps=request.steps,
         scale=request.scale,
         precision=PRECISIONS.get(request.name),
+        vae="float32" if request.name == "float32" else None,
         merge=MergeOptions(ratio=request.ratio) if request.ratio else None,
     )
 
