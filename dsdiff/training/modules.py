@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.data.reader import ShapesReader, reader_losses
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.clip import ContrastiveModel
+from ldm.models.clip import Contrast, ContrastiveModel
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
@@ -151,24 +151,23 @@ class ContrastTraining(TrainingModule):
 
     model: ContrastiveModel
 
-    def cosines(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def contrast(self, batch: Batch) -> Contrast:
         return self.model(batch["image"], batch["caption"], batch["wrong"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        of_others, of_wrong = self.cosines(batch)
-        loss = self.model.loss(of_others, of_wrong)
-        told_apart = (of_others.detach().diagonal()[:, None] > of_wrong.detach()).float().mean()
+        contrast = self.contrast(batch)
+        loss = self.model.loss(contrast, batch["arrangement"])
+        told_apart = contrast.told_apart.float().mean()
         self.log_dict({"train/loss": loss.detach(), "train/told_apart": told_apart}, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the share of wrong captions that are further from their picture than the right one, also by kind."""
-        of_others, of_wrong = self.cosines(batch)
-        size = len(of_others)
-        right = of_others.diagonal()[:, None] > of_wrong  # [B, K]
-        retrieved = (of_others.argmax(dim=1) == torch.arange(size, device=of_others.device)).float().mean()
-        values = {"val/loss": self.model.loss(of_others, of_wrong), "val/retrieved": retrieved}
-        self.log_dict(values | {"val/told_apart": right.float().mean()}, prog_bar=True, batch_size=size)
+        contrast = self.contrast(batch)
+        right, size = contrast.told_apart, len(contrast.told_apart)
+        values = {"told_apart": right.float().mean(), "retrieved": contrast.retrieved.float().mean()}
+        values["contrast_loss"] = self.model.contrast_loss(contrast)
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True, batch_size=size)
         kinds = np.array(batch["kinds"]).T  # [B, K]
         for kind in np.unique(kinds):
             verdicts = right[torch.from_numpy(kinds == kind).to(right.device)]

@@ -28,7 +28,7 @@ from ldm.data.captions import (
     propose_object,
 )
 from ldm.data.palette import COLORS
-from ldm.data.reader import augment
+from ldm.data.reader import CLASSES, augment
 from ldm.data.shapes import ShapesDataset, render
 
 T = TypeVar("T")
@@ -173,6 +173,27 @@ def contradiction(rng: np.random.Generator, spec: SceneSpec, kind: str) -> Scene
     return None
 
 
+# ---------------------------------------------------------------------------------------------- what lies where
+
+PLACES = ("left", "right", "above", "below", "alone")
+_PLACES_OF_PAIR = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("above", "below"),
+    "below": ("below", "above"),
+}
+
+
+def arrangement(spec: SceneSpec) -> Tensor:
+    """Return what lies in each place: int64 [PLACES, CLASSES], the index of each attribute; -1 where nothing lies."""
+    places = ("alone",) if spec.relation is None else _PLACES_OF_PAIR[spec.relation]
+    found = torch.full((len(PLACES), len(CLASSES)), -1)
+    for place, obj in zip(places, spec.objects, strict=True):
+        indices = [values.index(getattr(obj, name)) for name, values in CLASSES.items()]
+        found[PLACES.index(place)] = torch.tensor(indices)
+    return found
+
+
 # -------------------------------------------------------------------------------------------------- data set
 
 
@@ -180,8 +201,8 @@ class ContrastDataset(Dataset):
     """Pictures of ShapesDataset, each with its caption and `contrasts` captions that are wrong.
 
     Item i depends on (seed, split, i) alone. Items: {"image": float32 [3, resolution, resolution] in [-1, 1],
-    "caption": str, "wrong": list of captions, "kinds": their kinds}. An item has the kinds of BINDING first, and each
-    kind once before it has one twice.
+    "caption": str, "arrangement": int64 [PLACES, CLASSES], "wrong": list of captions, "kinds": their kinds}. An item
+    has the kinds of BINDING first, and each kind once before it has one twice.
     augmented: degrade the pictures like decoded latents, see `ldm.data.reader.augment`.
     """
 
@@ -216,6 +237,7 @@ class ContrastDataset(Dataset):
         return {
             "image": image,
             "caption": caption(scene.spec),
+            "arrangement": arrangement(scene.spec),
             "wrong": [caption(spec) for _, spec in wrong],
             "kinds": [kind for kind, _ in wrong],
         }

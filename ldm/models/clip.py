@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data.reader import READING_SIDE, STRIDE, reader_trunk
+from ldm.data.contrasts import PLACES
+from ldm.data.reader import CLASSES, READING_SIDE, STRIDE, reader_trunk
 from ldm.modules.encoders.clip import ClipEncoder, ClipEncoderConfig, initialise_tower
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
@@ -69,6 +71,7 @@ class ContrastiveModel(nn.Module):
 
     text_config: config of a FrozenCLIPEmbedder, the text encoder of a LatentDiffusion; its weights lie under `text.`.
     image_config: config of an ImageTower. projection_dim: length of the embeddings.
+    arrangement_weight: of the second objective, see `arrangement_loss`.
     scheduler_config: how training changes the learning rate; kept as an attribute.
     """
 
@@ -77,9 +80,11 @@ class ContrastiveModel(nn.Module):
         text_config: Mapping[str, Any],
         image_config: Mapping[str, Any],
         projection_dim: int,
+        arrangement_weight: float = 0.3,
         scheduler_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.arrangement_weight = arrangement_weight
         self.scheduler_config = scheduler_config
         self.text: FrozenCLIPEmbedder = instantiate_from_config(text_config)
         self.image: ImageTower = instantiate_from_config(image_config)
@@ -87,6 +92,7 @@ class ContrastiveModel(nn.Module):
         self.text_projection = nn.Linear(text_width, projection_dim, bias=False)
         self.image_projection = nn.Linear(len(self.image.class_embedding), projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.arrangement_head = nn.Linear(projection_dim, len(PLACES) * (2 + sum(map(len, CLASSES.values()))))
         for projection in (self.text_projection, self.image_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
@@ -95,35 +101,93 @@ class ContrastiveModel(nn.Module):
         """The factor of the cosines in the objective, at most LARGEST_SCALE."""
         return self.logit_scale.exp().clamp(max=LARGEST_SCALE)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Return the embeddings [B, projection_dim], of length 1, of pictures [B, 3, H, W] in [-1, 1]."""
-        return F.normalize(self.image_projection(self.image(images)).float(), dim=-1)
+    def project_images(self, images: Tensor) -> Tensor:
+        """Return the embeddings [B, projection_dim], of any length, of pictures [B, 3, H, W] in [-1, 1]."""
+        return self.image_projection(self.image(images)).float()
 
-    def embed_texts(self, captions: Sequence[str]) -> Tensor:
-        """Return the embeddings [N, projection_dim], of length 1, of N captions: those of their end tokens."""
+    def project_texts(self, captions: Sequence[str]) -> Tensor:
+        """Return the embeddings [N, projection_dim], of any length, of N captions: those of their end tokens."""
         ids = self.text.tokenize(captions).to(self.logit_scale.device)
         ends = (ids == self.text.tokenizer.eos_id).int().argmax(dim=1)  # the first; the others are padding
         # The tower is causal, so that what comes behind the last end changes nothing.
         hidden = self.text.transformer(ids[:, : int(ends.max()) + 1])
-        return F.normalize(self.text_projection(hidden[torch.arange(len(ids)), ends]).float(), dim=-1)
+        return self.text_projection(hidden[torch.arange(len(ids)), ends]).float()
 
-    def forward(self, images: Tensor, captions: Sequence[str], wrong: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """Return the cosines of B pictures with their captions and with wrong ones.
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return the embeddings [B, projection_dim], of length 1, of pictures [B, 3, H, W] in [-1, 1]."""
+        return F.normalize(self.project_images(images), dim=-1)
+
+    def embed_texts(self, captions: Sequence[str]) -> Tensor:
+        """Return the embeddings [N, projection_dim], of length 1, of N captions."""
+        return F.normalize(self.project_texts(captions), dim=-1)
+
+    def forward(self, images: Tensor, captions: Sequence[str], wrong: Sequence[Sequence[str]]) -> "Contrast":
+        """Compare B pictures with their captions and with wrong ones.
 
         captions: B. wrong: K lists of B captions; the k-th caption of each list contradicts the k-th picture.
-        Returns ([B, B], row i, column j: picture i and caption j; [B, K]: each picture and its own wrong captions).
         """
-        pictures = self.embed_images(images)
-        texts = self.embed_texts([*captions, *(caption for group in wrong for caption in group)])
-        of_others = pictures @ texts[: len(captions)].T
-        groups = texts[len(captions) :].view(len(wrong), len(captions), -1)
-        return of_others, torch.einsum("bd,kbd->bk", pictures, groups)
+        pictures = self.project_images(images)
+        texts = self.project_texts([*captions, *(caption for group in wrong for caption in group)])
+        right = texts[: len(captions)]
+        unit, unit_texts = F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
+        groups = unit_texts[len(captions) :].view(len(wrong), len(captions), -1)
+        return Contrast(
+            of_others=unit @ unit_texts[: len(captions)].T,
+            of_wrong=torch.einsum("bd,kbd->bk", unit, groups),
+            pictures=pictures,
+            captions=right,
+        )
 
-    def loss(self, of_others: Tensor, of_wrong: Tensor) -> Tensor:
+    def loss(self, contrast: "Contrast", arrangement: Tensor) -> Tensor:
+        """Return the objective of training, a scalar. arrangement: [B, places, attributes], of the B pictures."""
+        of_pictures = self.arrangement_loss(contrast.pictures, arrangement)
+        of_captions = self.arrangement_loss(contrast.captions, arrangement)
+        return self.contrast_loss(contrast) + self.arrangement_weight * (of_pictures + of_captions)
+
+    def contrast_loss(self, contrast: "Contrast") -> Tensor:
         """Return CLIP's symmetric cross-entropy, with the wrong captions as further choices for a picture.
 
-        of_others, of_wrong: what `forward` returned (Yuksekgonul et al. 2023, section 4).
+        Yuksekgonul et al. 2023, section 4.
         """
-        right = torch.arange(len(of_others), device=of_others.device)
-        choices = self.scale * torch.cat([of_others, of_wrong], dim=1)
-        return (F.cross_entropy(choices, right) + F.cross_entropy(self.scale * of_others.T, right)) / 2
+        right = torch.arange(len(contrast.of_others), device=contrast.of_others.device)
+        choices = self.scale * torch.cat([contrast.of_others, contrast.of_wrong], dim=1)
+        return (F.cross_entropy(choices, right) + F.cross_entropy(self.scale * contrast.of_others.T, right)) / 2
+
+    def arrangement_loss(self, embeddings: Tensor, arrangement: Tensor) -> Tensor:
+        """Return the cross-entropy with which a linear map tells from embeddings what lies where.
+
+        One map serves both towers. Contrast alone finds words long before it finds who is where: neither tower can
+        learn to say "the red one is on the left" before the other can say it too.
+        embeddings: [B, projection_dim]. arrangement: [B, places, attributes], see `ldm.data.contrasts.arrangement`.
+        """
+        logits = self.arrangement_head(embeddings).float().view(len(embeddings), len(PLACES), -1)
+        present, *attributes = logits.split([2, *map(len, CLASSES.values())], dim=-1)
+        filled = arrangement[..., 0] >= 0
+        loss = F.cross_entropy(present.flatten(0, 1), filled.long().flatten())
+        for k, classes in enumerate(attributes):
+            loss = loss + F.cross_entropy(classes[filled], arrangement[..., k][filled])
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A batch of B pictures compared with captions.
+
+    of_others: cosines [B, B]; row i, column j: picture i and caption j. of_wrong: cosines [B, K] of each picture and
+    its own wrong captions. pictures, captions: their embeddings [B, projection_dim], not normalised.
+    """
+
+    of_others: Tensor
+    of_wrong: Tensor
+    pictures: Tensor
+    captions: Tensor
+
+    @property
+    def told_apart(self) -> Tensor:
+        """Tell which wrong captions are further from their picture than the right one: bool [B, K]."""
+        return self.of_others.diagonal()[:, None] > self.of_wrong
+
+    @property
+    def retrieved(self) -> Tensor:
+        """Tell which pictures are nearest to their own caption among all of the batch: bool [B]."""
+        return self.of_others.argmax(dim=1) == torch.arange(len(self.of_others), device=self.of_others.device)

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.data.captions import parse_caption
+from ldm.data.contrasts import PLACES, arrangement
+from ldm.data.reader import CLASSES
 from ldm.models.clip import ContrastiveModel, ImageTower, grid_positions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,18 +65,41 @@ def test_the_image_tower_sees_large_pictures_reduced_and_knows_places():
 
 
 def test_cosines_and_loss_on_known_embeddings(monkeypatch):
+    """Embeddings of any length; the loss of the contrast is that of their cosines."""
     model = build()
     basis = torch.eye(12)
-    texts = {"a": basis[0], "b": basis[1], "not a": basis[0] * 0.6 + basis[2] * 0.8, "not b": -basis[1]}
-    monkeypatch.setattr(model, "embed_images", lambda images: basis[:2])
-    monkeypatch.setattr(model, "embed_texts", lambda captions: torch.stack([texts[each] for each in captions]))
-    of_others, of_wrong = model(torch.zeros(2), ["a", "b"], [["not a", "not b"], ["b", "a"]])
-    torch.testing.assert_close(of_others, torch.eye(2))
-    torch.testing.assert_close(of_wrong, torch.tensor([[0.6, 0.0], [-1.0, 0.0]]))
+    texts = {"a": 3 * basis[0], "b": basis[1], "not a": basis[0] * 0.6 + basis[2] * 0.8, "not b": -basis[1]}
+    monkeypatch.setattr(model, "project_images", lambda images: 2 * basis[:2])
+    monkeypatch.setattr(model, "project_texts", lambda captions: torch.stack([texts[each] for each in captions]))
+    contrast = model(torch.zeros(2), ["a", "b"], [["not a", "not b"], ["b", "a"]])
+    torch.testing.assert_close(contrast.of_others, torch.eye(2))
+    torch.testing.assert_close(contrast.of_wrong, torch.tensor([[0.6, 0.0], [-1.0, 0.0]]))
+    assert contrast.told_apart.all() and contrast.retrieved.all()
     s = model.scale.item()
     first = torch.tensor([[s, 0, 0.6 * s, 0], [0, s, -s, 0]]).log_softmax(1)[[0, 1], [0, 1]].mean()
     second = torch.tensor([[s, 0], [0, s]]).log_softmax(1)[[0, 1], [0, 1]].mean()
-    torch.testing.assert_close(model.loss(of_others, of_wrong), -(first + second) / 2)
+    torch.testing.assert_close(model.contrast_loss(contrast), -(first + second) / 2)
+    nothing = torch.full((2, len(PLACES), len(CLASSES)), -1)
+    nothing[:, 0] = 0
+    both = sum(model.arrangement_loss(each, nothing) for each in (contrast.pictures, contrast.captions))
+    torch.testing.assert_close(model.loss(contrast, nothing), model.contrast_loss(contrast) + 0.3 * both)
+
+
+def test_the_arrangement_is_told_at_no_cost_and_a_wrong_one_at_a_high_one():
+    model = build()
+    specs = [parse_caption(text) for text in CAPTIONS]
+    found = torch.stack([arrangement(spec) for spec in specs])
+    logits = torch.zeros(2, len(PLACES), 2 + sum(map(len, CLASSES.values())))
+    for b, place in ((b, place) for b in range(2) for place in range(len(PLACES))):
+        first, filled = 2, bool(found[b, place, 0] >= 0)
+        logits[b, place, int(filled)] = 20
+        for index, values in zip(found[b, place].tolist(), CLASSES.values(), strict=True):
+            if filled:
+                logits[b, place, first + index] = 20
+            first += len(values)
+    model.arrangement_head = torch.nn.Identity()
+    assert model.arrangement_loss(logits.flatten(1), found) < 1e-6
+    assert model.arrangement_loss(logits.flatten(1), found.flip(0)) > 5
 
 
 def test_the_scale_has_a_limit():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ldm.data.captions import caption, held_out, parse_caption, sample_spec
-from ldm.data.contrasts import BINDING, CONTRASTS, ContrastDataset, contradiction
+from ldm.data.contrasts import BINDING, CONTRASTS, PLACES, ContrastDataset, arrangement, contradiction
+from ldm.data.reader import CLASSES
 from ldm.data.shapes import SceneSpec, ShapesDataset
 
 PAIR = "a small striped red circle left of a large blue star on a white background"
@@ -75,11 +76,26 @@ def test_a_contradiction_is_never_true_and_never_held_out():
                 assert split == "heldout" or not held_out(wrong), (kind, caption(spec), caption(wrong))
 
 
+def test_arrangement_is_the_same_for_both_wordings():
+    first = arrangement(parse_caption("a striped red circle left of a large blue star"))
+    assert torch.equal(first, arrangement(parse_caption("a large blue star right of a striped red circle")))
+    left, right = (dict(zip(CLASSES, first[PLACES.index(place)].tolist(), strict=True)) for place in ("left", "right"))
+    named = [{name: CLASSES[name][index] for name, index in each.items()} for each in (left, right)]
+    assert named == [
+        {"shape": "circle", "color": "red", "size": None, "texture": "striped"},
+        {"shape": "star", "color": "blue", "size": "large", "texture": None},
+    ]
+    assert (first[PLACES.index("above") :] == -1).all()
+    alone = arrangement(parse_caption("a red circle on a white background"))
+    assert (alone[:-1] == -1).all() and (alone[-1] >= 0).all()
+
+
 def test_items():
     data = ContrastDataset(20, resolution=64, contrasts=9, augmented=False)
     item, shapes = data[3], ShapesDataset(20, resolution=64)
     assert torch.equal(item["image"], shapes[3]["image"].permute(2, 0, 1))
     assert item["caption"] == shapes[3]["caption"] and len(item["wrong"]) == len(item["kinds"]) == 9
+    assert torch.equal(item["arrangement"], arrangement(parse_caption(item["caption"])))
     assert data[3]["wrong"] == item["wrong"]
     counts = [item["kinds"].count(kind) for kind in set(item["kinds"])]
     assert max(counts) - min(counts) <= 1

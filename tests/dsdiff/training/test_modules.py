@@ -16,6 +16,7 @@ from dsdiff.training.modules import (
 )
 from ldm.data.contrasts import ContrastDataset
 from ldm.data.reader import ReaderDataset, ShapesReader
+from ldm.models.clip import Contrast
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -92,8 +93,9 @@ def test_contrast_is_measured_by_kind(monkeypatch):
     module, logged = training_module(small_clip(), 1e-3), {}
     monkeypatch.setattr(module, "log", lambda name, value, **kwargs: logged.update({name: float(value)}))
     monkeypatch.setattr(module, "log_dict", lambda values, **kwargs: logged.update(values))
-    of_others, of_wrong = torch.eye(2), torch.tensor([[0.5, 2.0], [0.0, 2.0]])
-    monkeypatch.setattr(module, "cosines", lambda batch: (of_others, of_wrong))
+    cosines = {"of_others": torch.eye(2), "of_wrong": torch.tensor([[0.5, 2.0], [0.0, 2.0]])}
+    contrast = Contrast(**cosines, pictures=torch.eye(2), captions=torch.eye(2))
+    monkeypatch.setattr(module, "contrast", lambda batch: contrast)
     module.validation_step({"kinds": [("order", "order"), ("size", "order")]}, 0)
     assert logged["val/told_apart/order"] == pytest.approx(2 / 3) and logged["val/told_apart/size"] == 0
     assert logged["val/told_apart"] == 0.5 and logged["val/retrieved"] == 1
