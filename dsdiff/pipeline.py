@@ -20,7 +20,7 @@ from dsdiff.models.quantized import Quantization, install, quantize, resolve_qua
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
-from ldm.half_storage import give_back_freed
+from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -34,6 +34,7 @@ from qdiff.engine.lower import fits_bytes
 logger = logging.getLogger(__name__)
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+CONTEXTS = 8  # batches of prompts whose contexts a pipeline keeps
 FIRST_SEED = 42  # of pictures whose seeds are not given
 
 
@@ -99,6 +100,7 @@ class Pipeline:
         self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
         self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
+        self._kept_contexts: dict[tuple[str, ...], Tensor] = {}  # by prompts, those used last at the end
         self._decoders: dict[str, FastDecoder] = {}  # by DrawSettings.vae
         self._model: LatentDiffusion | None = None
         self._loaded_for = ""  # the precision that the model was loaded for
@@ -168,11 +170,12 @@ class Pipeline:
     def _load(self, precision: str) -> LatentDiffusion:
         self._model, self._merged = None, None
         self._decoders.clear()
+        self._kept_contexts.clear()
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
             logger.debug("weights read")
-            install(model, qnn, self.quantization, precision)
+            install(model, qnn, self.quantization, precision, made=lambda: drop_mapped(self.spec.ckpt))
             give_back_freed()
         else:
             model = load_float_model(self.spec, self.device, self.tokenizer)
@@ -235,10 +238,8 @@ class Pipeline:
         model = self.prepare(settings)
         if settings.merge is not None:  # the same destinations for all batches, whatever was drawn before
             tomesd.reseed(model, settings.merge.seed)
-        context = model.get_learned_conditioning(list(prompts))
-        unconditional = None
-        if settings.scale != 1:
-            unconditional = model.get_learned_conditioning([settings.negative_prompt] * len(prompts))
+        context = self._contexts(prompts)
+        unconditional = self._contexts([settings.negative_prompt] * len(prompts)) if settings.scale != 1 else None
         sampler = SAMPLERS[settings.sampler](model)
         times = sampler.schedule(settings.steps, settings.eta)
         unet, factor = model.model.diffusion_model, self.spec.factor
@@ -256,6 +257,17 @@ class Pipeline:
                 callback=callback,
             )
         return latents
+
+    def _contexts(self, prompts: Sequence[str]) -> Tensor:
+        """Return the contexts [B, M, D] of prompts. Those of the last CONTEXTS batches are kept.
+
+        They are kept by batch, as rounding may depend on the others of a batch.
+        """
+        kept, key = self._kept_contexts, tuple(prompts)
+        kept[key] = kept.pop(key) if key in kept else self.model.get_learned_conditioning(list(prompts))
+        while len(kept) > CONTEXTS:
+            del kept[next(iter(kept))]
+        return kept[key]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, settings: DrawSettings | None = None) -> Tensor:
@@ -278,6 +290,8 @@ class Pipeline:
         """Return a decoder, made at first use."""
         if vae not in self._decoders:
             self._decoders[vae] = fast_decoder(self.model.first_stage_model, vae, self.decoder_ranges)
+            if self.spec.bundle:
+                drop_mapped(self.spec.ckpt)
         return self._decoders[vae]
 
     @torch.no_grad()

@@ -6,11 +6,13 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 PAGE_OUT = 21  # advice to the system that pages are not needed soon; those of a file are read again when used
+DONT_NEED = 4  # advice that pages of this process are to go now; those of a file stay in the system's cache
 # Parameters of glibc's mallopt, and their values: none of its own maps and no trimming, then glibc's first ones.
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
 KEEP_ALL, MMAPS, TRIMMED = 2**31 - 1, 2**16, 2**25
@@ -52,13 +54,6 @@ def _narrow(layer: nn.Module, args: tuple, output: object) -> None:
         _give_back(stored)
 
 
-def give_back_weights(network: nn.Module) -> None:
-    """Tell the system that the weights of a network that `keep_in_half` stores are not needed soon."""
-    for parameter in network.parameters():
-        if parameter.dtype == torch.float16:
-            _give_back(parameter.data)
-
-
 def _give_back(weight: Tensor) -> None:
     """Tell the system that the pages of a weight on the CPU are not needed soon."""
     advise = _madvise()
@@ -68,6 +63,23 @@ def _give_back(weight: Tensor) -> None:
     size = (weight.data_ptr() + weight.numel() * weight.element_size() - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(size), PAGE_OUT)  # only advice, so a failure does no harm
+
+
+def drop_mapped(path: Path) -> None:
+    """Let go of the pages of a mapped file that this process holds in memory.
+
+    They are read again where they are used. The file's content must not have been changed in memory, which the mapping
+    of a file of weights never is. On systems other than Linux nothing happens.
+    """
+    advise, table = _madvise(), Path("/proc/self/maps")
+    if advise is None or not table.exists():
+        return
+    name = str(path.resolve())
+    for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, rest = line.partition(" ")
+        if rest.split(None, 4)[4:] == [name]:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONT_NEED)
 
 
 def give_back_freed() -> None:

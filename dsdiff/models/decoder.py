@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsdiff.options import VAES
-from ldm.half_storage import give_back_weights, reuse_freed
+from ldm.half_storage import give_back_freed, reuse_freed
 from ldm.models.autoencoder import AutoencoderKL
 from qdiff.decoder_ranges import Ranges
 from qdiff.engine.backends import onednn
@@ -58,9 +58,7 @@ def fast_decoder(autoencoder: AutoencoderKL, vae: str, ranges: Ranges) -> FastDe
             raise ValueError(f"the ranges of the decoder are another model's: they lack {kernel.name}")
         return IntegerConvolution(kernel, dtype, ranges[kernel.name], onednn.OneDNNLayer)
 
-    decoder = FastDecoder(autoencoder.decoder, autoencoder.post_quant_conv, make)
-    give_back_weights(autoencoder)
-    return decoder
+    return FastDecoder(autoencoder.decoder, autoencoder.post_quant_conv, make)
 
 
 def decode(decoder: FastDecoder, z: Tensor, *, tiling: bool) -> Tensor:
@@ -68,5 +66,6 @@ def decode(decoder: FastDecoder, z: Tensor, *, tiling: bool) -> Tensor:
 
     tiling: in stripes, on less memory.
     """
+    give_back_freed()  # what sampling has left
     with reuse_freed():
-        return (streamed if tiling else whole).decode(decoder, z)
+        return (streamed if tiling else whole).decode(decoder, z, between=give_back_freed)

@@ -1,5 +1,6 @@
 """Draw with a calibrated model: choose its settings from options and file, and put the quantized UNet in place."""
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +17,14 @@ from qdiff.checkpoint import CaliHeader, check_settings, load_cali_ckpt, read_ca
 from qdiff.config import QuantConfig
 from qdiff.engine.backends.expanding import expanding
 from qdiff.engine.backends.simulated import SimulatedLayer
+from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer
 from qdiff.engine.lower import backend_for, fits_bytes, lower
 from qdiff.quant_model import QuantModel
 
 logger = logging.getLogger(__name__)
 
 BIT_SETTINGS = ("weight_bit", "act_bit", "sm_abit")
+LAYERS = 16  # integer layers between two looks at memory
 LOW_MEMORY_BITS = 4  # of weights, up to which keeping them packed saves memory
 
 
@@ -192,8 +195,18 @@ def quantize(model: LatentDiffusion, quantization: Quantization, precision: str 
     install(model, qnn, quantization, precision)
 
 
-def install(model: LatentDiffusion, qnn: QuantModel, quantization: Quantization, precision: str) -> None:
-    """Make a calibrated UNet the model's, run by the engine that was chosen. precision: autocast or full."""
+def install(
+    model: LatentDiffusion,
+    qnn: QuantModel,
+    quantization: Quantization,
+    precision: str,
+    *,
+    made: Callable[[], object] = lambda: None,
+) -> None:
+    """Make a calibrated UNet the model's, run by the engine that was chosen.
+
+    precision: autocast or full. made: called now and then while integer layers are made, to free what they were of.
+    """
     if quantization.cond and model.model.conditioning_key is None:
         raise ValueError("--cond is given, but the model takes no condition: leave it out")
     if quantization.no_grad_ckpt:
@@ -203,10 +216,23 @@ def install(model: LatentDiffusion, qnn: QuantModel, quantization: Quantization,
     config = quantization.effective
     if quantization.engine == "int8":
         backend = backend_for(config, model.device)
-        lower(qnn, expanding(backend) if quantization.low_memory else backend)
+        lower(qnn, _telling(expanding(backend) if quantization.low_memory else backend, made))
     elif quantization.engine == "simulate" and fits_bytes(config):
-        # Under autocast what is not a product is that of the integer engine, whose rounding would differ otherwise.
-        lower(qnn, SimulatedLayer, blocks=model.device.type == "cpu" and precision == "autocast")
+        # On a CPU all but the products is that of the integer engine, whose rounding would differ otherwise.
+        lower(qnn, SimulatedLayer, blocks=model.device.type == "cpu")
+
+
+def _telling(backend: MakeLayer, made: Callable[[], object]) -> MakeLayer:
+    """Return a backend that calls `made` after every LAYERS layers."""
+    layers = itertools.count(1)
+
+    def make(spec: LayerSpec) -> IntegerLayer:
+        layer = backend(spec)
+        if next(layers) % LAYERS == 0:
+            made()
+        return layer
+
+    return make
 
 
 def switch_grad_checkpoint_off(unet: nn.Module) -> None:
