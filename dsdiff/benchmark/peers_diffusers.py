@@ -58,15 +58,17 @@ def make_unet(params: Mapping[str, Any], side: int | None = None) -> nn.Module:
 def make_autoencoder(params: Mapping[str, Any], scale: float) -> nn.Module:
     """Make an AutoencoderKL of the sizes of ours with these params. scale: the factor of its latents."""
     sizes = params["ddconfig"]
-    levels = len(sizes["ch_mult"])
+    blocks: dict[str, Any] = {  # annotated there as of one level
+        "down_block_types": ("DownEncoderBlock2D",) * len(sizes["ch_mult"]),
+        "up_block_types": ("UpDecoderBlock2D",) * len(sizes["ch_mult"]),
+    }
     return AutoencoderKL(
         in_channels=sizes["in_channels"],
         out_channels=sizes["out_ch"],
         latent_channels=params["embed_dim"],
         block_out_channels=tuple(sizes["ch"] * factor for factor in sizes["ch_mult"]),
         layers_per_block=sizes["num_res_blocks"],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        **blocks,
         norm_num_groups=sizes.get("norm_groups", 32),
         sample_size=sizes["resolution"],
         scaling_factor=scale,

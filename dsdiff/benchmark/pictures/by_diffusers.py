@@ -17,6 +17,7 @@ from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.variants import DTYPES
 from ldm.modules.encoders.clip import ClipTextConfig
 
+DIFFUSERS: Any = StableDiffusionPipeline  # whose annotations leave out what it takes and returns
 PLMS = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 
 
@@ -27,7 +28,7 @@ def draw(request: PictureRequest, clock: Clock) -> str:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = DTYPES[request.name.removeprefix("diffusers-")]
-    pipe = StableDiffusionPipeline.from_pretrained(
+    pipe = DIFFUSERS.from_pretrained(
         request.files["folder"], torch_dtype=dtype, local_files_only=True, safety_checker=None
     ).to(request.device)
     pipe.set_progress_bar_config(disable=True)
@@ -81,7 +82,7 @@ def make_folder(source: Source, tokenizer: Path, folder: Path) -> None:
     plan = {"beta_start": params["linear_start"], "beta_end": params["linear_end"], "beta_schedule": "scaled_linear"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = StableDiffusionPipeline(
+        pipe = DIFFUSERS(
             vae=peers_diffusers.make_autoencoder(params["first_stage_config"]["params"], params.get("scale_factor", 1)),
             text_encoder=transformers.CLIPTextModel(
                 transformers.CLIPTextConfig(**vars(ClipTextConfig.from_fields(text)))

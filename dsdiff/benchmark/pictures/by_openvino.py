@@ -99,7 +99,7 @@ def draw(request: PictureRequest, clock: Clock) -> str:
 
 def options(request: PictureRequest) -> DrawOptions:
     """Return how to draw; merging is in the compiled UNet."""
-    plain = {"precision": "full", "vae": "float32"}  # so that the Pipeline calls networks as they are
+    plain: dict[str, Any] = {"precision": "full", "vae": "float32"}  # so that the Pipeline calls networks as they are
     return DrawOptions(sampler=request.sampler, steps=request.steps, scale=request.scale, **plain)
 
 
