@@ -23,9 +23,8 @@ class LoweredCrossAttention(QuantCrossAttention):
 
     to_q, to_k and to_v return codes, and the attention returns the input codes of to_out, where
     `fused_ops.attention` does what the quantizers say: with our kernel always; with PyTorch's, in bfloat16 and float16
-    only, where the softmax quantizer has 16 bits, and leaves it out, as bfloat16 is coarser.
-
-    In float32, attention that is small (see `is_small`) is computed as in the simulation.
+    only, where the softmax quantizer has 16 bits, and leaves it out, as bfloat16 is coarser. Otherwise attention is
+    computed as in the simulation, or fused (see `can_fuse`).
 
     to_k, to_v: ContextLayers where the attention is over a context.
     """
@@ -43,7 +42,7 @@ class LoweredCrossAttention(QuantCrossAttention):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         params = params_of(self.act_quantizer_q), params_of(self.act_quantizer_k), params_of(self.act_quantizer_v)
-        if not self._computes_from_codes(x, x if context is None else context, params):
+        if not self._computes_from_codes(x, params):
             return super().forward(x, context, mask)
         if isinstance(self.to_k, ContextLayer) and isinstance(self.to_v, ContextLayer):
             context = x if context is None else context
@@ -61,13 +60,12 @@ class LoweredCrossAttention(QuantCrossAttention):
         )
         return self.to_out[1:](last.to_float(out, x.dtype))
 
-    def _computes_from_codes(self, x: Tensor, context: Tensor, params: fused_ops.Three) -> bool:
-        """Return whether `fused_ops.attention` is used. x: [B, N, C], of queries. context: [B, M, D], of keys."""
+    def _computes_from_codes(self, x: Tensor, params: fused_ops.Three) -> bool:
+        """Return whether `fused_ops.attention` is used for an input like x."""
         width = round(self.scale**-2)  # of a head
-        honoured = has_softmax_params(self.act_quantizer_w) and fused_ops.has_integer_attention(x.device, params, width)
-        if x.dtype == torch.float32:
-            return honoured and not is_small(self.heads, x.shape[1], context.shape[1])
-        return honoured or self.act_quantizer_w.n_bits >= FINE
+        if has_softmax_params(self.act_quantizer_w) and fused_ops.has_integer_attention(x.device, params, width):
+            return True
+        return x.dtype != torch.float32 and self.act_quantizer_w.n_bits >= FINE
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return softmax(q k^T / sqrt(d)) v, [B, heads, N, d], of q [B, heads, N, d] and k, v [B, heads, M, d]."""
@@ -92,12 +90,6 @@ class LoweredAttentionBlock(QuantAttentionBlock):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def is_small(heads: int, queries: int, keys: int) -> bool:
-    """Return whether attention is computed as in the simulation. The limit is one per sample, so that a picture does
-    not depend on its batch."""
-    return heads * queries * keys <= SMALL
-
-
 def has_softmax_params(softmax: Quantizer) -> bool:
     """Return whether the attention kernel knows quantizers of this kind: those whose code of 0 is 0."""
     return not softmax.symmetric and float(softmax.zero_point) == 0
@@ -114,10 +106,11 @@ def can_fuse(q: Tensor, k: Tensor, softmax: nn.Module) -> bool:
     """Return whether attention of q [B, heads, N, d] and k [B, heads, M, d] goes through PyTorch's fused kernel.
 
     The kernel cannot quantize the softmax output, so only attention whose softmax quantizer has 16 bits and a range
-    that reaches about 1 is fused, without that quantizer. Small attention is not fused.
+    that reaches about 1 is fused, without that quantizer. Small attention is not fused. The limit is one per sample, so
+    that a picture does not depend on its batch.
     """
     return (
-        not is_small(q.shape[1], q.shape[2], k.shape[2])
+        q.shape[1] * q.shape[2] * k.shape[2] > SMALL
         and isinstance(softmax, Quantizer)
         and softmax.n_bits >= FINE
         and float(softmax.delta) * softmax.high >= WHOLE

@@ -1,8 +1,8 @@
-"""The blocks of a lowered UNet. In bfloat16 and float16 they need fewer passes over memory than the quantized ones.
+"""The blocks of a lowered UNet. They need fewer passes over memory than the quantized ones.
 
 Each block stands in the slot of the block from which it is built (`qdiff.exchange`). Under autocast all features of the
 lowered UNet have autocast's dtype, residual streams included; norms, activation functions and sums compute in float32.
-In float32 the blocks compute what the quantized blocks do.
+In float32 without our kernels (see `fused_ops.fuses`) the blocks compute what the quantized blocks do.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ class LoweredResBlock(QuantResBlock):
         self.emb_layers = TimeLayer(self.emb_layers, step_cache)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if x.dtype == torch.float32 or self.updown or self.use_scale_shift_norm or x.ndim != 4:
+        if not fused_ops.fuses(x) or self.updown or self.use_scale_shift_norm or x.ndim != 4:
             return super()._forward(x, emb)
         first, second = cast(CodesLayer, self.in_layers[2]), cast(CodesLayer, self.out_layers[3])
         norms = cast(nn.GroupNorm, self.in_layers[0]), cast(nn.GroupNorm, self.out_layers[0])
@@ -98,7 +98,7 @@ class LoweredSpatialTransformer(Exchanged, SpatialTransformer):
     FIELDS = ("in_channels",)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if x.dtype == torch.float32 or not isinstance(self.proj_in, CodesLayer):
+        if not fused_ops.fuses(x) or not isinstance(self.proj_in, CodesLayer):
             return super().forward(x, context)
         height, width = x.shape[2:]
         tokens = self.proj_in.to_float(fused_ops.group_norm(self.norm, x, self.proj_in.params), x.dtype)
@@ -120,7 +120,7 @@ class LoweredTransformerBlock(QuantBasicTransformerBlock):
         Exchanged.__init__(self, original)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if x.dtype == torch.float32:
+        if not fused_ops.fuses(x):
             return super()._forward(x, context)
         x = self.attn1(fused_ops.layer_norm(self.norm1, x)).add_(x)
         x = self.attn2(fused_ops.layer_norm(self.norm2, x), context=context).add_(x)
@@ -136,7 +136,7 @@ class LoweredFeedForward(Exchanged, FeedForward):
         residual: a tensor of the output's shape, to which the output is added in place (if contiguous) and returned.
         """
         proj, out = getattr(self.net[0], "proj", None), self.net[2]
-        if x.dtype == torch.float32 or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
+        if not fused_ops.fuses(x) or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
         codes = proj.quantize(x).flatten(0, -2).split(PART)

@@ -1,8 +1,7 @@
 """Fused norm, activation and attention operations that end in the uint8 input of the next integer layer.
 
-In float32, PyTorch computes them, so that results do not differ from the simulation. In bfloat16, our C kernels (see
-`native`) compute an operation and the quantization after it in one pass over memory, with float32 inside. Without the
-kernels, and in float16, PyTorch computes both.
+Our C kernels (see `native`) compute an operation and the quantization after it in one pass over memory, with float32
+inside, for features in float32 and bfloat16. Without the kernels, and in float16, PyTorch computes both.
 
 Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes are laid out as the tensor they stand for.
 """
@@ -38,13 +37,13 @@ def quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return norm(x) for x [..., C], in x's dtype."""
-    if x.dtype == torch.float32:
-        return norm(x)
     if not _has_kernel(x, norm):
-        return _in_float32(norm, x).to(x.dtype)
+        return norm(x) if x.dtype == torch.float32 else _in_float32(norm, x).to(x.dtype)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
-    native.call("layer_norm", x, True, x.numel() // width, width, norm.weight, norm.bias, norm.eps, out)
+    native.call(
+        "layer_norm", x, x.dtype == torch.bfloat16, x.numel() // width, width, norm.weight, norm.bias, norm.eps, out
+    )
     return out
 
 
@@ -55,7 +54,7 @@ def group_norm(
 
     x: [B, C, *spatial]. added: float32 [B, C], or None for nothing.
     """
-    if x.dtype == torch.float32 or not _has_kernel(x, norm) or x.ndim != 4 or x.numel() == 0:
+    if not _has_kernel(x, norm) or x.ndim != 4 or x.numel() == 0:
         return quantize(_group_norm(norm, x, added, silu), params)[0]
     x = x.contiguous(memory_format=torch.channels_last)
     samples, channels, size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -65,8 +64,8 @@ def group_norm(
     out = torch.empty(x.shape, dtype=torch.uint8, memory_format=torch.channels_last)
     added = None if added is None else added.float().contiguous()
     native.call(
-        "group_norm", x, True, samples, size, channels, added, norm.num_groups, norm.weight, norm.bias, norm.eps, silu,
-        [params], slices, sums, lines, out
+        "group_norm", x, x.dtype == torch.bfloat16, samples, size, channels, added, norm.num_groups, norm.weight,
+        norm.bias, norm.eps, silu, [params], slices, sums, lines, out
     )  # fmt: skip
     return out
 
@@ -80,13 +79,13 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor, added: Tensor | None, silu: bool)
 
 def geglu(x: Tensor, params: QuantParams) -> Tensor:
     """Return the codes [..., n] of value * gelu(gate) for x = [value, gate], [..., 2 n]."""
-    if x.dtype == torch.float32 or not _has_kernel(x):
+    if not _has_kernel(x):
         value, gate = x.chunk(2, dim=-1)
         return quantize(value * F.gelu(gate), params)[0]
     x = x.contiguous()
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width, dtype=torch.uint8)
-    native.call("geglu", x, True, x.numel() // (2 * width), width, [params], out)
+    native.call("geglu", x, x.dtype == torch.bfloat16, x.numel() // (2 * width), width, [params], out)
     return out
 
 
@@ -181,6 +180,11 @@ def _in_float32(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
     if isinstance(norm, nn.GroupNorm):
         return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
     return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
+def fuses(x: Tensor) -> bool:
+    """Return whether features like x go through the operations of this module: in float32 with our kernels only."""
+    return x.dtype != torch.float32 or _has_kernel(x)
 
 
 # --- tensors as rows ---------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ StepOrder = Literal["one by one", "together"]
 
 
 class OneDNNLayer(IntegerLayer):
-    """An integer layer whose weight is laid out for oneDNN's kernels. A Conv1d runs as a Conv2d of height 1.
+    """An integer layer whose weight is laid out for oneDNN's kernels.
+
+    A Conv1d runs as a Conv2d of height 1. A 1x1 convolution runs as a linear layer on the channels of each pixel, which
+    takes half of the time on small feature maps.
 
     `packed` is oneDNN's word for that layout; here each weight takes a byte.
     """
@@ -39,8 +42,9 @@ class OneDNNLayer(IntegerLayer):
         self.register_buffer("bias", spec.bias)
         self.one_dimensional = spec.weight.ndim == 3
         self.geometry: list[Any] | None = None  # a convolution's stride, padding, dilation and groups
-        if spec.options is None:
-            packed = torch.ops.onednn.qlinear_prepack(spec.weight.contiguous(), None)
+        self.pointwise = _is_pointwise(spec)
+        if spec.options is None or self.pointwise:
+            packed = torch.ops.onednn.qlinear_prepack(spec.weight.flatten(1).contiguous(), None)
         else:
             names = ("stride", "padding", "dilation")
             sizes = [_pair(spec.options[name], self.one_dimensional, name) for name in names]
@@ -68,6 +72,9 @@ class OneDNNLayer(IntegerLayer):
 
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         out = dtype if dtype in OUTPUTS else torch.float32
+        if self.pointwise:
+            pixels = codes.permute(0, 2, 3, 1).contiguous()  # no copy of a channels_last tensor
+            return self._linear(pixels, 1.0, 0, out).to(dtype).permute(0, 3, 1, 2)
         if self.geometry is None:
             return self._linear(codes, 1.0, 0, out).to(dtype)
         codes = codes.unsqueeze(2) if self.one_dimensional else codes
@@ -78,7 +85,7 @@ class OneDNNLayer(IntegerLayer):
 
     def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
         saturates = params.high == 255 and 0 <= params.zero_point <= 255  # at the ends of a byte, as the kernel does
-        if self.geometry is not None or not saturates:
+        if self.geometry is not None or self.pointwise or not saturates:
             return super().to_codes(codes, params)
         return self._linear(codes, params.delta, params.zero_point, torch.uint8)
 
@@ -87,6 +94,14 @@ class OneDNNLayer(IntegerLayer):
 
     def _numbers(self) -> tuple[Any, ...]:
         return self.params.delta, self.params.zero_point, self.packed, self.step, self.zeros, self.bias
+
+
+def _is_pointwise(spec: LayerSpec) -> bool:
+    """Return whether this is a Conv2d that computes each pixel from itself alone."""
+    if spec.options is None or spec.weight.ndim != 4:
+        return False
+    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    return spec.weight.shape[2:] == (1, 1) and all(spec.options[name] == value for name, value in plain.items())
 
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:

@@ -80,9 +80,6 @@ static Sizes sizes_of(int64_t keys, int64_t width) {
 static int64_t row_width(Sizes sizes) { return (2 * sizes.full + sizes.tail) * LANES; }
 static int64_t out_width(Sizes sizes) { return (sizes.full + sizes.tail) * LANES; }
 
-/* Return the place of value i in the output, and in `starts`. */
-static int64_t place_of(int64_t i, Sizes sizes) { return i < sizes.full * LANES ? i : 2 * i - sizes.full * LANES; }
-
 /* Return the bytes of a Head. */
 static int64_t head_bytes(Sizes sizes) {
     int64_t codes = sizes.keys * sizes.units * CODES * (int64_t)sizeof(KeyCode), parts = up(sizes.keys, PART) / PART;
@@ -281,9 +278,8 @@ typedef struct {
 
 /* Raise the highest score of a query, and scale down what was summed up with the earlier one. */
 static void raise_highest(Group *group, int row, int32_t highest, float scale, Sizes sizes) {
-    double exact = -(double)(sizes.narrow ? from_bits((uint32_t)highest) : (float)highest) * scale;
-    float offset = (float)exact; /* rounded downwards, so that no logit is above the highest one */
-    if (offset > exact) offset = nextafterf(offset, -INFINITY);
+    float offset = -(sizes.narrow ? from_bits((uint32_t)highest) : (float)highest) * scale;
+    offset -= fabsf(offset) * 0x1p-23f; /* so that rounding leaves no logit above the highest one */
     if (group->total[row] > 0) {
         float factor = exp2f(offset - group->offset[row]);
         group->total[row] *= factor;
@@ -294,11 +290,12 @@ static void raise_highest(Group *group, int row, int32_t highest, float scale, S
 }
 
 /* Until a key is seen, an offset makes all probabilities 0. */
-static void start_group(Group *group) {
-    memset(group, 0, sizeof *group);
+static void start_group(Group *group, Sizes sizes) {
+    memset(group->out, 0, GROUP * out_width(sizes) * sizeof(float));
     for (int row = 0; row < GROUP; row++) {
         group->highest[row] = UNSEEN;
         group->offset[row] = -1e30f;
+        group->total[row] = 0;
     }
 }
 
@@ -344,8 +341,10 @@ static void write_group(const Attention *a, const Group *group, int64_t rows, Si
     for (int64_t row = 0; row < rows; row++) {
         float results[MAX_WIDTH], total = group->total[row], zero = total * (128 - a->zero_of_v);
         float times = total > 0 ? (factor > 0 ? factor : 1 / total) : 0;
-        const float *sums = group->out + row * out_width(sizes);
-        for (int64_t i = 0; i < a->width; i++) results[i] = (sums[place_of(i, sizes)] + zero) * times;
+        const float *sums = group->out + row * out_width(sizes), *tail = sums + sizes.full * LANES;
+        int64_t together = sizes.full * LANES < a->width ? sizes.full * LANES : a->width;
+        for (int64_t i = 0; i < together; i++) results[i] = (sums[i] + zero) * times;
+        for (int64_t i = together; i < a->width; i++) results[i] = (tail[2 * (i - together)] + zero) * times;
         quantize_row(results, a->width, a->params, out + row * a->heads * a->width);
     }
 }
@@ -359,7 +358,7 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes siz
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < a->width; i++) queries[row * width + i] = (QueryCode)(q[row * stride + i] - 128);
     const int32_t *q_units = (const int32_t *)queries;
-    for (int64_t i = 0; i < groups; i++) start_group(all + i);
+    for (int64_t i = 0; i < groups; i++) start_group(all + i, sizes);
     for (int64_t key = 0; key < sizes.keys; key += PART)
         for (int64_t i = 0; i < groups; i++)
             add_part(a, q_units + i * GROUP * sizes.units, sizes, head, key, NULL, all + i);
@@ -370,7 +369,7 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes siz
             continue;
         }
         Group quantized;
-        start_group(&quantized);
+        start_group(&quantized, sizes);
         for (int64_t key = 0; key < sizes.keys; key += PART)
             add_part(a, q_units + first * sizes.units, sizes, head, key, all + i, &quantized);
         write_group(a, &quantized, count, sizes, a->softmax_delta, out + first * stride);
