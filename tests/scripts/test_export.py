@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED, READER
 from dsdiff.pipeline import load
 from qdiff.checkpoint import HEADER, read_cali_header
+from qdiff.engine.backends import onednn
 from qdiff.engine.lower import backend_for
 from scripts import calibrate, export, txt2img
 
@@ -27,7 +28,8 @@ def bundle(tmp_path_factory):
 
 
 def draw(folder, *flags):
-    txt2img.main([*FLAGS, "--outdir", str(folder), *map(str, flags)])
+    decoder = () if "--vae" in flags else ("--vae", "float32")
+    txt2img.main([*FLAGS, "--outdir", str(folder), *decoder, *map(str, flags)])
     return np.asarray(Image.open(folder / "samples" / "00000.png"))
 
 
@@ -40,6 +42,27 @@ def test_it_draws_what_the_parts_draw(bundle, tmp_path):
         parts = draw(tmp_path / f"parts{line}", "--ptq", *line.split())
         # The shipped checkpoint is float16, as the file's other parts are; layouts differ, and so does rounding.
         assert np.abs(alone.astype(int) - parts.astype(int)).max() <= 2, line
+
+
+def test_its_decoder_runs_on_integers(bundle, tmp_path):
+    if onednn.largest_exact_weight() < onednn.LARGEST:
+        pytest.skip("this CPU has no exact kernels for weights of 8 bits")
+    exact, whole, tiled = (
+        draw(tmp_path / f"{i}", "--ckpt", bundle, "--ddim_steps", "10", "--vae", *flags).astype(float)
+        for i, flags in enumerate((["float32"], ["int8"], ["int8", "--vae_tiling"]))
+    )
+    assert 0 < np.square(whole - exact).mean() < 255**2 / 10**4  # 40 dB
+    assert np.square(tiled - whole).mean() < 255**2 / 10**4.5
+
+
+def test_without_ranges_there_is_no_integer_decoder(bundle, tmp_path, capsys):
+    tensors = {name: tensor for name, tensor in load_file(bundle).items() if not name.startswith("decoder.")}
+    with safe_open(bundle, framework="pt") as file:
+        save_file(tensors, tmp_path / "old.safetensors", metadata=file.metadata())
+    assert draw(tmp_path / "out", "--ckpt", tmp_path / "old.safetensors").std() > 0
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "none", "--ckpt", tmp_path / "old.safetensors", "--vae", "int8")
+    assert "no calibrated ranges" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def backend_exists():
