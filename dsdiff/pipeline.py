@@ -175,7 +175,7 @@ class Pipeline:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
             logger.debug("weights read")
-            install(model, qnn, self.quantization, precision, made=lambda: drop_mapped(self.spec.ckpt))
+            install(model, qnn, self.quantization, precision, made=self._give_back)
             give_back_freed()
         else:
             model = load_float_model(self.spec, self.device, self.tokenizer)
@@ -185,6 +185,12 @@ class Pipeline:
         logger.debug("model ready")
         self._model, self._loaded_for = model, precision
         return model
+
+    def _give_back(self) -> None:
+        """Return to the system what was read of a bundle, and what is freed."""
+        if self.spec.bundle:
+            drop_mapped(self.spec.ckpt)
+            give_back_freed()
 
     # --- drawing ------------------------------------------------------------------------------------------
 
@@ -290,8 +296,7 @@ class Pipeline:
         """Return a decoder, made at first use."""
         if vae not in self._decoders:
             self._decoders[vae] = fast_decoder(self.model.first_stage_model, vae, self.decoder_ranges)
-            if self.spec.bundle:
-                drop_mapped(self.spec.ckpt)
+            self._give_back()
         return self._decoders[vae]
 
     @torch.no_grad()

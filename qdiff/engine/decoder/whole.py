@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qdiff.engine.decoder.attention import attend
 from qdiff.engine.decoder.layers import (
-    STRIPE,
     Convolution,
     UpsamplingConvolution,
     convolve,
@@ -26,7 +25,7 @@ from qdiff.engine.decoder.statistics import Sums, affine, apply_affine
 def decode(decoder: FastDecoder, z: Tensor, between: Callable[[], object] = lambda: None) -> Tensor:
     """Return the pictures [B, 3, f h, f w], float32 and not clamped, of unscaled latents z [B, z_channels, h, w].
 
-    between: called after each level, when most of its maps are freed.
+    between: called within and after each level, when maps were freed.
     """
     return torch.cat([_decode(decoder, latent[None], between) for latent in z])
 
@@ -37,6 +36,7 @@ def _decode(decoder: FastDecoder, z: Tensor, between: Callable[[], object]) -> T
         blocks = level.blocks
         if level.upsampling is not None:
             x, blocks = _entry(level.upsampling, blocks, x)
+            between()
         for block in blocks:
             maps = [x]  # handed on without a name here, so that it is freed as soon as it has been read
             del x
@@ -57,7 +57,7 @@ def _entry(conv: UpsamplingConvolution, blocks: tuple[Block, ...], x: Tensor) ->
     source = Doubled(conv=conv, small=x, groups=block.norm1.num_groups)
     lines, size = affine(block.norm1, source.sums), (source.height, source.width)
     h, x = (new_map(each, *size, source.small.device) for each in (block.conv1, block.shortcut))
-    for start, stop in stripes(*size, 2 * STRIPE):  # larger ones, with fewer rows computed twice
+    for start, stop in stripes(*size):
         begin, end = around(start, stop, 1, source.height)
         rows = source.rows(begin, end)
         h[:, :, start:stop] = normed(block.conv1, rows, lines, start, stop, source.height)

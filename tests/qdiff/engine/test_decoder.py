@@ -55,7 +55,6 @@ def test_in_float32_it_is_the_decoder(autoencoder, z, monkeypatch):
     for stripe in (8192, 100, 1):  # rows of a stripe: all, some, one
         monkeypatch.setattr(layers, "STRIPE", stripe)
         monkeypatch.setattr(sources, "STRIPE", stripe)
-        monkeypatch.setattr(whole, "STRIPE", stripe)
         monkeypatch.setattr(streamed, "PIXELS", stripe)
         for way in (whole, streamed):
             assert torch.allclose(way.decode(decoder, z), expected, atol=1e-4), (way, stripe)
