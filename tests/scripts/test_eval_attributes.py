@@ -45,7 +45,7 @@ def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     """The whole run with a stand-in for the model, which paints what the latents say."""
     data = ShapesDataset(3, "test")
 
-    def decode(pipeline, latents):
+    def decode(pipeline, latents, settings=None):
         """Latents are seeds, or pictures that went through the stand-in for the encoder."""
         return latents if torch.is_tensor(latents) else attributes.tensor_of([data.picture(i) for i in latents])
 
