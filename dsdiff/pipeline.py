@@ -30,6 +30,7 @@ from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.lower import fits_bytes
+from qdiff.engine.matching import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,8 @@ class Pipeline:
             tomesd.remove_patch(model)
             self._merged = None  # also where merging is refused below
             if settings.merge is not None:
-                tomesd.apply_patch(model, **asdict(settings.merge))
+                lowered = self._engine in ("int8", "simulate")  # in floats, tokens are matched as PyPI's tomesd does
+                tomesd.apply_patch(model, **asdict(settings.merge), nearest=nearest if lowered else None)
             self._merged = settings.merge
         return model
 

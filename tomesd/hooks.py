@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
-from .merge import Matching, choose_destinations, match_tokens
+from .merge import Matching, Nearest, choose_destinations, match_tokens
 from .options import DOWNSAMPLES, MergeOptions
 
 ATTRIBUTE = "token_merging"  # of a patched block: its BlockMerging
@@ -38,8 +38,9 @@ class TokenCount:
 class ModelMerging:
     """The state that the patched blocks of a network share: options, generator, and the size of the latents."""
 
-    def __init__(self, options: MergeOptions, network: nn.Module):
+    def __init__(self, options: MergeOptions, network: nn.Module, nearest: Nearest | None):
         self.options = options
+        self.nearest = nearest
         self.generator = torch.Generator()
         self.size: tuple[int, int] | None = None  # (H, W) of the latents
         self.forwards = 0  # of the whole network, so far
@@ -214,7 +215,8 @@ class BlockMerging:
             return None
         h, w = grid
         drawn = options.use_rand and (x.shape[0] % 2 == 0 or model.pinned)
-        return match_tokens(x, w, h, options.sx, options.sy, r, self._draw(w, h) if drawn else None)
+        choice = self._draw(w, h) if drawn else None
+        return match_tokens(x, w, h, options.sx, options.sy, r, choice, model.nearest)
 
     def _draw(self, w: int, h: int) -> torch.Tensor:
         """Return the destinations for a w x h grid, drawn once per forward of the network.

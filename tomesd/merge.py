@@ -12,6 +12,11 @@ from functools import cached_property
 
 import torch
 
+# (tokens [B, N, C], places of sources [S], places of destinations [D]) -> the cosine similarity of each source to the
+# destination that it resembles most, [B, S], and the latter as a place among the destinations, int64 [B, S]. None where
+# it does not know tokens of this kind.
+Nearest = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], "tuple[torch.Tensor, torch.Tensor] | None"]
+
 MERGE_MODES = ("mean", "sum", "amax")
 
 
@@ -106,7 +111,14 @@ def choose_destinations(w: int, h: int, sx: int, sy: int, generator: torch.Gener
 
 
 def match_tokens(
-    metric: torch.Tensor, w: int, h: int, sx: int, sy: int, r: int, choice: torch.Tensor | None = None
+    metric: torch.Tensor,
+    w: int,
+    h: int,
+    sx: int,
+    sy: int,
+    r: int,
+    choice: torch.Tensor | None = None,
+    nearest: Nearest | None = None,
 ) -> Matching | None:
     """Match the tokens of a w x h grid (bipartite soft matching); return None if r <= 0: nothing is to be merged.
 
@@ -116,25 +128,44 @@ def match_tokens(
     r: number of tokens to merge, capped at the number of sources. For r = int(ratio * h * w) a ratio of about
         0.5 is wise; the most that can go is 1 - 1 / (sx * sy).
     choice: from choose_destinations; None takes the first token of every tile.
+    nearest: compares tokens in place of PyTorch, where it can.
     Raises ValueError if the grid, the tile or the choice does not fit.
     """
     _check_grid(metric, w, h, sx, sy)
-    return _match(metric, w, h, sx, sy, r, choice) if r > 0 else None
+    return _match(metric, w, h, sx, sy, r, choice, nearest) if r > 0 else None
 
 
 @torch.no_grad()
-def _match(metric: torch.Tensor, w: int, h: int, sx: int, sy: int, r: int, choice: torch.Tensor | None) -> Matching:
+def _match(
+    metric: torch.Tensor,
+    w: int,
+    h: int,
+    sx: int,
+    sy: int,
+    r: int,
+    choice: torch.Tensor | None,
+    nearest: Nearest | None = None,
+) -> Matching:
     """Match a checked grid, r >= 1. Bolya et al. (2022), section 3: each source keeps its best edge, r edges merge."""
     sx, sy = _clip_tile(w, h, sx, sy)
     a_idx, b_idx = _split_grid(w, h, sx, sy, choice, metric.device)
     r = min(r, a_idx.numel())
 
-    unit = _normalize(metric)
-    scores = unit[:, a_idx] @ unit[:, b_idx].transpose(-1, -2)  # [B, sources, destinations]
-    best, partner = scores.max(dim=-1)
+    found = None if nearest is None else nearest(metric, a_idx, b_idx)
+    best, partner = _nearest(metric, a_idx, b_idx) if found is None else found
     order = best.argsort(dim=-1, descending=True, stable=True)
     src_idx = order[:, :r]
     return Matching(a_idx=a_idx, b_idx=b_idx, unm_idx=order[:, r:], src_idx=src_idx, dst_idx=partner.gather(1, src_idx))
+
+
+def _nearest(
+    metric: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what Nearest says."""
+    unit = _normalize(metric)
+    scores = unit[:, sources] @ unit[:, destinations].transpose(-1, -2)  # [B, S, D]
+    best, partner = scores.max(dim=-1)
+    return best, partner
 
 
 def bipartite_soft_matching_random2d(

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from .hooks import ATTRIBUTE, BlockMerging, ModelMerging, TokenCount
+from .merge import Nearest
 from .network import BLOCK_CLASS, blocks_of, check_block, network_of
 from .options import MergeOptions, check_seed
 
@@ -27,11 +28,13 @@ def apply_patch(
     merge_mlp: bool = False,
     *,
     seed: int = 0,
+    nearest: Nearest | None = None,
 ) -> Any:
     """Switch token merging on in the model, in place, and return the model. A former patch is replaced.
 
     model: a LatentDiffusion, a UNet, a quantized UNet, a diffusers UNet, or a diffusers pipeline with a `unet`.
         Quantize first and patch last. The blocks are found by class name, so that subclasses count as well.
+    nearest: compares tokens in place of PyTorch; see `tomesd.merge.match_tokens`.
     The other arguments are those of MergeOptions. Destinations are drawn from a generator that belongs to the
     patch and starts from `seed` (a CPU generator, so that a seed means the same on every device); the global
     generator is neither read nor advanced.
@@ -58,7 +61,7 @@ def apply_patch(
     for name, block in blocks.items():
         check_block(name, block)
     remove_patch(model)
-    shared = ModelMerging(options, network)
+    shared = ModelMerging(options, network, nearest)
     for name, block in blocks.items():
         setattr(block, ATTRIBUTE, BlockMerging(name, block, shared))
     return model

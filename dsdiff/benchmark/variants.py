@@ -27,8 +27,10 @@ from qdiff.config import QuantConfig
 from qdiff.engine import cpu, step_cache
 from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.lower import backend_for, lower
+from qdiff.engine.matching import nearest
 from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
+from tomesd.merge import Nearest
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of the float engines
 
@@ -48,6 +50,7 @@ class Engine:
     device: torch.device
     precision: str = "full"
     tokens: float = 1.0
+    nearest: Nearest | None = None  # compares tokens that are to be merged
 
     @contextmanager
     def running(self, ratio: float) -> Iterator[Callable[[], Any]]:
@@ -57,7 +60,7 @@ class Engine:
         results between them (see `qdiff.engine.step_cache`). Afterwards the UNet is as it was.
         """
         if ratio:
-            tomesd.apply_patch(self.unet, ratio=ratio)
+            tomesd.apply_patch(self.unet, ratio=ratio, nearest=self.nearest)
         try:
             with torch.no_grad(), precision_context(self.device, self.precision), self._walk():
                 yield lambda: self.unet(**self.inputs)
@@ -169,7 +172,7 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
     fit(qnn, source)
     size = quantized_bytes(qnn)
     if name == "simulate":
-        lower(qnn, SimulatedLayer, blocks=False)
+        lower(qnn, SimulatedLayer, blocks=source.device.type == "cpu")
     else:
         lower(qnn, backend_for(config, source.device))
     return Engine(
@@ -178,6 +181,7 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
         weight_bytes=size,
         device=source.device,
         precision=float_precision(name, source.device),
+        nearest=nearest,
     )
 
 

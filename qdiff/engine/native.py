@@ -91,6 +91,12 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     )),
     # x, bfloat16, rows, width, params, out
     "geglu": (None, (_Data, _INT, _INT, _INT, _ParamsArray, _Data)),
+    # batch, targets, width
+    "nearest_bytes": (_INT, (_INT, _INT, _INT)),
+    # x, bfloat16, batch, tokens, width, sources, n_sources, targets, n_targets, workspace, best, partner
+    "nearest": (None, (
+        _Data, _INT, _INT, _INT, _INT, _Data, _INT, _Data, _INT, _Data, _Data, _Data,
+    )),
     "has_attention": (_INT, ()),
     # heads, keys, width
     "attention_bytes": (_INT, (_INT, _INT, _INT)),

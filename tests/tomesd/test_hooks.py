@@ -32,6 +32,23 @@ def test_report_is_zero_before_the_first_forward(net):
     assert tomesd.token_report(net)[0] == tomesd.TokenCount(name="fine", tokens_in=0, tokens_processed=0)
 
 
+def test_tokens_are_compared_by_the_given_function(net, no_grad, output):
+    """It may leave the comparison to PyTorch by returning None."""
+    calls = []
+
+    def first(x, sources, targets):
+        calls.append((x.shape, len(sources), len(targets)))
+        return torch.zeros(x.shape[0], len(sources)), torch.zeros(x.shape[0], len(sources), dtype=torch.long)
+
+    tomesd.apply_patch(net)
+    plain = output(net)
+    tomesd.apply_patch(net, nearest=lambda *_: None)
+    assert torch.equal(output(net), plain)
+    tomesd.apply_patch(net, nearest=first)
+    assert not torch.equal(output(net), plain)
+    assert [call[1:] for call in calls] == [(48, 16)]
+
+
 def test_max_downsample_admits_coarser_blocks(net, no_grad, output):
     tomesd.apply_patch(net, max_downsample=2)
     output(net)

@@ -30,7 +30,14 @@ static inline void store_floats(float *to, Floats x) { _mm512_storeu_ps(to, x); 
 static inline Floats all_floats(float x) { return _mm512_set1_ps(x); }
 static inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 static inline Floats add_floats(Floats x, Floats y) { return _mm512_add_ps(x, y); }
+static inline Floats mul_floats(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
 static inline Floats min_floats(Floats x, Floats y) { return _mm512_min_ps(x, y); }
+/* Where x is above *highest, put it there, and its number into *where. */
+static inline void keep_higher(Floats x, Ints number, Floats *highest, Ints *where) {
+    __mmask16 higher = _mm512_cmp_ps_mask(x, *highest, _CMP_GT_OQ);
+    *highest = _mm512_mask_mov_ps(*highest, higher, x);
+    *where = _mm512_mask_mov_epi32(*where, higher, number);
+}
 /* x y + z */
 static inline Floats fma_floats(Floats x, Floats y, Floats z) { return _mm512_fmadd_ps(x, y, z); }
 static inline float sum_floats(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -95,7 +102,14 @@ static inline void store_floats(float *to, Floats x) { _mm256_storeu_ps(to, x); 
 static inline Floats all_floats(float x) { return _mm256_set1_ps(x); }
 static inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 static inline Floats add_floats(Floats x, Floats y) { return _mm256_add_ps(x, y); }
+static inline Floats mul_floats(Floats x, Floats y) { return _mm256_mul_ps(x, y); }
 static inline Floats min_floats(Floats x, Floats y) { return _mm256_min_ps(x, y); }
+/* Where x is above *highest, put it there, and its number into *where. */
+static inline void keep_higher(Floats x, Ints number, Floats *highest, Ints *where) {
+    __m256 higher = _mm256_cmp_ps(x, *highest, _CMP_GT_OQ);
+    *highest = _mm256_blendv_ps(*highest, x, higher);
+    *where = _mm256_blendv_epi8(*where, number, _mm256_castps_si256(higher));
+}
 /* x y + z */
 static inline Floats fma_floats(Floats x, Floats y, Floats z) { return _mm256_fmadd_ps(x, y, z); }
 static inline float sum_floats(Floats x) {
