@@ -6,8 +6,8 @@
  *
  * up to terms that are the same for all keys of a query, which drop out of the softmax. The parentheses hold a whole
  * number, the score. The probability of a key is 2^(logit - the highest logit), a whole number of 16 bits in units of
- * 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the sums over PART keys; float32 adds these
- * up. The sum of the probabilities divides the result, and 128 - Z_v is added to it.
+ * 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the sums over PART keys; float32 adds
+ * these up. The sum of the probabilities divides the result, and 128 - Z_v is added to it.
  *
  * Keys are processed in parts. A running maximum and a running sum combine the parts (Milakov and Gimelshein
  * 2018, online softmax). A quantizer of the softmax whose step is coarser than the unit, or whose range ends below a
@@ -17,7 +17,7 @@
 
 #ifdef VECTORS
 
-/* GROUP queries are processed together. So many vectors of sums of each are in registers; measured. */
+/* GROUP queries are processed together, each with so many vectors of sums in registers. Other numbers were slower. */
 #if defined(__AVX512F__)
 enum { GROUP = 6, SCORE_VECTORS = 2, VALUE_VECTORS = 2 };
 #else
@@ -313,7 +313,7 @@ static void add_part(const Attention *a, const int32_t *q, Sizes sizes, Head hea
         int32_t *to = pairs + row * PART / 2;
         float total;
         if (final) {
-            float unit = UNIT / (final->total[row] * a->softmax_delta);
+            float unit = final->total[row] > 0 ? UNIT / (final->total[row] * a->softmax_delta) : 1;
             total = exponentials(own, count, a->scale, final->offset[row], unit, a->softmax_high, sizes.narrow, 1, to);
         } else {
             if (highest[row] > group->highest[row]) raise_highest(group, row, highest[row], a->scale, sizes);
@@ -394,8 +394,8 @@ static void attend_by_vectors(const Attention *a) {
         for (int64_t i = 0; i < a->batch * a->heads * blocks; i++) {
             int64_t head = i / blocks, first = i % blocks * BLOCK, rows = a->queries - first;
             int64_t at = (head / a->heads * a->queries + first) * stride + head % a->heads * a->width;
-            attend(a, a->q + at, rows < BLOCK ? rows : BLOCK, sizes, head_of(workspace + head * head_bytes(sizes), sizes),
-                   a->out + at);
+            attend(a, a->q + at, rows < BLOCK ? rows : BLOCK, sizes,
+                   head_of(workspace + head * head_bytes(sizes), sizes), a->out + at);
         }
     }
 }

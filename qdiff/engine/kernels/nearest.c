@@ -30,7 +30,7 @@ typedef struct {
 } Sizes;
 
 /* All destinations of a sample. codes: LANES tokens side by side, CODES codes of each in turn. added: what makes up for
- * SHIFT. scale: 1 / length, 0 for tokens that are 0 and those that pad. */
+ * SHIFT, or for a token that pads what keeps it from being found. scale: 1 / length, 0 for a token that is 0. */
 typedef struct {
     TargetCode *codes;
     int32_t *added;
@@ -180,6 +180,9 @@ void nearest(const void *x, int64_t bfloat16, int64_t batch, int64_t tokens, int
 #else
 
 /* This CPU has no such vectors: PyTorch compares tokens. */
-int64_t nearest_bytes(int64_t batch, int64_t targets, int64_t width) { return (void)batch, (void)targets, (void)width, 0; }
+int64_t nearest_bytes(int64_t batch, int64_t targets, int64_t width) {
+    (void)batch, (void)targets, (void)width;
+    return 0;
+}
 
 #endif

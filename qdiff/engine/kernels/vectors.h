@@ -49,8 +49,8 @@ static inline Floats scale_floats(Floats x, Floats n) { return _mm512_scalef_ps(
 static inline Ints swap_pairs(Ints x) { return _mm512_shuffle_epi32(x, 0xb1); }
 
 
-/* Return 2 LANES whole numbers of [0, 2^16), as 16-bit numbers less 2^15, in the order of `packed_key`. Adding 2^23 + 2^22
- * to a float rounds it, and leaves the whole number in its lowest bits. */
+/* Return 2 LANES whole numbers of [0, 2^16), as 16-bit numbers less 2^15, in the order of `packed_key`. Adding
+ * 2^23 + 2^22 to a float rounds it, and leaves the whole number in its lowest bits. */
 static inline Ints pack_16(Floats x, Floats y) {
     static const int16_t evens[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                       32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};

@@ -105,8 +105,9 @@ def test_a_mask_hides_keys():
         assert error.abs().max() < 0.6, shape
         mask[1] = False  # these queries see nothing: they get 0
         to = QuantParams(delta=0.02, zero_point=77, high=255)
-        out = fused_ops.attention(codes, RANGES, shape[1], to, torch.bfloat16, mask=mask)
-        assert (out[1] == 77).all(), shape
+        for softmax in (fused_ops.FREE, SoftmaxParams(delta=1 / 255, high=255)):
+            out = fused_ops.attention(codes, RANGES, shape[1], to, torch.bfloat16, mask=mask, softmax=softmax)
+            assert (out[1] == 77).all() and not (out[0] == 77).all(), shape
 
 
 def test_a_query_depends_on_itself_alone():
