@@ -51,8 +51,8 @@ class SeenObject:
 def augment(picture: Image.Image, rng: np.random.Generator) -> Tensor:
     """Return a picture as float32 [3, H, W] in [-1, 1], degraded like a decoded latent: blur, noise, other colours."""
     if rng.random() < 0.3:
-        small = tuple(round(side * rng.uniform(0.5, 0.9)) for side in picture.size)
-        picture = picture.resize(small, Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
+        width, height = (round(side * rng.uniform(0.5, 0.9)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
     if rng.random() < 0.4:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
     pixels = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
@@ -181,6 +181,7 @@ class ShapesReader(nn.Module):
         self.trunk = reader_trunk(width, features)
         self.parts = {"heat": 1, "offset": 2, **{name: len(values) for name, values in CLASSES.items()}}
         self.head = nn.Conv2d(features, sum(self.parts.values()), 1)
+        assert self.head.bias is not None
         self.head.bias.data[0] = -4.0  # few cells hold a centre
 
     @classmethod
