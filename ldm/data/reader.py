@@ -52,7 +52,9 @@ def augment(picture: Image.Image, rng: np.random.Generator) -> Tensor:
     """Return a picture as float32 [3, H, W] in [-1, 1], degraded like a decoded latent: blur, noise, other colours."""
     if rng.random() < 0.3:
         width, height = (round(side * rng.uniform(0.5, 0.9)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR).resize(
+            picture.size, Image.Resampling.BICUBIC
+        )
     if rng.random() < 0.4:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
     pixels = np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
