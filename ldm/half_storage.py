@@ -33,25 +33,32 @@ def keep_in_half(network: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Embedding):  # only a few of its rows are read: it converts its output
             layer.register_forward_hook(lambda layer, args, output: output.float())
         elif own:
-            layer.register_forward_pre_hook(_widen)
-            layer.register_forward_hook(_narrow, always_call=True)
+            widened = _Widened()
+            layer.register_forward_pre_hook(widened.begin)
+            layer.register_forward_hook(widened.end, always_call=True)
     return network
 
 
-def _widen(layer: nn.Module, args: tuple) -> None:
-    """Before a layer runs: replace its weights by float32 copies and remember the stored ones."""
-    layer._stored = [parameter.data for parameter in layer.parameters(recurse=False)]
-    for parameter, stored in zip(layer.parameters(recurse=False), layer._stored, strict=True):
-        # With weights in channels_last, convolutions make no copies of their large inputs and outputs.
-        layout = torch.channels_last if stored.ndim == 4 else torch.preserve_format
-        parameter.data = stored.to(torch.float32, memory_format=layout)
+class _Widened:
+    """A layer's weights in float32 while it runs. stored: its weights in float16 meanwhile."""
 
+    def __init__(self) -> None:
+        self.stored: list[Tensor] = []
 
-def _narrow(layer: nn.Module, args: tuple, output: object) -> None:
-    """After a layer has run, or failed: put its stored weights back."""
-    for parameter, stored in zip(layer.parameters(recurse=False), vars(layer).pop("_stored", ()), strict=False):
-        parameter.data = stored
-        _give_back(stored)
+    def begin(self, layer: nn.Module, args: tuple) -> None:
+        """Replace the weights by float32 copies, before the layer runs."""
+        self.stored = [parameter.data for parameter in layer.parameters(recurse=False)]
+        for parameter, stored in zip(layer.parameters(recurse=False), self.stored, strict=True):
+            # With weights in channels_last, convolutions make no copies of their large inputs and outputs.
+            layout = torch.channels_last if stored.ndim == 4 else torch.preserve_format
+            parameter.data = stored.to(torch.float32, memory_format=layout)
+
+    def end(self, layer: nn.Module, args: tuple, output: object) -> None:
+        """Put the stored weights back, after the layer has run, or failed."""
+        for parameter, stored in zip(layer.parameters(recurse=False), self.stored, strict=False):
+            parameter.data = stored
+            _give_back(stored)
+        self.stored = []
 
 
 def _give_back(weight: Tensor) -> None:
