@@ -27,8 +27,11 @@ from qdiff.decoder_ranges import Ranges, fit_decoder
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.quant_model import QuantModel
 
-VAE_PICTURES = 4  # from which the ranges of a decoder are fitted
-STEPS = 20  # of the sampler that draws them
+VAE_PICTURES = 12  # from which the ranges of a decoder are fitted
+STEPS = 20  # of an ordinary one
+# Samplers and numbers of steps that draw them, in turn. The latents of few steps are larger, most of all PLMS's.
+DRAWN = (("dpm_solver", STEPS), ("plms", 4), ("dpm_solver", 2))
+MARGIN = 1.3  # by which latents of few steps are enlarged, as other pictures' latents are larger than those drawn
 RANDOM_SIZE = 32  # of the latents that take their place where weights are random
 
 logger = logging.getLogger(__name__)
@@ -67,16 +70,20 @@ def export_calibrated(
 
 
 def fit_to_pictures(pipeline: Pipeline, count: int) -> Ranges:
-    """Return the ranges of a float model's decoder, fitted to pictures of prompts that it draws."""
+    """Return the ranges of a float model's decoder, fitted to pictures of prompts that it draws.
+
+    One in three is an ordinary picture. The others are drawn in few steps, so that these do not leave the ranges.
+    """
     path = CALI_PROMPTS.get(pipeline.spec.config_path.resolve(), CALI_PROMPTS[STABLE_DIFFUSION])
     prompts = read_prompt_file(path, "prompts")
-    chosen = [prompts[i * len(prompts) // count] for i in range(count)]
     precision = "autocast" if has_bfloat16() else "full"
-    settings = pipeline.resolve(DrawOptions(sampler="dpm_solver", steps=STEPS, precision=precision))
     network, autoencoder, latents = pipeline.model, pipeline.model.first_stage_model, []
     with tqdm(total=2 * count, desc="ranges of the decoder", unit="picture") as bar:
-        for i, prompt in enumerate(chosen):
-            latents.append(pipeline.sample([prompt], [i], settings) / network.scale_factor)
+        for i in range(count):
+            sampler, steps = DRAWN[i % len(DRAWN)]
+            settings = pipeline.resolve(DrawOptions(sampler=sampler, steps=steps, precision=precision))
+            z = pipeline.sample([prompts[i * len(prompts) // count]], [i], settings) / network.scale_factor
+            latents.append(z if steps == STEPS else MARGIN * z)
             bar.update()
         return fit_decoder(autoencoder.decoder, autoencoder.post_quant_conv, torch.cat(latents), bar.update)
 
