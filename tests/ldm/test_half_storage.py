@@ -1,5 +1,11 @@
 """Weights in half precision that compute in float32."""
 
+import mmap
+import platform
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -7,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import half_storage
-from ldm.half_storage import keep_in_half
+from ldm.half_storage import drop_mapped, keep_in_half, reuse_freed
 
 
 @pytest.fixture
@@ -53,3 +59,47 @@ def test_weights_of_a_mapped_file_survive_being_given_back(tmp_path, monkeypatch
     first = layer(torch.eye(512))
     assert len(given) == (1 if advise else 0)
     assert torch.equal(first, weight.float().T) and torch.equal(layer(torch.eye(512)), first)
+
+
+def resident(path):
+    """Return how many bytes of a mapped file this process holds in memory."""
+    lines, sizes = Path("/proc/self/smaps").read_text().splitlines(), []
+    for i, line in enumerate(lines):
+        if line.endswith(str(path)):
+            sizes.append(next(int(each.split()[1]) for each in lines[i:] if each.startswith("Rss:")))
+    return 1024 * sum(sizes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is told what a process needs no more")
+def test_pages_of_one_file_go_and_are_read_again(tmp_path):
+    maps = {}
+    for name in ("the weights.bin", "others.bin"):
+        (tmp_path / name).write_bytes(bytes(range(256)) * 4096)
+        with open(tmp_path / name, "rb") as file:
+            maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    first = {name: bytes(pages) for name, pages in maps.items()}
+    before = [resident(tmp_path / name) for name in maps]
+    drop_mapped(tmp_path / "the weights.bin")
+    assert before == [2**20, 2**20]
+    assert [resident(tmp_path / name) for name in maps] == [0, 2**20]
+    assert {name: bytes(pages) for name, pages in maps.items()} == first
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory is kept")
+def test_freed_memory_is_used_again_within_the_block_only():
+    def faults(size=48):
+        """Return the faults of pages that a new tensor of some MB costs."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.full((size * 2**18,), 1.0)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def megabytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    outside, before = faults(), megabytes()
+    with pytest.raises(KeyError), reuse_freed():
+        faults(96)  # an aligned tensor of one size need not fit into the memory of another of that size
+        inside, kept = faults(), megabytes() - before
+        raise KeyError
+    assert inside < outside / 2 and kept > 50
+    assert megabytes() - before < 20 and faults() > outside / 2
