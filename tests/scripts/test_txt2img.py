@@ -280,6 +280,21 @@ def test_resume_refuses_other_settings(run, refused, monkeypatch):
     assert "no settings.yaml" in refused(*flags, outdir="out")
 
 
+def test_resume_of_an_older_run_goes_by_what_its_version_did(run, refused, capsys):
+    outdir = run(*LONG)
+    before, path = all_bytes(outdir), outdir / "settings.yaml"
+    settings = yaml.safe_load(path.read_text())
+    del settings["vae"], settings["vae_tiling"]  # older versions decoded in float32, and wrote neither
+    path.write_text(yaml.safe_dump(settings))
+    (outdir / "samples/00003.png").unlink()
+    for flags, said in ((["--vae", "bf16"], "vae (float32 there, bf16 here)"), (["--vae_tiling"], "vae_tiling (False")):
+        assert said in refused(*LONG, "--resume", *flags, outdir="out")
+    capsys.readouterr()
+    run(*LONG, "--resume")  # the whole batch of the missing one
+    assert "2 pictures in" in capsys.readouterr().out
+    assert all_bytes(outdir) == before
+
+
 # --- what it refuses ---------------------------------------------------------------------------------------
 
 
