@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dsdiff
 from dsdiff import DrawOptions, MergeOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
 from tomesd import token_report
 
@@ -35,6 +38,34 @@ def test_pictures_come_one_a_prompt_and_tell_how_they_were_drawn(spec):
     assert np.abs(pixels(alone) - pixels(pictures[1])).max() <= 1
     together = list(pipeline.draw(["a red circle", "a blue star"], seeds=[7, 8], options=TINY, batch_size=2))
     assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(pictures, together, strict=True))
+
+
+def test_prompts_are_encoded_once(spec, monkeypatch):
+    encoded, encode = [], LatentDiffusion.get_learned_conditioning
+
+    def noted(model, prompts):
+        context = encode(model, prompts)
+        encoded.append((tuple(prompts), torch.is_autocast_enabled("cpu")))
+        return context
+
+    monkeypatch.setattr(LatentDiffusion, "get_learned_conditioning", noted)
+    monkeypatch.setattr("dsdiff.pipeline.CONTEXTS", 3)
+    monkeypatch.setattr("dsdiff.pipeline.has_bfloat16", lambda: True)
+    options = DrawOptions(height=32, width=48, steps=2, vae="float32", precision="full")
+    pipeline = Pipeline(spec, device="cpu")
+    pictures = list(pipeline.draw(["a ring", "a star", "a ring"], seeds=[7, 8, 7], options=options))
+    assert encoded == [(("a ring",), False), (("",), False), (("a star",), False)]
+    assert pictures[0].image.tobytes() == pictures[2].image.tobytes() != pictures[1].image.tobytes()
+    (alone,) = Pipeline(spec, device="cpu").draw("a ring", seeds=[7], options=options)
+    assert alone.image.tobytes() == pictures[0].image.tobytes()
+    del encoded[:]
+    assert list(pipeline.draw(["a heart", "a ring", "a star"], options=options))  # a star's was used longest ago
+    assert encoded == [(("a heart",), False), (("a star",), False)]
+    del encoded[:]
+    assert list(pipeline.draw("a star", options=replace(options, precision="autocast")))
+    assert encoded == [(("a star",), True), (("",), True)]
+    for context in pipeline._kept_contexts.values():
+        assert context.dtype == torch.float32
 
 
 def test_tokens_are_merged_for_as_long_as_the_options_say(spec):
