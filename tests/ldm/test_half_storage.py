@@ -2,7 +2,7 @@
 
 import mmap
 import platform
-import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import half_storage
-from ldm.half_storage import drop_mapped, keep_in_half, reuse_freed
+from ldm.half_storage import drop_mapped, keep_in_half
 
 
 @pytest.fixture
@@ -85,21 +85,42 @@ def test_pages_of_one_file_go_and_are_read_again(tmp_path):
     assert {name: bytes(pages) for name, pages in maps.items()} == first
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory is kept")
-def test_freed_memory_is_used_again_within_the_block_only():
-    def faults(size=48):
-        """Return the faults of pages that a new tensor of some MB costs."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.full((size * 2**18,), 1.0)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+MEASURE = """
+import resource
+from pathlib import Path
 
-    def megabytes():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+import torch
 
-    outside, before = faults(), megabytes()
-    with pytest.raises(KeyError), reuse_freed():
+from ldm.half_storage import reuse_freed
+
+
+def faults(size=48):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.full((size * 2**18,), 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+faults()
+outside, before = faults(), megabytes()
+try:
+    with reuse_freed():
         faults(96)  # an aligned tensor of one size need not fit into the memory of another of that size
         inside, kept = faults(), megabytes() - before
         raise KeyError
+except KeyError:
+    print(outside, inside, kept, megabytes() - before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory is kept")
+def test_freed_memory_is_used_again_within_the_block_only():
+    """In a process of its own: what an allocator does depends on all that it did before."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=root, capture_output=True, text=True, check=True)
+    outside, inside, kept, left, after = map(float, done.stdout.split())
     assert inside < outside / 2 and kept > 50
-    assert megabytes() - before < 20 and faults() > outside / 2
+    assert left < 20 and after > outside / 2

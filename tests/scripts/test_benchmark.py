@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdiff.benchmark.options import PEERS, BenchmarkOptions
+from dsdiff.benchmark.options import CALL_PEERS, BenchmarkOptions
 from scripts import benchmark as script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def test_flags_become_options():
         model="sd-v1",
         random_weights=True,
         engines=("int8", "bf16"),
-        peers=PEERS,
+        peers=CALL_PEERS,
         ratios=(0.0, 0.5),
         weight_bit=8,
         memory=True,
