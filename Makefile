@@ -17,10 +17,13 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST)
 
-# The tests of the integer engine as on older CPUs, one run each, and without a C compiler.
-ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI NO_COMPILER
+# The tests of the integer engine as on older CPUs, one run each, with the tiles of AMX emulated, and without a C
+# compiler.
+ISAS ?= ALL AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI EMULATED_TILES NO_COMPILER
+TILES = -mamx-tile -mamx-int8 -mamx-bf16 -include $(CURDIR)/tests/qdiff/engine/emulated_tiles.h
 test-isa: $(VENV)/ready
 	@set -e; for isa in $(ISAS); do echo "== $$isa"; case $$isa in \
+		EMULATED_TILES) CC="cc $(TILES)" $(PYTEST) tests/qdiff/engine;; \
 		NO_COMPILER) CC=/bin/false $(PYTEST) tests/qdiff/engine;; \
 		*) ONEDNN_MAX_CPU_ISA=$$isa $(PYTEST) tests/qdiff/engine;; \
 	esac; done

@@ -1,4 +1,4 @@
-"""Attention of a lowered model: its operands are codes, its products are float."""
+"""Attention of a lowered model, on codes where our kernel can run."""
 
 from typing import cast
 

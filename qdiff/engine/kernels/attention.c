@@ -45,10 +45,6 @@ typedef int16_t QueryCode;
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* The coefficients of a polynomial that is 2^x for x in [0, 1) with a relative error below 1e-4, highest power first.
- * It is below 2 at 1, so that no probability is above 1. */
-static const float POWER_OF_2[4] = {0.07802291f, 0.22606949f, 0.69583272f, 0.99992526f};
-
 /* Sizes of a head. keys: a multiple of 2 LANES. units: of CODES codes. full: vectors of LANES values. tail: 1 if up to
  * LANES / 2 values are left, else 0; with more than that left, there is a further full vector. narrow: see NARROW. */
 typedef struct {
@@ -327,11 +323,14 @@ static void add_part(const Attention *a, const int32_t *q, Sizes sizes, Head hea
                sizes, group->out);
 }
 
+/* Return 1 if the steps of the softmax are larger than the unit. */
+static int has_coarse_softmax(const Attention *a) { return a->softmax_delta * UNIT > 1.001f; }
+
 /* Return 1 if the softmax of a group has to be quantized in a second pass. */
 static int needs_quantizer(const Attention *a, const Group *group) {
-    if (a->softmax_delta * UNIT > 1.001f) return 1;
+    if (has_coarse_softmax(a)) return 1;
     for (int row = 0; row < GROUP; row++)
-        if (UNIT > group->total[row] * (a->softmax_high + 0.5f) * a->softmax_delta) return group->total[row] > 0;
+        if (group->total[row] > 0 && UNIT > group->total[row] * largest_probability(a)) return 1;
     return 0;
 }
 
@@ -408,7 +407,7 @@ void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, const uint8
         .q = q, .k = k, .v = v, .mask = mask, .batch = batch, .heads = heads, .queries = queries, .keys = keys,
         .width = width, .scale = scale, .zero_of_q = zero_of_q, .zero_of_v = zero_of_v, .softmax_delta = softmax_delta,
         .softmax_high = softmax_high, .params = *params, .workspace = workspace, .out = out};
-    if (has_tiles() && !mask && softmax_delta * UNIT <= 1.001f)
+    if (has_tiles() && !mask && !has_coarse_softmax(&a))
         attend_by_tiles(&a);
     else
         attend_by_vectors(&a);

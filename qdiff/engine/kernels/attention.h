@@ -21,10 +21,15 @@ typedef struct {
     uint8_t *workspace, *out;
 } Attention;
 
-/* Round n up to a multiple of `to`. */
-static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+/* The coefficients of a polynomial that is 2^x for x in [0, 1) with a relative error below 1e-4, highest power first.
+ * It is below 2 at 1, so that no probability is above 1. */
+static const float POWER_OF_2[4] = {0.07802291f, 0.22606949f, 0.69583272f, 0.99992526f};
 
-/* Matrix tiles, see attention_tiles.c. They take no mask, and leave out the quantizer of the softmax. */
+/* Return the largest probability that the quantizer of the softmax lets through. */
+static inline float largest_probability(const Attention *a) { return (a->softmax_high + 0.5f) * a->softmax_delta; }
+
+/* Matrix tiles, see attention_tiles.c. They take no mask, and of the quantizer of the softmax they know the end of its
+ * range, not its step. */
 int64_t has_tiles(void);
 int64_t tiles_bytes(int64_t keys, int64_t width);
 void attend_by_tiles(const Attention *operands);

@@ -7,7 +7,8 @@
  * up to terms that are the same for all keys of a query: these drop out of the softmax. The first sum is a product of
  * byte tiles, exact in 32 bits. Probabilities are rounded to bfloat16 and multiplied by c_v - Z_v, which bfloat16 holds
  * exactly; these sums are float32. Keys are processed in parts of PART. A running maximum and a running sum combine the
- * parts (Milakov and Gimelshein 2018, online softmax). */
+ * parts (Milakov and Gimelshein 2018, online softmax). Where the range of the quantizer of the softmax ends below a
+ * probability, a second pass clips. Its step is left out: bfloat16 is coarser than 16 bits. */
 #include "attention.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__) && \
@@ -117,13 +118,10 @@ static void multiply_scores(const uint8_t *q, const uint8_t *packed_k, int64_t c
     }
 }
 
-/* Return 2^x for x <= 0 with a relative error below 1e-4: 2^floor(x) times a polynomial in x - floor(x). */
+/* Return 2^x for x <= 0: 2^floor(x) times a polynomial in x - floor(x). */
 static inline __m512 power_of_2(__m512 x) {
-    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_set1_ps(0.07802291f);
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.22606949f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.69583272f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.99992526f));
+    __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF), p = _mm512_set1_ps(POWER_OF_2[0]);
+    for (int i = 1; i < 4; i++) p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(POWER_OF_2[i]));
     return _mm512_scalef_ps(p, x);
 }
 
@@ -132,11 +130,13 @@ static inline __m512 logits(const int32_t *scores, const float *added, __m512 sc
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(scores)), scale, _mm512_loadu_ps(added));
 }
 
-/* Turn one row of `count` scores, a multiple of 32, into probabilities that are not normalised yet. Update the row's
- * running maximum and total. Return the factor by which the results of earlier parts must be multiplied. */
-static float exponentials(const int32_t *scores, const float *added, int64_t count, float scale, float *highest,
-                          float *total, uint16_t *out) {
-    __m512 scales = _mm512_set1_ps(scale), top = _mm512_set1_ps(*highest), sums = _mm512_setzero_ps();
+/* Turn one row of `count` scores, a multiple of 32, into probabilities that are not normalised yet, of at most `most`.
+ * Update the row's running maximum and total. Return the factor by which the results of earlier parts must be
+ * multiplied. */
+static float exponentials(const int32_t *scores, const float *added, int64_t count, float scale, float most,
+                          float *highest, float *total, uint16_t *out) {
+    __m512 scales = _mm512_set1_ps(scale), mosts = _mm512_set1_ps(most), top = _mm512_set1_ps(*highest);
+    __m512 sums = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += TILE) top = _mm512_max_ps(top, logits(scores + i, added + i, scales));
     float before = *highest;
     *highest = _mm512_reduce_max_ps(top);
@@ -144,6 +144,7 @@ static float exponentials(const int32_t *scores, const float *added, int64_t cou
     for (int64_t i = 0; i < count; i += 2 * TILE) {
         __m512 first = power_of_2(_mm512_sub_ps(logits(scores + i, added + i, scales), top));
         __m512 second = power_of_2(_mm512_sub_ps(logits(scores + i + TILE, added + i + TILE, scales), top));
+        first = _mm512_min_ps(first, mosts), second = _mm512_min_ps(second, mosts);
         sums = _mm512_add_ps(sums, _mm512_add_ps(first, second));
         _mm512_store_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     }
@@ -178,40 +179,63 @@ static void add_values(const uint16_t *probabilities, const uint32_t *packed_v, 
     }
 }
 
-/* Compute attention for `rows` queries of a head, the first of them at q, and quantize the result. */
-static void attend(const uint8_t *q, int64_t rows, int64_t keys, int64_t width, int64_t stride, float scale,
-                   Head head, QuantParams params, uint8_t *out) {
-    int64_t all = up(keys, 2 * TILE), deep = up(width, 64), wide = up(width, 2 * TILE);
-    _Alignas(64) uint8_t queries[ROWS * MAX_WIDTH];
+/* The sums of ROWS queries. highest: logit. most: what probabilities, in units of the highest one, must not exceed.
+ * total: their sum. output: [ROWS][wide], probabilities times values. */
+typedef struct {
+    float highest[ROWS], most[ROWS], total[ROWS];
+    _Alignas(64) float output[ROWS * MAX_WIDTH];
+} Block;
+
+/* Sum up the values of all keys. queries: [ROWS][deep]. */
+static void sum_up(const uint8_t *queries, int64_t all, int64_t deep, int64_t wide, float scale, Head head,
+                   Block *block) {
     _Alignas(64) int32_t scores[ROWS * PART];
     _Alignas(64) uint16_t probabilities[ROWS * PART];
-    _Alignas(64) float output[ROWS * MAX_WIDTH];
-    float highest[ROWS], total[ROWS];
-    memset(queries, 0, ROWS * deep);
-    memset(output, 0, ROWS * wide * sizeof(float));
-    for (int64_t row = 0; row < ROWS; row++) {
-        highest[row] = -1e29f;
-        total[row] = 0;
-        if (row < rows) memcpy(queries + row * deep, q + row * stride, width);
-    }
+    memset(block->output, 0, ROWS * wide * sizeof(float));
+    memset(block->total, 0, sizeof block->total);
     for (int64_t key = 0; key < all; key += PART) {
         int64_t count = all - key < PART ? all - key : PART;
         __asm__ volatile("" ::: "memory");
         multiply_scores(queries, head.keys + key * deep, count, deep, scores);
         for (int64_t row = 0; row < ROWS; row++) {
-            float factor = exponentials(scores + row * PART, head.added + key, count, scale, highest + row, total + row,
-                                        probabilities + row * PART);
-            for (int64_t i = 0; i < wide; i++) output[row * wide + i] *= factor;
+            float factor = exponentials(scores + row * PART, head.added + key, count, scale, block->most[row],
+                                        block->highest + row, block->total + row, probabilities + row * PART);
+            for (int64_t i = 0; i < wide; i++) block->output[row * wide + i] *= factor;
         }
         __asm__ volatile("" ::: "memory");
-        add_values(probabilities, head.values + key / 2 * wide, count, wide, output);
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t i = 0; i < width; i++) output[row * wide + i] /= total[row];
-        quantize_row(output + row * wide, width, params, out + row * stride);
+        add_values(probabilities, head.values + key / 2 * wide, count, wide, block->output);
     }
 }
 
+/* Compute attention for up to ROWS queries of a head, the first of them at q, and quantize the results. */
+static void attend(const Attention *a, const uint8_t *q, int64_t rows, Head head, uint8_t *out) {
+    int64_t width = a->width, stride = a->heads * width, wide = up(width, 2 * TILE);
+    int64_t all = up(a->keys, 2 * TILE), deep = up(width, 64);
+    _Alignas(64) uint8_t queries[ROWS * MAX_WIDTH];
+    Block block;
+    float total[ROWS];
+    memset(queries, 0, ROWS * deep);
+    for (int64_t row = 0; row < ROWS; row++) {
+        block.highest[row] = -1e29f;
+        block.most[row] = INFINITY;
+        if (row < rows) memcpy(queries + row * deep, q + row * stride, width);
+    }
+    sum_up(queries, all, deep, wide, a->scale, head, &block);
+    memcpy(total, block.total, sizeof total);
+    int clips = 0; /* the largest probability of a query is 1 / total */
+    for (int64_t row = 0; row < ROWS; row++) {
+        block.most[row] = largest_probability(a) * total[row];
+        clips |= block.most[row] < 1;
+    }
+    if (clips) sum_up(queries, all, deep, wide, a->scale, head, &block);
+    for (int64_t row = 0; row < rows; row++) {
+        float *results = block.output + row * wide;
+        for (int64_t i = 0; i < width; i++) results[i] /= total[row];
+        quantize_row(results, width, a->params, out + row * stride);
+    }
+}
+
+/* Compute attention by tiles, see attention.h. */
 void attend_by_tiles(const Attention *a) {
     int64_t keys = a->keys, width = a->width, stride = a->heads * width, heads = a->batch * a->heads;
     int64_t blocks = (a->queries + ROWS - 1) / ROWS, bytes = head_bytes(keys, width);
@@ -233,8 +257,8 @@ void attend_by_tiles(const Attention *a) {
         for (int64_t i = 0; i < heads * blocks; i++) {
             int64_t head = i / blocks, first = i % blocks * ROWS, rows = a->queries - first;
             int64_t at = (head / a->heads * a->queries + first) * stride + head % a->heads * width;
-            attend(a->q + at, rows < ROWS ? rows : ROWS, keys, width, stride, a->scale,
-                   head_of(a->workspace + head * bytes, keys, width), a->params, a->out + at);
+            attend(a, a->q + at, rows < ROWS ? rows : ROWS, head_of(a->workspace + head * bytes, keys, width),
+                   a->out + at);
         }
         _tile_loadconfig(&before);
     }

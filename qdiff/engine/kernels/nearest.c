@@ -38,8 +38,7 @@ typedef struct {
 } Targets;
 
 static Sizes sizes_of(int64_t targets, int64_t width) {
-    int64_t together = PAIR * LANES;
-    return (Sizes){(targets + together - 1) / together * together, (width + CODES - 1) / CODES};
+    return (Sizes){up(targets, PAIR * LANES), up(width, CODES) / CODES};
 }
 
 /* Return the bytes of Targets: all sizes are multiples of 64. */
@@ -60,11 +59,13 @@ int64_t nearest_bytes(int64_t batch, int64_t targets, int64_t width) {
     return batch * sample_bytes(sizes_of(targets, width)) + 64;
 }
 
-/* Write the codes of a token. Return 1 / their length, 0 for a token that is 0. sum: of the codes. */
+/* Write the codes of a token, and zeros up to a multiple of CODES. Return 1 / their length, 0 for a token that is 0.
+ * sum: of the codes. */
 static float codes_of(const void *x, int64_t bfloat16, int64_t start, int64_t width, int32_t *codes, int32_t *sum) {
     float most = 0, part[CHUNK];
     int64_t squares = 0;
     *sum = 0;
+    for (int64_t i = width; i < up(width, CODES); i++) codes[i] = 0;
     for (int64_t at = 0; at < width; at += CHUNK) {
         int64_t count = width - at < CHUNK ? width - at : CHUNK;
         load(x, bfloat16, start + at, count, part);
@@ -91,10 +92,14 @@ static float codes_of(const void *x, int64_t bfloat16, int64_t start, int64_t wi
 static void pack_target(const void *x, int64_t bfloat16, int64_t place, int64_t width, int64_t target, Sizes sizes,
                         Targets to) {
     TargetCode *packed = to.codes + (target / LANES * sizes.units * LANES + target % LANES) * CODES;
-    int32_t codes[MAX_WIDTH] = {0}, sum = 0;
-    to.scale[target] = 1;
-    if (place >= 0) to.scale[target] = codes_of(x, bfloat16, place * width, width, codes, &sum);
-    to.added[target] = place >= 0 ? -SHIFT * sum : INT32_MIN / 2;
+    int32_t codes[MAX_WIDTH], sum;
+    if (place < 0) {
+        for (int64_t unit = 0; unit < sizes.units; unit++) memset(packed + unit * LANES * CODES, 0, 4);
+        to.scale[target] = 1, to.added[target] = INT32_MIN / 2;
+        return;
+    }
+    to.scale[target] = codes_of(x, bfloat16, place * width, width, codes, &sum);
+    to.added[target] = -SHIFT * sum;
     for (int64_t unit = 0; unit < sizes.units; unit++)
         for (int64_t i = 0; i < CODES; i++)
             packed[unit * LANES * CODES + i] = (TargetCode)codes[unit * CODES + i];
@@ -146,8 +151,8 @@ void nearest(const void *x, int64_t bfloat16, int64_t batch, int64_t tokens, int
              int64_t n_sources, const int64_t *targets, int64_t n_targets, uint8_t *workspace, float *best,
              int64_t *partner) {
     Sizes sizes = sizes_of(n_targets, width);
-    int64_t groups = (n_sources + SOURCES - 1) / SOURCES;
-    uint8_t *start = workspace + (64 - (int64_t)workspace % 64) % 64;
+    int64_t groups = up(n_sources, SOURCES) / SOURCES;
+    uint8_t *start = (uint8_t *)up((int64_t)workspace, 64);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -159,11 +164,11 @@ void nearest(const void *x, int64_t bfloat16, int64_t batch, int64_t tokens, int
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < batch * groups; i++) {
             int64_t sample = i / groups, first = i % groups * SOURCES, row_codes = sizes.units * CODES;
-            SourceCode rows[SOURCES * MAX_WIDTH];
+            _Alignas(64) SourceCode rows[SOURCES * MAX_WIDTH]; /* read as numbers of 32 bits */
             float scale[SOURCES], found[SOURCES];
             int64_t places[SOURCES];
             for (int64_t row = 0; row < SOURCES; row++) {
-                int32_t codes[MAX_WIDTH] = {0}, sum;
+                int32_t codes[MAX_WIDTH], sum;
                 int64_t source = first + row < n_sources ? first + row : n_sources - 1;
                 scale[row] = codes_of(x, bfloat16, (sample * tokens + sources[source]) * width, width, codes, &sum);
                 for (int64_t k = 0; k < row_codes; k++) rows[row * row_codes + k] = (SourceCode)(codes[k] + SHIFT);

@@ -12,6 +12,9 @@
 /* Kernels work on this many numbers at a time, so that these stay in the first-level cache. */
 enum { CHUNK = 512 };
 
+/* Round n up to a multiple of `to`. */
+static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 /* code = clamp(round(x / delta) + zero_point, 0, high) */
 typedef struct {
     float delta, zero_point, high;

@@ -1,4 +1,5 @@
-/* Vectors of 32-bit numbers: the few operations that attention needs, by AVX-512 or AVX2 instructions.
+/* Vectors of 32-bit numbers: the few operations that integer kernels need, by AVX-512 or AVX2 instructions. Both parts
+ * of this file define the same names.
  *
  * VECTORS is defined where the compiler may use either. LANES numbers are in a vector. Sums of products of 8-bit
  * numbers use VNNI instructions where there are any. Without them numbers are multiplied as 16-bit ones, as the
@@ -48,7 +49,6 @@ static inline Floats scale_floats(Floats x, Floats n) { return _mm512_scalef_ps(
 /* x, with the numbers of each pair exchanged */
 static inline Ints swap_pairs(Ints x) { return _mm512_shuffle_epi32(x, 0xb1); }
 
-
 /* Return 2 LANES whole numbers of [0, 2^16), as 16-bit numbers less 2^15, in the order of `packed_key`. Adding
  * 2^23 + 2^22 to a float rounds it, and leaves the whole number in its lowest bits. */
 static inline Ints pack_16(Floats x, Floats y) {
@@ -58,6 +58,7 @@ static inline Ints pack_16(Floats x, Floats y) {
     return _mm512_permutex2var_epi16(_mm512_castps_si512(add_floats(x, whole)), _mm512_loadu_si512(evens),
                                      _mm512_castps_si512(add_floats(y, whole)));
 }
+/* Return which of 2 LANES numbers is at a place. */
 static inline int64_t packed_key(int64_t place) { return place; }
 
 #ifdef __AVX512VNNI__

@@ -91,9 +91,10 @@ def test_the_quantizer_of_the_softmax_is_honoured():
         for bits, end in ((8, 1.0), (16, 0.6 * largest), (12, 0.6 * largest), (16, 1.0)):
             softmax = SoftmaxParams(delta=end / (2**bits - 1), high=2**bits - 1)
             error, delta = errors(codes, shape, attended(q, k, v, softmax), softmax=softmax)
-            # Probabilities near a tie may get the other code. Then their values count by a step more or less.
+            # Probabilities near a tie may get the other code. Then their values count by a step more or less. Tiles
+            # round probabilities to bfloat16. Without the quantizer the error would be about 100.
             step = softmax.delta * float(v.abs().max()) / delta
-            assert error.abs().mean() < 0.3 and error.abs().max() < 0.6 + 8 * step, (shape, bits, end)
+            assert error.abs().mean() < 0.3 and error.abs().max() < 1.5 + 8 * step, (shape, bits, end)
 
 
 def test_a_mask_hides_keys():
