@@ -104,7 +104,6 @@ class Pipeline:
         self._kept_contexts: dict[tuple[str, ...], Tensor] = {}  # by precision and prompts, last used at the end
         self._decoders: dict[str, FastDecoder] = {}  # by DrawSettings.vae
         self._model: LatentDiffusion | None = None
-        self._loaded_for = ""  # the precision that the model was loaded for
         self._merged: MergeOptions | None = None
 
     def __str__(self) -> str:
@@ -149,27 +148,27 @@ class Pipeline:
     @property
     def model(self) -> LatentDiffusion:
         """The LatentDiffusion, read at first use: quantized as asked, with tokens merged as last drawn."""
-        return self._model if self._model is not None else self._load(self.default_precision)
+        return self._model if self._model is not None else self._load()
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
         """Return the model, ready to draw with these settings: order of patches is quantize, lower, merge tokens."""
-        # What a simulation shares with the integer engine depends on the precision: see `install`.
-        stale = self._loaded_for != settings.precision and self._engine == "simulate"
-        model = self._load(settings.precision) if self._model is None or stale else self._model
+        model = self.model
         if settings.merge != self._merged:
             tomesd.remove_patch(model)
             self._merged = None  # also where merging is refused below
             if settings.merge is not None:
-                lowered = self._engine in ("int8", "simulate")  # in floats, tokens are matched as PyPI's tomesd does
-                tomesd.apply_patch(model, **asdict(settings.merge), nearest=nearest if lowered else None)
+                # A float model compares tokens as PyPI's tomesd does.
+                tomesd.apply_patch(model, **asdict(settings.merge), nearest=nearest if self._is_lowered else None)
             self._merged = settings.merge
         return model
 
     @property
-    def _engine(self) -> str | None:
-        return None if self.quantization is None else self.quantization.engine
+    def _is_lowered(self) -> bool:
+        """True if the UNet computes from codes of bytes, simulated ones too."""
+        quantization = self.quantization
+        return quantization is not None and quantization.engine is not None and fits_bytes(quantization.effective)
 
-    def _load(self, precision: str) -> LatentDiffusion:
+    def _load(self) -> LatentDiffusion:
         self._model, self._merged = None, None
         self._decoders.clear()
         self._kept_contexts.clear()
@@ -177,15 +176,15 @@ class Pipeline:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
             logger.debug("weights read")
-            install(model, qnn, self.quantization, precision, made=self._give_back)
+            install(model, qnn, self.quantization, made=self._give_back)
             give_back_freed()
         else:
             model = load_float_model(self.spec, self.device, self.tokenizer)
             logger.debug("weights read")
             if self.quantization is not None:
-                quantize(model, self.quantization, precision)
+                quantize(model, self.quantization)
         logger.debug("model ready")
-        self._model, self._loaded_for = model, precision
+        self._model = model
         return model
 
     def _give_back(self) -> None:

@@ -110,6 +110,7 @@ def choose_destinations(w: int, h: int, sx: int, sy: int, generator: torch.Gener
     return torch.randint(sx * sy, (h // sy, w // sx), generator=generator, device=generator.device)
 
 
+@torch.no_grad()
 def match_tokens(
     metric: torch.Tensor,
     w: int,
@@ -122,6 +123,8 @@ def match_tokens(
 ) -> Matching | None:
     """Match the tokens of a w x h grid (bipartite soft matching); return None if r <= 0: nothing is to be merged.
 
+    Each source keeps its best edge, and the r best of these merge (Bolya et al. 2022, section 3).
+
     metric: [B, h * w, C], row-major; tokens are compared by cosine similarity, a zero vector being at 0 to all.
     sx, sy: width and height of a tile. The columns and rows that fill no tile hold sources only; a tile wider
         or higher than the grid is clipped to it.
@@ -132,21 +135,8 @@ def match_tokens(
     Raises ValueError if the grid, the tile or the choice does not fit.
     """
     _check_grid(metric, w, h, sx, sy)
-    return _match(metric, w, h, sx, sy, r, choice, nearest) if r > 0 else None
-
-
-@torch.no_grad()
-def _match(
-    metric: torch.Tensor,
-    w: int,
-    h: int,
-    sx: int,
-    sy: int,
-    r: int,
-    choice: torch.Tensor | None,
-    nearest: Nearest | None = None,
-) -> Matching:
-    """Match a checked grid, r >= 1. Bolya et al. (2022), section 3: each source keeps its best edge, r edges merge."""
+    if r <= 0:
+        return None
     sx, sy = _clip_tile(w, h, sx, sy)
     a_idx, b_idx = _split_grid(w, h, sx, sy, choice, metric.device)
     r = min(r, a_idx.numel())
@@ -161,7 +151,7 @@ def _match(
 def _nearest(
     metric: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what Nearest says."""
+    """Compare tokens by PyTorch, see Nearest."""
     unit = _normalize(metric)
     scores = unit[:, sources] @ unit[:, destinations].transpose(-1, -2)  # [B, S, D]
     best, partner = scores.max(dim=-1)
@@ -188,7 +178,8 @@ def bipartite_soft_matching_random2d(
     if r <= 0:
         return _identity, _identity
     choice = None if no_rand else choose_destinations(w, h, sx, sy, generator)
-    matching = _match(metric, w, h, sx, sy, r, choice)
+    matching = match_tokens(metric, w, h, sx, sy, r, choice)
+    assert matching is not None, "r is above 0"
     return matching.merge, matching.unmerge
 
 

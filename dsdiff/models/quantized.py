@@ -188,24 +188,23 @@ def _in_short(config: QuantConfig, quant_act: bool) -> str:
 # --- putting it in place -----------------------------------------------------------------------------------
 
 
-def quantize(model: LatentDiffusion, quantization: Quantization, precision: str = "full") -> None:
-    """Quantize a LatentDiffusion's UNet, in place. precision: autocast or full, in which it will draw."""
+def quantize(model: LatentDiffusion, quantization: Quantization) -> None:
+    """Quantize a LatentDiffusion's UNet, in place."""
     qnn = QuantModel(model.model.diffusion_model, quantization.config)
     load_cali_ckpt(qnn, quantization.cali_ckpt)
-    install(model, qnn, quantization, precision)
+    install(model, qnn, quantization)
 
 
 def install(
     model: LatentDiffusion,
     qnn: QuantModel,
     quantization: Quantization,
-    precision: str,
     *,
     made: Callable[[], object] = lambda: None,
 ) -> None:
     """Make a calibrated UNet the model's, run by the engine that was chosen.
 
-    precision: autocast or full. made: called now and then while integer layers are made, to free what they were of.
+    made: called now and then while integer layers are made, to free what they were of.
     """
     if quantization.cond and model.model.conditioning_key is None:
         raise ValueError("--cond is given, but the model takes no condition: leave it out")
