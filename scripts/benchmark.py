@@ -16,16 +16,15 @@ adds what is installed of diffusers and OpenVINO, on the same UNet, each in a pr
 of each engine, in a process of its own as well.
 
 Speed does not depend on the values of the weights: --random_weights measures the real shapes of Stable Diffusion v1, or
-of any --config, without a checkpoint. Prints tables and writes benchmark.json, benchmark.md and benchmark.png to
-OUTDIR.
+of any --config, without a checkpoint. Prints tables; writes benchmark.json, benchmark.md and benchmark.png to OUTDIR.
 
 --pictures measures whole pictures instead: each in a process of its own, from the start of the process to the PNG on
 disk, by {float32, bf16, int8} with each --ratio and drawn in each way of --draws, and by --peers. Of many steps it
 takes 4 (--steps_measured), and says so; --full takes all. Writes pictures.json, pictures.md, pictures.png, and to
 OUTDIR/pictures the pictures and the files that they are drawn from, such as a checkpoint with random weights.
 
---isa measures under each cap of the instruction set that this CPU has, or under some of AVX2, AVX2_VNNI, AVX512_CORE,
-AVX512_CORE_VNNI, AVX512_CORE_BF16 and AVX512_CORE_AMX, each in a process of its own; isa.md compares them.
+--isa measures under caps of the instruction set, each in a process of its own; isa.md compares them. --kernels times
+our C kernels one by one, beside PyTorch or a copy of the same features, and writes kernels.json and kernels.md.
 
 --startup measures how long the commands take to start instead, and writes startup.json and startup.md: the seconds of
 txt2img.py --help, and those from the start of a process to the first step of the embedded model, float and --ptq; with
@@ -69,6 +68,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--ratio", type=number(float, 0, 1), nargs="+", metavar="X", help=ratios)
     add("--weight_bit", type=int, choices=WEIGHT_BITS, default=4, help="of quantized engines (default: %(default)s)")
     add("--memory", action="store_true", help="measure peak memory, too: each engine is built twice")
+    add("--kernels", action="store_true", help="measure our C kernels one by one, and nothing else")
     add("--startup", action="store_true", help="measure how long the commands take to start, and nothing else")
     add("--batch", type=number(int, 1), default=2, metavar="N", help="samples of a UNet call (default: %(default)s)")
     add("--latents", type=size, metavar="HxW", help="size of a UNet call's latents (default: the model's)")
@@ -125,6 +125,7 @@ def benchmark_options(args: argparse.Namespace) -> BenchmarkOptions:
         steps_measured=args.steps_measured,
         full=args.full,
         isa=None if args.isa is None else tuple(args.isa),
+        kernels=args.kernels,
         device=args.device,
         threads=args.threads,
         outdir=args.outdir,

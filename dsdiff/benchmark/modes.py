@@ -1,4 +1,4 @@
-"""Run a benchmark of UNet calls, whole pictures or starts, here or under caps; tell and write its tables."""
+"""Run a benchmark of UNet calls, whole pictures, kernels or starts, here or under caps; tell and write its tables."""
 
 from pathlib import Path
 
@@ -19,6 +19,12 @@ def execute(options: BenchmarkOptions) -> None:
 
 def measure(options: BenchmarkOptions, outdir: Path) -> str:
     """Measure in this process, whatever caps it; return the tables as text, and write the files to `outdir`."""
+    if options.kernels:
+        from dsdiff.benchmark import kernels
+
+        timed = kernels.benchmark(options)
+        kernels.write(timed, outdir)
+        return kernels.text(timed)
     if options.startup:
         from dsdiff.benchmark import startup
 

@@ -36,6 +36,10 @@ OF_PICTURES = ("draws", "steps_measured", "full")
 OF_CALLS = ("config", "memory", "seconds", "batch", "latents")
 IDLE = {
     "startup": ("pictures", "isa", "engines", "peers", "random_weights", "ratios", "weight_bit", *OF_CALLS),
+    "kernels": (
+        *("model", "config", "random_weights", "engines", "peers", "ratios", "weight_bit", "memory"),
+        *("batch", "latents", "pictures", "isa", "startup", "device"),
+    ),
     "pictures": OF_CALLS,
 }
 
@@ -99,6 +103,7 @@ class BenchmarkOptions:
     threads: the number of CPU threads. None takes torch's choice.
     outdir: the folder for all files that are written.
     startup: measure how long commands take to start, instead of UNet calls.
+    kernels: measure our C kernels one by one, instead of UNet calls.
     Raises ValueError for a value out of range, and for options that contradict each other.
     """
 
@@ -123,6 +128,7 @@ class BenchmarkOptions:
     threads: int | None = None
     outdir: Path = Path("outputs/benchmark")
     startup: bool = False
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         _check_choices("model", [] if self.model is None else [self.model], list(CONFIGS))
@@ -158,7 +164,7 @@ class BenchmarkOptions:
     def _check_weights(self) -> None:
         if self.config is not None and self.model is not None:
             raise ValueError(f"config {str(self.config)!r} and model {self.model!r} name two models: leave out one")
-        if self.startup:  # which makes its own file of Stable Diffusion v1
+        if self.startup or self.kernels:  # which need no file, or make their own
             return
         if self.config is not None and not self.random_weights:
             raise ValueError("a config of your own comes without a checkpoint: add --random_weights")
@@ -167,8 +173,13 @@ class BenchmarkOptions:
 
     def _check_idle(self) -> None:
         """Raise ValueError for options that have no effect with the others."""
-        mode = "startup" if self.startup else "pictures" if self.pictures else "calls"
-        reason = {"startup": "on the time to start", "pictures": "on whole pictures", "calls": "without --pictures"}
+        mode = next((name for name in ("kernels", "startup", "pictures") if getattr(self, name)), "calls")
+        reason = {
+            "kernels": "on single kernels",
+            "startup": "on the time to start",
+            "pictures": "on whole pictures",
+            "calls": "without --pictures",
+        }
         self._refuse([*IDLE.get(mode, ()), *(() if mode == "pictures" else OF_PICTURES)], reason[mode])
         if self.full:
             self._refuse(["steps_measured"], "with --full, which takes all steps")

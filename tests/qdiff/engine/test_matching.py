@@ -35,6 +35,17 @@ def test_the_nearest_is_that_of_float64_up_to_rounding():
         assert (scores.amax(-1) - scores.gather(2, partner.unsqueeze(-1)).squeeze(-1)).max() < 0.01, case
 
 
+def test_it_finds_the_partner_of_float64_more_often_than_a_product_in_bfloat16():
+    x = smooth_tokens(2, 32, 320, torch.bfloat16)
+    places = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))
+    sources, targets = places.split([32 * 32 * 3 // 4, 32 * 32 // 4])
+    unit, rounded = F.normalize(x.double(), dim=-1), F.normalize(x, dim=-1)
+    exact, plain = ((each[:, sources] @ each[:, targets].mT).argmax(-1) for each in (unit, rounded))
+    partner = nearest(x, sources, targets)[1]
+    found, found_plain = ((each == exact).double().mean() for each in (partner, plain))
+    assert found > 0.98 and found > found_plain
+
+
 def test_equals_zeros_and_other_lengths():
     x = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [3e-12, 6e-12], [-5.0, 1.0], [0.0, 0.0]]])
     best, partner = nearest(x * 7e3, torch.tensor([0, 2, 4]), torch.tensor([3, 2, 0, 1]))
