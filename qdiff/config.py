@@ -1,6 +1,8 @@
 """Settings of quantization and of its calibration, as frozen dataclasses that validate themselves. Imports no torch."""
 
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SCALE_METHODS = ("max", "max_scale", "mse")
@@ -62,6 +64,8 @@ class QuantConfig(_Settings):
         (bits + 2) / 8, and "mse" takes the one of 80 shrunk ranges with the least mean |error|^2.4.
     act_scale_method: the same for the range of an activation.
     act_symmetric: make the codes of activations signed, with zero point 0.
+    mixed_act: the bits, in 2..16, of inputs of layers that have others than act_bit, by the name of their quantizer,
+        such as "model.input_blocks.0.0.act_quantizer".
     """
 
     weight_bit: int = 4
@@ -72,14 +76,47 @@ class QuantConfig(_Settings):
     scale_method: str = "max"
     act_scale_method: str = "max"
     act_symmetric: bool = False
+    mixed_act: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("weight_bit", "act_bit", "sm_abit"):
             _check_int(name, getattr(self, name), BITS[0], BITS[-1])
+        if not isinstance(self.mixed_act, Mapping):
+            _refuse("mixed_act", self.mixed_act, "a mapping of names to bits")
+        for name, bits in self.mixed_act.items():
+            _check_int(f"mixed_act[{name!r}]", bits, BITS[0], BITS[-1])
         for name in ("quant_act", "split", "act_symmetric"):
             _check_bool(name, getattr(self, name))
         for name in ("scale_method", "act_scale_method"):
             _check_choice(name, getattr(self, name), SCALE_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(_Settings):
+    """Settings of the choice of inputs that get more bits than others.
+
+    amount: how many, if 1 or more; a share in (0, 1) asks for the fewest that make this share of the error which the
+        quantization of all inputs causes, see `qdiff.sensitivity`.
+    bits: of these inputs, in 9..16.
+    samples: how many of the calibration data are used to rank the inputs.
+    probes: random vectors for each of them.
+    seed: of the samples and vectors.
+    """
+
+    amount: float = 6
+    bits: int = 12
+    samples: int = 32
+    probes: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        whole = self.amount >= 1 and self.amount == int(self.amount) if math.isfinite(self.amount) else False
+        if not whole and not 0 < self.amount < 1:
+            _refuse("mixed_act", self.amount, "a whole number of 1 or more, or a share in (0, 1)")
+        _check_int("mixed_act_bit", self.bits, 9, 16)
+        for name in ("samples", "probes"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

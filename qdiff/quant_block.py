@@ -74,7 +74,7 @@ class QuantizedAttention(Exchanged):
         """Return softmax(q k^T scale) v of already quantized q, k and v [n, N, d], with the softmax quantized."""
         scores = torch.bmm(q, k.transpose(1, 2)) * scale
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return torch.bmm(self.act_quantizer_w(scores.float().softmax(dim=-1).to(v.dtype)), v)
 
 

@@ -1,7 +1,8 @@
 """A UNet whose layers and blocks are quantized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch.nn as nn
@@ -39,6 +40,8 @@ class QuantModel(nn.Module):
                 split = splits.get(name)
                 quantized = SplitQuantModule(layer, config, split) if split else QuantModule(layer, config)
                 put_module(unet, name, quantized)
+        if config.quant_act:
+            self._set_mixed_act()
         self.to(next(unet.parameters()).device)
         self.eval()
         self.set_quant_state(False, False)
@@ -46,6 +49,26 @@ class QuantModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Predict the noise; arguments and result are those of UNetModel.forward."""
         return self.model(x, timesteps, context=context, y=y)
+
+    def mix_act(self, bits: Mapping[str, int]) -> None:
+        """Change the config's `mixed_act` to `bits`. Ranges of quantizers whose bits change must be fitted anew.
+
+        Raises ValueError, and changes nothing, for names of no layer's input.
+        """
+        before, self.config = self.config, replace(self.config, mixed_act=dict(bits))
+        try:
+            self._set_mixed_act()
+        except ValueError:
+            self.config = before
+            raise
+
+    def _set_mixed_act(self) -> None:
+        inputs = self.input_quantizers()
+        unknown = sorted(set(self.config.mixed_act) - set(inputs))
+        if unknown:
+            raise ValueError(f"mixed_act names {unknown[0]}, which is no layer's input: the file is of another model?")
+        for name, quantizer in inputs.items():
+            quantizer.n_bits = self.config.mixed_act.get(name, self.config.act_bit)
 
     def restore(self) -> UNetModel:
         """Return the float UNet, as it was; this model must not be used any more.
@@ -87,6 +110,12 @@ class QuantModel(nn.Module):
         """Return all quantizers of activations by name, those of attention operands included."""
         weights = self.weight_quantizers()
         return {name: quantizer for name, quantizer in self._quantizers() if name not in weights}
+
+    def input_quantizers(self) -> dict[str, Quantizer]:
+        """Return the quantizers of the inputs of layers by name; none if activations are float."""
+        weights = {f"{name}.{part}" for name, layer in self.layers().items() for part in layer.weight_parts()}
+        inputs = {name.replace("weight_quantizer", "act_quantizer") for name in weights}
+        return {name: quantizer for name, quantizer in self.act_quantizers().items() if name in inputs}
 
     def units(self) -> dict[str, nn.Module]:
         """Return the units of reconstruction by name, in order of execution: blocks, and the layers between them."""

@@ -94,6 +94,13 @@ def add_learning_flags(parser: argparse.ArgumentParser) -> None:
     add("--b_start", type=number(float, 1), metavar="X", help="its exponent at first (default: 20)")
     add("--b_end", type=number(float, 1), metavar="X", help="its exponent at last (default: 2)")
     add("--warmup", type=number(float, 0, 1), metavar="X", help="share of the steps without it (default: 0.2)")
+    add(
+        "--mixed_act",
+        type=number(float, 0),
+        metavar="N|SHARE",
+        help="more bits for the N most sensitive inputs, or for the fewest that cause SHARE (below 1) of the error",
+    )
+    add("--mixed_act_bit", type=number(int, 9, 16), metavar="BITS", help="of these inputs, 9..16 (default: 12)")
     add("--running_stat", action="store_true", default=None, help="ranges by running averages of minimum and maximum")
     add("--sym", action="store_true", default=None, help="feed units the float model's inputs")
     add(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdiff.options import QUANT_MODES, DrawOptions, MergeOptions, ModelOptions
-from qdiff.config import QuantConfig, ReconConfig
+from qdiff.config import MixConfig, QuantConfig, ReconConfig
 
 FORMATS = ("dsdiff", "qdiff")
 GIB = 2**30
@@ -51,6 +51,8 @@ class CalibrationOptions:
         model: the float model.
         merge: the token merging to calibrate with; None merges none.
         weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, and to how many bits; see QuantConfig.
+        mixed_act: the amount of most sensitive inputs that get more bits, see MixConfig; None for none.
+        mixed_act_bit: their bits, in 9..16. None is 12.
         quant_mode: "qdiff" learns roundings and step sizes. "linear", the baseline, rounds to nearest between minimum
             and maximum.
         running_stat: take the ranges of activations from running averages of minimum and maximum.
@@ -87,6 +89,8 @@ class CalibrationOptions:
     act_bit: int | None = None
     sm_abit: int | None = None
     split: bool = False
+    mixed_act: float | None = None
+    mixed_act_bit: int | None = None
     quant_mode: str = "qdiff"
     running_stat: bool = False
 
@@ -131,6 +135,7 @@ class CalibrationOptions:
             raise ValueError("calibration data is drawn without merging: leave draw.merge out, and give merge")
         self._refuse_without_effect()
         self.quant_config()  # which checks the bits
+        self.mix_config()
         self.recon_config()  # which checks the rest
 
     # --- what the options mean ----------------------------------------------------------------------------
@@ -151,6 +156,13 @@ class CalibrationOptions:
             act_scale_method=method,
             **self._given(("act_bit", "sm_abit")),
         )
+
+    def mix_config(self) -> MixConfig | None:
+        """Return which inputs get more bits; None if all have the same."""
+        if self.mixed_act is None:
+            return None
+        bits = {} if self.mixed_act_bit is None else {"bits": self.mixed_act_bit}
+        return MixConfig(amount=self.mixed_act, seed=self.seed, **bits)
 
     def recon_config(self) -> ReconConfig | None:
         """Return how units are learned; None for the baseline, which learns nothing."""
@@ -190,8 +202,14 @@ class CalibrationOptions:
             self._refuse(ROUNDING, "with --iters_w 0 weights are rounded to nearest")
         if self.iters_a == 0:
             self._refuse(STEP_SIZES, "with --iters_a 0 no step size is learned")
+        if self.mixed_act is None:
+            self._refuse(("mixed_act_bit",), "without --mixed_act all inputs have the same bits")
+        elif self.format == "qdiff":
+            raise ValueError(
+                "Q-Diffusion's format has one width for all activations: leave out --mixed_act or --format"
+            )
         if not self.quant_act:
-            idle = ("act_bit", "sm_abit", "iters_a", *STEP_SIZES, "running_stat")
+            idle = ("act_bit", "sm_abit", "mixed_act", "iters_a", *STEP_SIZES, "running_stat")
             self._refuse(idle, "without --quant_act activations stay float")
 
     def _refuse_drawing(self, data_path: Path) -> None:

@@ -24,7 +24,7 @@ from qdiff import calibrate as procedure
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.checkpoint import fingerprint, save_cali_ckpt
-from qdiff.config import QuantConfig, ReconConfig
+from qdiff.config import MixConfig, QuantConfig, ReconConfig
 from qdiff.distributed import barrier, rank, world_size
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
@@ -45,6 +45,7 @@ class Settings:
 
     fingerprint: str
     config: QuantConfig
+    mix: MixConfig | None
     recon: ReconConfig | None
     quant_mode: str
     running_stat: bool
@@ -140,6 +141,7 @@ def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions
     return Settings(
         fingerprint=fingerprint(qnn),
         config=qnn.config,
+        mix=options.mix_config(),
         recon=options.recon_config(),
         quant_mode=options.quant_mode,
         running_stat=options.running_stat,
@@ -178,8 +180,9 @@ def _learn(
     qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions, folder: ProgressFolder, cache: Cache
 ) -> list[UnitReport]:
     """Calibrate behind a bar of samples and iterations; return the reports of all units."""
-    recon = options.recon_config()
-    work = [procedure.step_work(step, recon, len(data)) for step in procedure.calibration_steps(qnn, recon)]
+    recon, mix = options.recon_config(), options.mix_config()
+    steps = procedure.calibration_steps(qnn, recon, mix)
+    work = [procedure.step_work(step, recon, len(data), mix) for step in steps]
     done = sum(work[: folder.finished()])
     bar = tqdm(total=sum(work), initial=done, desc="calibration", unit="it", disable=rank() != 0)
     reports: list[UnitReport] = []
@@ -193,6 +196,7 @@ def _learn(
         data,
         recon,
         cache=cache,
+        mix=mix,
         batch_size=options.effort.batch_size,
         running=options.running_stat,
         seed=options.seed,
@@ -205,6 +209,8 @@ def _learn(
                 if step.unit:
                     reports.append(UnitReport(**report))
                     logger.debug("%s", describe(reports[-1]))
+                elif step.phase == "mixing" and mix is not None:
+                    logger.info("%s", describe_mixing(report["shares"], mix.bits))
     except KeyboardInterrupt:
         way_on = f"{len(reports)} units finished in {options.outdir}; the same command with --resume goes on"
         raise KeyboardInterrupt(way_on) from None
@@ -219,6 +225,15 @@ def describe(report: UnitReport) -> str:
     return (
         f"{report.phase:<11} {report.unit.removeprefix('model.'):<45} "
         f"{report.before:.3e} -> {report.after:.3e}{verdict} {report.seconds:.1f} s"
+    )
+
+
+def describe_mixing(shares: Mapping[str, float], bits: int) -> str:
+    """Return which inputs get more bits, as a line. shares: of the error that quantized inputs cause, by name."""
+    first = ", ".join(f"{name.removeprefix('model.')} {share:.0%}" for name, share in list(shares.items())[:3])
+    return (
+        f"{bits} bits for {len(shares)} inputs, {sum(shares.values()):.0%} of the error that quantized inputs cause: "
+        f"{first}{' and others' if len(shares) > 3 else ''}"
     )
 
 

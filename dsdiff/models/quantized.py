@@ -180,6 +180,8 @@ def _in_short(config: QuantConfig, quant_act: bool) -> str:
     parts = [f"W{config.weight_bit}A{config.act_bit if quant_act else 32}"]
     if quant_act:
         parts.append(f"sm{config.sm_abit}")
+        wider = sorted(set(config.mixed_act.values()))
+        parts += [f"{list(config.mixed_act.values()).count(bits)}xA{bits}" for bits in wider]
     if config.split:
         parts.append("split")
     return " ".join(parts)

@@ -63,6 +63,8 @@ class LoweredCrossAttention(QuantCrossAttention):
     def _computes_from_codes(self, x: Tensor, params: fused_ops.Three) -> bool:
         """Return whether `fused_ops.attention` is used for an input like x."""
         width = round(self.scale**-2)  # of a head
+        if any(each.is_wide for each in params):
+            return False
         if has_softmax_params(self.act_quantizer_w) and fused_ops.has_integer_attention(x.device, params, width):
             return True
         return x.dtype != torch.float32 and self.act_quantizer_w.n_bits >= FINE

@@ -139,7 +139,7 @@ class LoweredFeedForward(Exchanged, FeedForward):
         if not fused_ops.fuses(x) or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
-        codes = proj.quantize(x).flatten(0, -2).split(PART)
+        codes = proj.quantize(x.flatten(0, -2)).split(PART, dim=-2)
         outputs = (out.to_float(fused_ops.geglu(proj.to_float(part, x.dtype), out.params), x.dtype) for part in codes)
         if residual is None:
             return torch.cat(list(outputs)).view(*x.shape[:-1], -1)

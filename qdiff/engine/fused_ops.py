@@ -4,9 +4,11 @@ Our C kernels (see `native`) compute an operation and the quantization after it 
 inside, for features in float32 and bfloat16. Without the kernels, and in float16, PyTorch computes both.
 
 Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes are laid out as the tensor they stand for.
+Codes of more than 8 bits are two such tensors, [2, ...]: their low bytes and their high bytes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,17 +24,32 @@ SLICE = 256  # pixels of a feature map whose sums one thread computes in a group
 
 
 def quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
-    """Return the codes of x by each of `params`, each uint8 of x's shape.
+    """Return the codes of x by each of `params`, each uint8 of x's shape, or [2, *shape] of more than 8 bits.
 
     For finite x the codes are those of UniformAffineQuantizer, bit for bit. For NaN they are undefined.
     """
     rows = _evenly_spaced(x) if _has_kernel(x) else None
     if rows is None:
         wide = x.float()
-        return [(wide / p.delta).round_().add_(p.zero_point).clamp_(0, p.high).to(torch.uint8) for p in params]
-    outputs = torch.empty(len(params), *_channels_at_the_end(x).shape, dtype=torch.uint8)
-    native.call("quantize", x, x.dtype == torch.bfloat16, *rows, params, len(params), outputs)
-    return [output.permute(0, 3, 1, 2) if x.ndim == 4 else output for output in outputs]
+        return [_as_bytes((wide / p.delta).round_().add_(p.zero_point).clamp_(0, p.high), p) for p in params]
+    planes = [2 if p.is_wide else 1 for p in params]
+    out = torch.empty(sum(planes), *_channels_at_the_end(x).shape, dtype=torch.uint8)
+    native.call("quantize", x, x.dtype == torch.bfloat16, *rows, params, len(params), out)
+    out = out.movedim(-1, 2) if x.ndim == 4 else out
+    return [part if len(part) > 1 else part[0] for part in out.split(planes)]
+
+
+def _as_bytes(codes: Tensor, params: QuantParams) -> Tensor:
+    """Return whole numbers in 0..params.high as uint8, two tensors for wide codes."""
+    if not params.is_wide:
+        return codes.to(torch.uint8)
+    whole = codes.to(torch.int32)
+    return torch.stack([whole & 255, whole >> 8]).to(torch.uint8)
+
+
+def _empty_codes(shape: Sequence[int], params: QuantParams) -> Tensor:
+    """Return an uninitialised tensor for codes of `shape`, whose last dimension has the channels."""
+    return torch.empty(*([2] if params.is_wide else []), *shape, dtype=torch.uint8)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -61,13 +78,13 @@ def group_norm(
     slices = max(1, math.ceil(size / SLICE))
     sums = torch.empty(samples * slices * 2 * channels)
     lines = torch.empty(samples * 2 * channels)
-    out = torch.empty(x.shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    out = _empty_codes(x.permute(0, 2, 3, 1).shape, params)
     added = None if added is None else added.float().contiguous()
     native.call(
         "group_norm", x, x.dtype == torch.bfloat16, samples, size, channels, added, norm.num_groups, norm.weight,
         norm.bias, norm.eps, silu, [params], slices, sums, lines, out
     )  # fmt: skip
-    return out
+    return out.movedim(-1, -3)
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor, added: Tensor | None, silu: bool) -> Tensor:
@@ -84,7 +101,7 @@ def geglu(x: Tensor, params: QuantParams) -> Tensor:
         return quantize(value * F.gelu(gate), params)[0]
     x = x.contiguous()
     width = x.shape[-1] // 2
-    out = torch.empty(*x.shape[:-1], width, dtype=torch.uint8)
+    out = _empty_codes([*x.shape[:-1], width], params)
     native.call("geglu", x, x.dtype == torch.bfloat16, x.numel() // (2 * width), width, [params], out)
     return out
 
@@ -115,9 +132,9 @@ def attention(
 ) -> Tensor:
     """Return the codes [B, N, heads d] of softmax(q k^T / sqrt(d)) v.
 
-    codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three. output: the quantizer
-    of the result. softmax: the quantizer of the probabilities, of 16 bits at most. mask: bool [B, M], False for keys
-    that no query sees; a query that sees none gets 0. The N x M matrix of scores is never stored.
+    codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three, of 8 bits at most.
+    output: the quantizer of the result. softmax: the quantizer of the probabilities, of 16 bits at most. mask: bool
+    [B, M], False for keys that no query sees; a query that sees none gets 0. The N x M scores are never stored.
 
     Our kernel computes in whole numbers, probabilities in 16 bits (see kernels/attention.c). Where it cannot run (see
     `has_integer_attention`), PyTorch computes in `dtype`, without the quantizer of the softmax. Raises ValueError if
@@ -148,7 +165,7 @@ def _of_multiples(params: QuantParams, step: float) -> QuantParams:
 
 def has_integer_attention(device: torch.device, inputs: Three, width: int) -> bool:
     """Return whether our attention kernel can run. inputs: the quantizers of q, k and v. width: of a head."""
-    in_bytes = all(0 <= params.zero_point <= 255 for params in inputs)
+    in_bytes = all(0 <= params.zero_point <= 255 and not params.is_wide for params in inputs)
     return device.type == "cpu" and in_bytes and width <= MAX_HEAD_WIDTH and native.has_attention()
 
 
@@ -166,7 +183,7 @@ def _integer_attention(
     scale = inputs[0].delta * inputs[1].delta * sizes[1] ** -0.5 / math.log(2)
     workspace = torch.empty(native.call("attention_bytes", batch * heads, *sizes), dtype=torch.uint8)
     seen = None if mask is None else mask.to(torch.uint8).contiguous()
-    out = torch.empty_like(q)
+    out = _empty_codes(q.shape, output)
     native.call(
         "attention", q, k, v, seen, batch, heads, queries, *sizes, scale, inputs[0].zero_point, inputs[2].zero_point,
         softmax.delta, softmax.high, [_of_multiples(output, inputs[2].delta)], workspace, out

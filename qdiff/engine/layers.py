@@ -5,7 +5,8 @@ each output channel). A layer computes
 
     y = D d sum (c - Z) (q - z) + bias          with the sum over the inputs of an output
 
-The sum is exact in 32 bits. A convolution pads with c = Z, which stands for 0.
+The sum is exact in 32 bits. A convolution pads with c = Z, which stands for 0. Codes of more than 8 bits are two bytes,
+and the layer is the sum of two (see `WideIntegerLayer`).
 """
 
 from collections.abc import Callable
@@ -67,7 +68,7 @@ class CodesLayer(_FixedDtypes):
         return self.to_float(self.quantize(x), x.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return the codes of x, uint8; see `fused_ops.quantize`."""
+        """Return the codes of x, uint8, [2, ...] of more than 8 bits; see `fused_ops.quantize`."""
         return fused_ops.quantize(x, self.params)[0]
 
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,6 +103,22 @@ class SplitIntegerLayer(nn.Module):
         return self.first(x[:, : self.split]) + self.second(x[:, self.split :])
 
 
+class WideIntegerLayer(CodesLayer):
+    """A layer whose input has more than 8 bits: the sum of a layer on the low bytes of its codes and one on the high.
+
+    low, high: have the quantizers `params.halves()`; `low` has the bias. Both sums are exact; only their sum rounds, in
+    float32.
+    """
+
+    def __init__(self, low: CodesLayer, high: CodesLayer, params: QuantParams):
+        super().__init__(params)
+        self.low, self.high = low, high
+
+    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        low, high = (layer.to_float(c, torch.float32) for layer, c in zip((self.low, self.high), codes, strict=True))
+        return low.add_(high).to(dtype)
+
+
 class OffsetIntegerLayer(CodesLayer):
     """A layer of 8-bit weights, whose q - z may not fit into int8.
 
@@ -129,8 +146,8 @@ class OffsetIntegerLayer(CodesLayer):
 def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
     """Return the integer layer of `layer`, made by the backend `make`.
 
-    Raises ValueError if there is none: for float activations, more than 8 bits, padding by name such as "same", and
-    grouped convolutions whose weights do not fit into int8.
+    Raises ValueError if there is none: for float activations, weights of more than 8 bits, padding by name such as
+    "same", and grouped convolutions whose weights do not fit into int8.
     """
     parts = [_part(layer, name, make) for name in layer.weight_parts()]
     return SplitIntegerLayer(parts[0], parts[1], layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
@@ -141,8 +158,8 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
     quantizer, act = getattr(layer, name), getattr(layer, name.replace("weight", "act"))
     if not isinstance(act, UniformAffineQuantizer):
         raise ValueError("activations are float: there is nothing to compute in whole numbers")
-    if max(act.n_bits, quantizer.n_bits) > 8:
-        raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: 8 bits are the most that do")
+    if quantizer.n_bits > 8:
+        raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: weights of 8 bits are the most")
     if isinstance(layer.options.get("padding"), str):
         raise ValueError(f"padding {layer.options['padding']!r}: there is no integer layer for it, give numbers")
     if not isinstance(quantizer, FrozenQuantizer):
@@ -155,6 +172,15 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
         params=params_of(act),
         options=layer.options or None,
     )
+    if not spec.params.is_wide:
+        return _of_bytes(spec, quantizer, make)
+    low, high = spec.params.halves()
+    parts = replace(spec, params=low), replace(spec, params=high, bias=None)
+    return WideIntegerLayer(*(_of_bytes(part, quantizer, make) for part in parts), spec.params)
+
+
+def _of_bytes(spec: LayerSpec, quantizer: FrozenQuantizer, make: MakeLayer) -> CodesLayer:
+    """Return the layer of an input whose codes are bytes."""
     return make(spec) if spec.weight.dtype == torch.int8 else _offset(spec, quantizer, make)
 
 

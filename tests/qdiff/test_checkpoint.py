@@ -137,6 +137,7 @@ def test_outputs_of_other_settings_are_bit_equal(make_small, golden, tmp_path, s
         {"quant_act": False},
         {"split": False},
         {"act_symmetric": True},
+        {"mixed_act": {f"{LAST}.act_quantizer": 12}},
     ]:
         with subtests.test(settings=settings):
             first, second = make_small(**settings), make_small(**settings)
@@ -285,7 +286,7 @@ def test_header_without_details(loaded, saved):
 
 def test_header_round_trip_of_all_settings(make_small, tmp_path):
     settings = {"weight_bit": 3, "act_bit": 6, "sm_abit": 10, "split": False, "act_symmetric": True}
-    settings |= {"scale_method": "max_scale", "act_scale_method": "mse"}
+    settings |= {"scale_method": "max_scale", "act_scale_method": "mse", "mixed_act": {f"{LAST}.act_quantizer": 12}}
     save_cali_ckpt(make_small(**settings), tmp_path / "x.safetensors")
     header = read_cali_header(tmp_path / "x.safetensors")
     assert header.config == QuantConfig(**settings)
@@ -395,6 +396,22 @@ def test_model_of_other_settings_is_refused(make_small, witness, small_file, sub
         with subtests.test(name=name, value=value, stored=stored):
             seen = witness(make_small(**{name: value}))
             seen.assert_refuses(small_file, rf"the model has {name} {value}, but .* was made with {name} {stored}")
+
+
+def test_mixed_bits_are_those_of_the_file_or_refused(make_small, witness, small_file, tmp_path):
+    mixed = {"mixed_act": {f"{LAST}.act_quantizer": 12}}
+    qnn = make_small(**mixed)
+    assert qnn.input_quantizers()[f"{LAST}.act_quantizer"].high == 4095
+    witness(qnn).assert_refuses(small_file, r"the model has mixed_act .* was made with mixed_act \{\}")
+    with pytest.raises(ValueError, match="one width for all activations"):
+        save_cali_ckpt(qnn, tmp_path / "x.pth", format="qdiff")
+    with pytest.raises(ValueError, match=r"mixed_act names model\.in, which is no layer's input"):
+        make_small(mixed_act={"model.in": 12})
+    before = qnn.config
+    with pytest.raises(ValueError, match="no layer's input"):
+        qnn.mix_act({"model.input_blocks.1.1.transformer_blocks.0.attn1.act_quantizer_q": 12})
+    assert qnn.config == before
+    make_small(mixed_act={"model.in": 12}, quant_act=False)  # without activations it has no effect
 
 
 def test_another_source_model_is_refused(make_small, witness, small_file, subtests):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qdiff.config import QuantConfig, ReconConfig
+from qdiff.config import MixConfig, QuantConfig, ReconConfig
 
 NAN, INF = float("nan"), float("inf")
 CHANGED = {
@@ -18,7 +18,9 @@ CHANGED = {
         "scale_method": "mse",
         "act_scale_method": "max_scale",
         "act_symmetric": True,
+        "mixed_act": {"model.out.2.act_quantizer": 12},
     },
+    MixConfig: {"amount": 0.5, "bits": 16, "samples": 7, "probes": 2, "seed": 3},
     ReconConfig: {
         "iters_w": 7,
         "iters_a": 0,
@@ -76,9 +78,9 @@ def test_from_dict_refuses_unknown_names(subtests):
     for kind in KINDS:
         with (
             subtests.test(kind=kind),
-            pytest.raises(ValueError, match=f"^{kind.__name__} knows no bits, weight_bits: the file is of"),
+            pytest.raises(ValueError, match=f"^{kind.__name__} knows no bit, weight_bits: the file is of"),
         ):
-            kind.from_dict(kind().to_dict() | {"weight_bits": 4, "bits": 4})
+            kind.from_dict(kind().to_dict() | {"weight_bits": 4, "bit": 4})
 
 
 def test_from_dict_refuses_what_the_constructor_refuses(subtests):

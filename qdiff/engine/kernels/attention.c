@@ -344,7 +344,7 @@ static void write_group(const Attention *a, const Group *group, int64_t rows, Si
         int64_t together = sizes.full * LANES < a->width ? sizes.full * LANES : a->width;
         for (int64_t i = 0; i < together; i++) results[i] = (sums[i] + zero) * times;
         for (int64_t i = together; i < a->width; i++) results[i] = (tail[2 * (i - together)] + zero) * times;
-        quantize_row(results, a->width, a->params, out + row * a->heads * a->width);
+        quantize_row(results, a->width, a->params, out_plane(a), out + row * a->heads * a->width);
     }
 }
 

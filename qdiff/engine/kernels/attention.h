@@ -7,7 +7,7 @@
 enum { MAX_WIDTH = 256 }; /* of a head; wider ones might have sums of bytes that float32 does not hold exactly */
 
 /* The operands. Let c be codes, Z zero points and D steps.
- * q, out: codes [batch, queries, heads * width]. k, v: codes [batch, keys, heads * width].
+ * q, out: codes [batch, queries, heads * width]; out twice for wide codes. k, v: codes [batch, keys, heads * width].
  * mask: [batch, keys], 0 for keys that no query sees; NULL for none.
  * scale: D_q D_k / sqrt(width) / ln 2; exponentials are powers of 2.
  * softmax_delta, softmax_high: the quantizer of the softmax, whose zero point is 0.
@@ -24,6 +24,9 @@ typedef struct {
 /* The coefficients of a polynomial that is 2^x for x in [0, 1) with a relative error below 1e-4, highest power first.
  * It is below 2 at 1, so that no probability is above 1. */
 static const float POWER_OF_2[4] = {0.07802291f, 0.22606949f, 0.69583272f, 0.99992526f};
+
+/* Return the bytes of a plane of the result. */
+static inline int64_t out_plane(const Attention *a) { return a->batch * a->queries * a->heads * a->width; }
 
 /* Return the largest probability that the quantizer of the softmax lets through. */
 static inline float largest_probability(const Attention *a) { return (a->softmax_high + 0.5f) * a->softmax_delta; }

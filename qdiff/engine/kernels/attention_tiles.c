@@ -231,7 +231,7 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Head head
     for (int64_t row = 0; row < rows; row++) {
         float *results = block.output + row * wide;
         for (int64_t i = 0; i < width; i++) results[i] /= total[row];
-        quantize_row(results, width, a->params, out + row * stride);
+        quantize_row(results, width, a->params, out_plane(a), out + row * stride);
     }
 }
 

@@ -56,6 +56,7 @@ static void group_norm_lines(const void *x, int64_t bfloat16, int64_t sample, in
 
 /* Quantize GroupNorm(x + added), or SiLU of it where `with_silu` is 1.
  * x: [samples, size, channels] with `size` pixels. added: float32 [samples, channels], or NULL for none.
+ * out: uint8 like x, or two of them for wide codes.
  * Threads share the pixels of a sample as `slices` slices. Workspaces: sums has samples * slices * 2 * channels floats,
  * lines has samples * 2 * channels. */
 void group_norm(const void *x, int64_t bfloat16, int64_t samples, int64_t size, int64_t channels, const float *added,
@@ -84,7 +85,7 @@ void group_norm(const void *x, int64_t bfloat16, int64_t samples, int64_t size, 
                 for (int64_t i = 0; i < count; i++) part[i] = part[i] * scale[start + i] + offset[start + i];
                 if (with_silu)
                     for (int64_t i = 0; i < count; i++) part[i] = silu(part[i]);
-                quantize_row(part, count, *params, out + row * channels + start);
+                quantize_row(part, count, *params, samples * size * channels, out + row * channels + start);
             }
         }
     }

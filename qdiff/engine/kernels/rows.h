@@ -61,14 +61,29 @@ static inline void store(const float *x, int64_t bfloat16, int64_t start, int64_
     }
 }
 
-/* Quantize `count` numbers. It divides, although a product with 1 / delta would be faster: the codes must be those of
+/* Return the code of x. It divides, although a product with 1 / delta would be faster: the codes must be those of
  * UniformAffineQuantizer bit for bit. */
-static inline void quantize_row(const float *x, int64_t count, QuantParams params, uint8_t *out) {
-    for (int64_t i = 0; i < count; i++) {
-        float code = rintf(x[i] / params.delta) + params.zero_point;
-        code = code > 0 ? code : 0;
-        code = code < params.high ? code : params.high;
-        out[i] = (uint8_t)(int32_t)code;
+static inline int32_t code_of(float x, QuantParams params) {
+    float code = rintf(x / params.delta) + params.zero_point;
+    code = code > 0 ? code : 0;
+    code = code < params.high ? code : params.high;
+    return (int32_t)code;
+}
+
+/* Return 1 if codes take two bytes. */
+static inline int is_wide(QuantParams params) { return params.high > 255; }
+
+/* Quantize `count` numbers. The high bytes of wide codes are written `plane` bytes behind the low ones. */
+static inline void quantize_row(const float *x, int64_t count, QuantParams params, int64_t plane, uint8_t *out) {
+    if (is_wide(params)) {
+        uint8_t *high = out + plane;
+        for (int64_t i = 0; i < count; i++) {
+            int32_t code = code_of(x[i], params);
+            out[i] = (uint8_t)code;
+            high[i] = (uint8_t)(code >> 8);
+        }
+    } else {
+        for (int64_t i = 0; i < count; i++) out[i] = (uint8_t)code_of(x[i], params);
     }
 }
 

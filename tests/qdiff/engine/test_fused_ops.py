@@ -9,6 +9,7 @@ from qdiff.engine import fused_ops, native
 from qdiff.engine.quant_params import QuantParams
 
 TO = QuantParams(delta=0.031, zero_point=113, high=255)
+WIDE = QuantParams(delta=0.004, zero_point=900, high=4095)
 WAYS = [
     pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="no C compiler here")),
     pytest.param(False, id="PyTorch"),
@@ -27,10 +28,17 @@ def exact_codes(x, to):
     return (x.double() / to.delta).round().add(to.zero_point).clamp(0, to.high)
 
 
-def assert_close(codes, values, to, share=0.02):
+def as_numbers(codes, to):
+    """The codes as whole numbers, in float64. Wide ones come as two tensors of bytes."""
+    assert codes.dtype == torch.uint8
+    codes = codes.double()
+    return codes[0] + 256 * codes[1] if to.high > 255 else codes
+
+
+def assert_close(codes, values, to, share=0.02, most=1):
     """Codes of these float64 values, but for some that are next to the edge of two."""
-    difference = (codes.double() - exact_codes(values, to)).abs()
-    assert codes.dtype == torch.uint8 and difference.max() <= 1 and (difference > 0).double().mean() < share
+    difference = (as_numbers(codes, to) - exact_codes(values, to)).abs()
+    assert difference.max() <= most and (difference > 0).double().mean() < share
 
 
 def channels_last(*shape, dtype=torch.bfloat16):
@@ -50,16 +58,19 @@ def test_codes_are_those_of_the_quantizer_bit_for_bit(way):
             "one row": torch.randn(9).to(dtype),
             "nothing": torch.zeros(0, 4).to(dtype),
         }.items():
-            for codes, to in zip(fused_ops.quantize(x, TO, narrow), (TO, narrow), strict=True):
+            each = (TO, WIDE, narrow)
+            for codes, to in zip(fused_ops.quantize(x, *each), each, strict=True):
                 expected = (x.float() / to.delta).round() + to.zero_point
                 case = f"{name}, {dtype}, {to}"
-                assert torch.equal(codes, expected.clamp(0, to.high).to(torch.uint8)), case
-                assert codes.shape == x.shape, case
+                numbers = as_numbers(codes, to)
+                assert torch.equal(numbers, expected.clamp(0, to.high).double()), case
+                assert numbers.shape == x.shape, case
 
 
 def test_extremes_are_clamped(way):
     x = torch.tensor([[float("inf"), float("-inf"), 1e30, -1e30, 0.0]])
     assert fused_ops.quantize(x, TO)[0].tolist() == [[255, 0, 255, 0, 113]]
+    assert as_numbers(fused_ops.quantize(x, WIDE)[0], WIDE).tolist() == [[4095, 0, 4095, 0, 900]]
 
 
 @torch.no_grad()
@@ -76,6 +87,12 @@ def test_group_norm(way):
             norm.float()
             # PyTorch rounds x + added to bfloat16, the kernel does not.
             assert_close(codes, F.silu(y) if silu else y, TO, 0.02 if way or more is None else 0.2)
+        codes = fused_ops.group_norm(norm, x, WIDE, silu=True)
+        # Each plane is a feature map in channels_last order, which is what convolutions read.
+        assert all(plane.is_contiguous(memory_format=torch.channels_last) for plane in codes)
+        y = norm.double()(x.double())
+        norm.float()
+        assert_close(codes, F.silu(y), WIDE, 0.05)
 
 
 @pytest.mark.skipif(not native.library(), reason="no C compiler here")
@@ -106,6 +123,8 @@ def test_geglu(way):
     value, gate = x.double().chunk(2, dim=-1)
     # PyTorch rounds gelu and the product to bfloat16, the kernel does not.
     assert_close(fused_ops.geglu(x, TO), value * F.gelu(gate), TO, 0.01 if way else 0.2)
+    if way:
+        assert_close(fused_ops.geglu(x, WIDE), value * F.gelu(gate), WIDE, 0.02)
 
 
 def test_attention(way):
@@ -127,6 +146,9 @@ def test_attention(way):
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         for dtype in (torch.bfloat16, torch.float16):
             assert_close(fused_ops.attention(codes, tuple(ranges), heads, TO, dtype), expected, TO, 0.15)
+        if way:
+            wide = fused_ops.attention(codes, tuple(ranges), heads, WIDE, torch.bfloat16)
+            assert_close(wide, expected, WIDE, 0.9, most=6)
 
 
 def test_keys_of_another_batch_are_refused(way):

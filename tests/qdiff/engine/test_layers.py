@@ -6,7 +6,7 @@ from torch import nn
 
 from qdiff.engine.backends.int_mm import int_matmul_layer
 from qdiff.engine.backends.simulated import SimulatedLayer
-from qdiff.engine.layers import OffsetIntegerLayer, SplitIntegerLayer, integer_layer
+from qdiff.engine.layers import OffsetIntegerLayer, SplitIntegerLayer, WideIntegerLayer, integer_layer
 from qdiff.engine.quant_params import QuantParams
 
 
@@ -37,6 +37,22 @@ def test_layers_equal_the_quantized_ones(quantized, backends, cases):
         for backend in backends(**settings):
             error = relative_error(integer_layer(module, backend)(x), module(x))
             assert error < 2e-6, f"{name} by {backend.__name__}: {error}"
+
+
+@torch.no_grad()
+def test_inputs_of_more_than_8_bits_are_two_products(quantized, backends, cases):
+    for name, layer, shape, settings in cases:
+        for act in ({"act_bit": 12}, {"act_bit": 16}, {"act_bit": 9, "act_symmetric": True}):
+            x = torch.randn(shape) + 0.7
+            module = quantized(layer, x, **settings | act)
+            for backend in backends(**settings):
+                lowered = integer_layer(module, backend)
+                assert isinstance(lowered, WideIntegerLayer)
+                low, high = lowered.quantize(x).long()
+                codes = module.act_quantizer.codes(x) - module.act_quantizer.low
+                assert torch.equal(low + 256 * high, codes.long()), name
+                error = relative_error(lowered(x), module(x))
+                assert error < 2e-6, f"{name}, {act} by {backend.__name__}: {error}"
 
 
 @torch.no_grad()
@@ -133,7 +149,6 @@ def test_weights_of_8_bits_have_an_offset(quantized):
 
 def test_what_does_not_fit_is_refused(quantized):
     for make, shape, settings, says in (
-        (lambda: nn.Linear(8, 4), (2, 8), {"act_bit": 9}, "W4A9 does not fit into bytes"),
         (lambda: nn.Linear(8, 4), (2, 8), {"weight_bit": 12}, "W12A8 does not fit into bytes"),
         (lambda: nn.Conv2d(8, 8, 3, padding="same"), (2, 8, 5, 5), {}, "padding 'same'"),
         (lambda: nn.Conv2d(8, 8, 3, groups=2), (2, 8, 5, 5), {"weight_bit": 8}, "grouped convolution"),
@@ -146,6 +161,6 @@ def test_what_does_not_fit_is_refused(quantized):
 
 
 def test_a_quantizer_of_no_bytes_is_refused():
-    for delta, high in ((0.0, 255), (float("nan"), 255), (0.1, 256), (0.1, 0)):
+    for delta, high in ((0.0, 255), (float("nan"), 255), (0.1, 65536), (0.1, 0)):
         with pytest.raises(ValueError, match="no quantizer of bytes"):
             QuantParams(delta=delta, zero_point=0, high=high)

@@ -26,6 +26,26 @@ CPU = torch.device("cpu")
 # were those of the simulation up to a PSNR of 160 to 166 dB where no code tipped over, and of 44.5 dB where some did
 # (three inputs, float32 and bfloat16).
 LEAST_PSNR = 35
+# Inputs of more than 8 bits, in each place where codes are made and read.
+MIXED = {
+    "mixed_act": {
+        f"model.{name}.act_quantizer": bits
+        for name, bits in {
+            "input_blocks.0.0": 16,
+            "middle_block.0.in_layers.2": 12,
+            "middle_block.0.out_layers.3": 12,
+            "middle_block.0.emb_layers.1": 12,
+            "middle_block.1.proj_in": 12,
+            "middle_block.1.proj_out": 12,
+            "middle_block.1.transformer_blocks.0.attn1.to_k": 12,
+            "middle_block.1.transformer_blocks.0.attn1.to_out.0": 12,
+            "middle_block.1.transformer_blocks.0.attn2.to_v": 12,
+            "middle_block.1.transformer_blocks.0.ff.net.0.proj": 9,
+            "middle_block.1.transformer_blocks.0.ff.net.2": 12,
+            "out.2": 12,
+        }.items()
+    }
+}
 
 
 @pytest.fixture
@@ -99,7 +119,7 @@ def assert_same(actual, expected, case):
 @pytest.mark.slow
 @torch.no_grad()
 def test_backends_and_simulation_agree(lowered, cpu_backend):
-    for settings in ({}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}):
+    for settings in ({}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}, MIXED):
         backend = cpu_backend(**settings)
         if backend is not None:
             simulated, inputs = lowered(SimulatedLayer, **settings)
@@ -130,6 +150,7 @@ def test_in_bfloat16_they_agree_too(lowered, cpu_backend, odd):
         ({"split": False}, 0.5),
         ({"sm_abit": 8}, 0.5),
         ({"act_bit": 6}, 0.5),
+        (MIXED, 0.5),
     ):
         backend = cpu_backend(**settings)
         if backend is None:
@@ -368,12 +389,12 @@ def test_what_cannot_be_lowered_stays_as_it_is(make_calibrated):
         tomesd.apply_patch(qnn, ratio=0.5)
 
     def last_layer_is_wide(qnn):
-        list(qnn.layers().values())[-1].act_quantizer.n_bits = 12
+        list(qnn.layers().values())[-1].weight_quantizer.n_bits = 12
 
     for settings, change, says in (
         ({"quant_act": False}, None, "activations are float"),
-        ({"act_bit": 12}, None, "does not fit into bytes"),
-        ({}, last_layer_is_wide, "out.2: W4A12 does not fit into bytes"),
+        ({"weight_bit": 12}, None, "does not fit into bytes"),
+        ({}, last_layer_is_wide, "out.2: W12A8 does not fit into bytes"),
         ({}, merge, "merge tokens last"),
     ):
         qnn = make(**settings)
