@@ -22,13 +22,15 @@ class Calibration:
     split: bool = False
     iters_w: int | None = None
     iters_a: int | None = None
+    mixed_act: float | None = None
     merge: MergeOptions | None = None
 
     @property
     def key(self) -> str:
         """A name for a folder, another one for each calibration."""
         parts = [f"w{self.weight_bit}a8", self.quant_mode, *(["split"] if self.split else [])]
-        parts += [f"{name}{value}" for name in ("iters_w", "iters_a") if (value := getattr(self, name)) is not None]
+        names = ("iters_w", "iters_a", "mixed_act")
+        parts += [f"{name}{value:g}" for name in names if (value := getattr(self, name)) is not None]
         return "-".join(parts + ([f"ratio{self.merge.ratio:g}"] if self.merge else []))
 
     def options(self, preset: str, device: str, data_path: Path | None) -> CalibrationOptions:
@@ -40,6 +42,7 @@ class Calibration:
             split=self.split,
             iters_w=self.iters_w,
             iters_a=self.iters_a,
+            mixed_act=self.mixed_act,
             merge=self.merge,
             **data,
             model=MODEL,
@@ -88,6 +91,7 @@ ABLATION = (
     Variant(name="without split", calibration=Calibration(weight_bit=4)),
     Variant(name="without AdaRound", calibration=Calibration(weight_bit=4, split=True, iters_w=0)),
     Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, iters_a=0)),
+    Variant(name="6 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=6)),
     Variant(name="calibrated plain, drawn merged", calibration=W4, merge=HALF),
     Variant(name="calibrated merged, drawn merged", calibration=W4_MERGED, merge=HALF),
     Variant(name="calibrated merged, drawn plain", calibration=W4_MERGED),

@@ -175,8 +175,11 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
     if not spec.params.is_wide:
         return _of_bytes(spec, quantizer, make)
     low, high = spec.params.halves()
-    parts = replace(spec, params=low), replace(spec, params=high, bias=None)
-    return WideIntegerLayer(*(_of_bytes(part, quantizer, make) for part in parts), spec.params)
+    return WideIntegerLayer(
+        _of_bytes(replace(spec, params=low), quantizer, make),
+        _of_bytes(replace(spec, params=high, bias=None), quantizer, make),
+        spec.params,
+    )
 
 
 def _of_bytes(spec: LayerSpec, quantizer: FrozenQuantizer, make: MakeLayer) -> CodesLayer:

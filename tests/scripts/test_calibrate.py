@@ -142,6 +142,22 @@ def test_qdiffusions_format_draws_the_same(make, calibrated, draw, tmp_path):
     assert np.abs(picture(ours) - picture(theirs)).max() <= 1
 
 
+def test_mixed_bits_are_in_the_file_and_drawn_by_all_engines(make, calibrated, draw, tmp_path, capsys):
+    data = next(calibrated.glob("data-*"))
+    linear = ["--quant_mode", "linear", "--quant_act", "--split", "--data_path", data]
+    file = make(tmp_path / "mixed", *linear, "--mixed_act", "0.8", "--mixed_act_bit", "10") / "cali.safetensors"
+    config = read_cali_header(file).config
+    assert config.mixed_act and set(config.mixed_act.values()) == {10}
+    said = capsys.readouterr()
+    assert f"10 bits for {len(config.mixed_act)} inputs, " in said.out + said.err
+    pictures = [picture(draw("simulated", "--ptq", "--cali_ckpt", file, "--engine", "simulate", "--precision", "full"))]
+    if onednn.largest_exact_weight():
+        pictures.append(picture(draw("int8", "--ptq", "--cali_ckpt", file, "--engine", "int8", "--precision", "full")))
+        assert np.abs(pictures[1] - pictures[0]).max() <= 1
+    plain = make(tmp_path / "plain", *linear) / "cali.safetensors"
+    assert np.abs(picture(draw("plain", "--ptq", "--cali_ckpt", plain, "--precision", "full")) - pictures[0]).max() > 1
+
+
 # --- flags -------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +165,12 @@ def test_bad_flags(make, tmp_path, capsys):
     outdir = tmp_path / "out"
     cases = [
         (["--act_bit", "8"], "--act_bit has no effect"),
+        (["--mixed_act", "6"], "--mixed_act has no effect"),
+        (["--quant_act", "--mixed_act", "1.5"], "mixed_act is 1.5: it must be a whole number of 1 or more, or a share"),
+        (["--quant_act", "--mixed_act", "0"], "mixed_act is 0"),
+        (["--quant_act", "--mixed_act_bit", "12"], "--mixed_act_bit has no effect"),
+        (["--quant_act", "--mixed_act", "6", "--mixed_act_bit", "8"], "in 9..16"),
+        (["--quant_act", "--mixed_act", "6", "--format", "qdiff"], "one width for all activations"),
         (["--running_stat"], "--running_stat has no effect"),
         (["--quant_mode", "linear", "--iters_w", "5"], "--iters_w has no effect"),
         (["--iters_w", "0", "--warmup", "0.1"], "--warmup has no effect"),
