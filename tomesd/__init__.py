@@ -16,8 +16,8 @@ from .options import MergeOptions
 
 if TYPE_CHECKING:
     from . import merge, patch
-    from .hooks import TokenCount
-    from .patch import apply_patch, pinned, remove_patch, reseed, token_report
+    from .patch import apply_patch, pinned, remove_patch, reseed, token_report, walk
+    from .state import TokenCount
 
 __all__ = [
     "MergeOptions",
@@ -29,6 +29,7 @@ __all__ = [
     "remove_patch",
     "reseed",
     "token_report",
+    "walk",
 ]
 
 _SUBMODULES = ("merge", "patch")

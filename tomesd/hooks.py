@@ -3,12 +3,12 @@
 In the order in which they run:
 1. before the network: note the size of the latents (ModelMerging.note_size);
 2. before a block: match its tokens (BlockMerging.begin);
-3. before a layer: merge its input; after it: unmerge its output (merge_input, unmerge_output);
+3. before a layer: merge its input; after it: unmerge its output (merge_input, unmerge_output). With `merge_kv`, before
+   self-attention: give it the merged tokens as its context, and unmerge nothing (merge_context);
 4. after the block: end the matching (BlockMerging.end).
 The block's other layers (norms, residual additions, and whatever else it has) see all tokens.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,69 +16,11 @@ import torch
 import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
-from .merge import Matching, Nearest, choose_destinations, match_tokens
-from .options import DOWNSAMPLES, MergeOptions
+from .merge import Matching, choose_destinations, match_tokens
+from .network import CONTEXT_NAMES, MASK_NAMES, argument_name
+from .state import Kept, ModelMerging, TokenCount
 
 ATTRIBUTE = "token_merging"  # of a patched block: its BlockMerging
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenCount:
-    """The tokens of a block in its last forward; zeros before the first.
-
-    name: the block's name within the diffusion model. tokens_in: tokens it was given, per sample.
-    tokens_processed: tokens that its merged layers worked on.
-    """
-
-    name: str
-    tokens_in: int
-    tokens_processed: int
-
-
-class ModelMerging:
-    """The state that the patched blocks of a network share: options, generator, and the size of the latents."""
-
-    def __init__(self, options: MergeOptions, network: nn.Module, nearest: Nearest | None):
-        self.options = options
-        self.nearest = nearest
-        self.generator = torch.Generator()
-        self.size: tuple[int, int] | None = None  # (H, W) of the latents
-        self.forwards = 0  # of the whole network, so far
-        self.pinned = False  # True: each block keeps its first draw
-        self.reseed(options.seed)
-        self.handle = network.register_forward_pre_hook(self.note_size, with_kwargs=True)
-
-    def reseed(self, seed: int) -> None:
-        self.generator.manual_seed(seed)
-        self.forwards += 1  # No block may keep what it drew before.
-
-    def note_size(self, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the network."""
-        latents = args[0] if args else kwargs.get("sample", kwargs.get("x"))
-        if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
-            raise ValueError(
-                f"token merging needs latents [B, C, H, W] as the first argument of {type(network).__name__}"
-            )
-        self.size = (latents.shape[2], latents.shape[3])
-        self.forwards += 1
-
-    def grid(self, tokens: int) -> tuple[int, int] | None:
-        """Return (h, w) of a block's tokens; None if they are too coarse to be merged.
-
-        Raises ValueError before the first forward, and for tokens that fill no downsampled grid of latents.
-        """
-        if self.size is None:
-            raise ValueError("token merging does not know the latents' size yet: run the whole model once first")
-        H, W = self.size
-        estimate = max(1, math.ceil(math.sqrt(H * W // tokens)))
-        if estimate > self.options.max_downsample:
-            return None
-        # Odd sizes, rounded up at each level, can make the estimate too small.
-        for downsample in (estimate, *DOWNSAMPLES):
-            h, w = math.ceil(H / downsample), math.ceil(W / downsample)
-            if h * w == tokens:
-                return (h, w) if downsample <= self.options.max_downsample else None
-        raise ValueError(f"{tokens} tokens are no downsampled {H} x {W} grid: token merging cannot tell their places")
 
 
 @dataclass(kw_only=True)
@@ -96,6 +38,7 @@ class BlockMerging:
     def __init__(self, name: str, block: nn.Module, model: ModelMerging):
         self.model = model
         self.count = TokenCount(name=name, tokens_in=0, tokens_processed=0)
+        self.kept: Kept = {}
         self.handles = self._register(block)
         # Runs that have begun and not ended, the innermost last: a hook inside a block may run the block again.
         self.runs: list[_Run] = []
@@ -114,8 +57,13 @@ class BlockMerging:
             if layer is None:  # diffusers: a block without cross-attention
                 continue
             # First in, last out of what is there already: other hooks keep seeing what the layer works on.
-            handles.append(layer.register_forward_pre_hook(self.merge_input, prepend=True, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self.unmerge_output))
+            keys_alone = layer_name == "attn1" and self.model.options.merge_kv
+            before = self.merge_context if keys_alone else self.merge_input
+            handles.append(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            if not keys_alone:
+                handles.append(layer.register_forward_hook(self.unmerge_output))
+            if layer_name == "attn1" and self.model.options.proportional:
+                handles.append(layer.register_forward_pre_hook(self.weigh_keys, prepend=True, with_kwargs=True))
         return handles
 
     def remove(self) -> None:
@@ -183,15 +131,34 @@ class BlockMerging:
         run = self._running()
         if run is None or run.matching is None:
             return None
-        tokens = run.matching.tokens_before
-        if args[0].shape[:2] != (run.matching.batch, tokens):
-            raise ValueError("token merging and chunked layers exclude each other: switch forward chunking off")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and kwargs.get("encoder_hidden_states") is None and mask.shape[-1] == tokens:
-            raise ValueError("token merging cannot merge an attention mask over image tokens: leave it away")
+        _check_layer(run.matching, args, kwargs)
         run.residual = kwargs.get("residual")
         rest = {key: value for key, value in kwargs.items() if key != "residual"}
         return (run.matching.merge(args[0]), *args[1:]), rest
+
+    def merge_context(
+        self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook of self-attention: its keys and values are those of the merged tokens, its queries stay."""
+        run = self._running()
+        if run is None or run.matching is None:
+            return None
+        _check_layer(run.matching, args, kwargs)
+        return args[:1], {**kwargs, argument_name(layer, CONTEXT_NAMES): run.matching.merge(args[0])}
+
+    def weigh_keys(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook of self-attention, before the others: softmax(q k^T / sqrt(d) + log s) for keys of sizes s.
+
+        A key that stands for s equal tokens then has the weight of all of them (Bolya et al. 2022, eq. 1).
+        """
+        run = self._running()
+        if run is None or run.matching is None:
+            return None
+        _check_layer(run.matching, args, kwargs)
+        name, added = argument_name(layer, MASK_NAMES), run.matching.log_sizes.to(args[0].dtype)
+        if kwargs.get(name) is not None:
+            raise ValueError(f"merging with proportional weights takes the place of {name}: leave it away")
+        return args, {**kwargs, name: added if name == "mask" else added.unsqueeze(1)}  # diffusers: [B, 1, M]
 
     def unmerge_output(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """Forward hook of the same layer."""
@@ -207,16 +174,25 @@ class BlockMerging:
     # --- which tokens -----------------------------------------------------------------------------------------
 
     def _match(self, x: torch.Tensor) -> Matching | None:
+        """Return how to merge tokens [B, N, C]; None if nothing is to be merged."""
         model, tokens = self.model, x.shape[1]
-        options = model.options
         grid = model.grid(tokens)
-        r = int(tokens * options.ratio)
-        if grid is None or r <= 0:
+        if grid is None:
             return None
-        h, w = grid
-        drawn = options.use_rand and (x.shape[0] % 2 == 0 or model.pinned)
+        h, w, downsample = grid
+        store, place = model.kept if model.options.share else self.kept, (len(x), h, w, x.device)
+        forward, matching = store.get(place, (-1, None))
+        if forward < model.matched:
+            matching = self._match_anew(x, h, w, int(tokens * model.ratio(downsample)))
+            if matching is not None and (model.options.share or model.options.every > 1):
+                store[place] = (model.forwards, matching)
+        return matching
+
+    def _match_anew(self, x: torch.Tensor, h: int, w: int, r: int) -> Matching | None:
+        options = self.model.options
+        drawn = options.use_rand and (x.shape[0] % 2 == 0 or self.model.pinned)
         choice = self._draw(w, h) if drawn else None
-        return match_tokens(x, w, h, options.sx, options.sy, r, choice, model.nearest)
+        return match_tokens(x, w, h, options.sx, options.sy, r, choice, self.model.nearest)
 
     def _draw(self, w: int, h: int) -> torch.Tensor:
         """Return the destinations for a w x h grid, drawn once per forward of the network.
@@ -230,3 +206,13 @@ class BlockMerging:
             choice = choose_destinations(w, h, options.sx, options.sy, self.model.generator)
             self.drawn = (key, choice)
         return self.drawn[1]
+
+
+def _check_layer(matching: Matching, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a call of a layer whose tokens cannot be merged."""
+    tokens = matching.tokens_before
+    if args[0].shape[:2] != (matching.batch, tokens):
+        raise ValueError("token merging and chunked layers exclude each other: switch forward chunking off")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and kwargs.get("encoder_hidden_states") is None and mask.shape[-1] == tokens:
+        raise ValueError("token merging cannot merge an attention mask over image tokens: leave it away")

@@ -73,6 +73,13 @@ class Matching:
         return _take(x, self._place_of_each_token)
 
     @cached_property
+    def log_sizes(self) -> torch.Tensor:
+        """The logarithm of the number of tokens in each merged token, float32 [B, N - r]."""
+        sizes = torch.ones(self.batch, self.tokens_after, device=self.unm_idx.device)
+        joins = self.unm_idx.shape[1] + self.dst_idx
+        return sizes.scatter_add_(1, joins, torch.ones_like(joins, dtype=sizes.dtype)).log_()
+
+    @cached_property
     def _unmerged_at(self) -> torch.Tensor:
         return self.a_idx[self.unm_idx]
 

@@ -1,12 +1,19 @@
 """Find the network and its transformer blocks inside any model, ours or a third party's."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn as nn
 
+from .options import MergeOptions
+
 BLOCK_CLASS = "BasicTransformerBlock"
 # The attributes under which a pipeline, a LatentDiffusion, its wrapper or a quantized model keeps the network.
 INNER_NAMES = ("unet", "diffusion_model", "model")
+# The names, here and in diffusers, of what self-attention takes beside its tokens.
+CONTEXT_NAMES = ("context", "encoder_hidden_states")  # the tokens of keys and values
+MASK_NAMES = ("mask", "attention_mask")  # a number for each key, which is added to its scores
 
 
 def network_of(model: Any) -> nn.Module:
@@ -38,8 +45,20 @@ def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def check_block(name: str, block: nn.Module) -> None:
-    """Raise ValueError if the block lacks one of the layers that tokens can be merged around."""
+def check_block(name: str, block: nn.Module, options: MergeOptions) -> None:
+    """Raise ValueError if the block lacks one of the layers, or its self-attention an argument, that merging needs."""
     missing = [layer for layer in ("attn1", "attn2", "ff") if not hasattr(block, layer)]
     if missing:
         raise ValueError(f"block {name} has no {', '.join(missing)}: token merging does not know this architecture")
+    for wanted, option, names in (
+        (options.merge_kv, "merge_kv", CONTEXT_NAMES),
+        (options.proportional, "proportional", MASK_NAMES),
+    ):
+        if wanted and argument_name(block.attn1, names) == "":
+            raise ValueError(f"attn1 of block {name} takes no {' or '.join(names)}: leave out {option}")
+
+
+def argument_name(layer: Any, names: Sequence[str]) -> str:
+    """Return that of `names` which the layer's forward takes; "" if it takes none of them."""
+    taken = inspect.signature(layer.forward).parameters
+    return next((name for name in names if name in taken), "")

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
-DOWNSAMPLES = (1, 2, 4, 8)
+from .schedule import DOWNSAMPLES, Schedule, parse_limits
+
+__all__ = ["DOWNSAMPLES", "MergeOptions", "check_seed"]
+
+SWITCHES = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "merge_kv", "proportional", "share")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Which tokens are merged, around which layers.
+    """Which tokens are merged, around which layers. The defaults are those of PyPI's tomesd.
 
     ratio: the part of the tokens to merge away, in [0, 1 - 1 / (sx * sy)]. Up to 0.5 is wise, 0.75 is visible.
     max_downsample: merge only in blocks that see the latents at 1/max_downsample of their size or larger:
@@ -20,7 +24,16 @@ class MergeOptions:
     merge_crossattn, merge_mlp: merge around cross-attention, around the feed-forward layer. Both cost more
         quality than they gain.
     seed: start of the patch's own generator of destinations, in [0, 2**63).
-    Raises ValueError for other values, and if nothing is left to merge around.
+    proportional: a key counts in self-attention as often as tokens were merged into it (Bolya et al. 2022, eq. 1).
+        Costs next to no time, and takes most of the loss away.
+    merge_kv: in self-attention, merge keys and values alone; every query stays, so that nothing is unmerged.
+    schedule: the ratio by step, see `tomesd.schedule.Schedule`: "0:0.7,0.5:0.3" or "linear:0.7:0.3". Before its first
+        place, `ratio` holds. None: `ratio` in all steps.
+    level_limit: the largest ratio by level, "1:0.6,2:0.3": level N sees the latents at 1/N of their size. Nothing is
+        merged at other levels. None: max_downsample says where.
+    every: match tokens in every so many steps only, and merge as before in the steps between.
+    share: match tokens in the first block of each level only; its other blocks merge as that one does.
+    Raises ValueError for other values, for those that would have no effect, and if nothing is left to merge around.
     """
 
     ratio: float = 0.5
@@ -32,31 +45,75 @@ class MergeOptions:
     merge_crossattn: bool = False
     merge_mlp: bool = False
     seed: int = 0
+    proportional: bool = False
+    merge_kv: bool = False
+    schedule: str | None = None
+    level_limit: str | None = None
+    every: int = 1
+    share: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("sx", "sy"):
+        for name in ("sx", "sy", "every"):
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, 1 or more")
-        limit = 1 - 1 / (self.sx * self.sy)
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= limit:
-            raise ValueError(
-                f"ratio is {self.ratio!r}: with tiles of {self.sx} x {self.sy} it must lie in [0, {limit:g}]; "
-                "larger tiles allow more"
-            )
-        if not _is_int(self.max_downsample) or self.max_downsample not in DOWNSAMPLES:
-            raise ValueError(f"max_downsample is {self.max_downsample!r}: it must be 1, 2, 4 or 8")
-        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if not _is_int(self.max_downsample) or self.max_downsample not in DOWNSAMPLES:
+            raise ValueError(f"max_downsample is {self.max_downsample!r}: it must be 1, 2, 4 or 8")
+        self._check_ratios()
+        self._check_together()
+        check_seed(self.seed)
+
+    def _check_ratios(self) -> None:
+        limit = 1 - 1 / (self.sx * self.sy)
+        ratios: list[tuple[str, object]] = [("ratio", self.ratio)]
+        if self.schedule is not None:
+            ratios += [("a ratio of schedule", ratio) for ratio in Schedule.parse(self.schedule).ratios]
+        if self.level_limit is not None:
+            ratios += [("a ratio of level_limit", ratio) for ratio in parse_limits(self.level_limit).values()]
+        for name, ratio in ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= limit:
+                raise ValueError(
+                    f"{name} is {ratio!r}: with tiles of {self.sx} x {self.sy} it must lie in [0, {limit:g}]; "
+                    "larger tiles allow more"
+                )
+
+    def _check_together(self) -> None:
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ValueError("nothing to merge: switch on merge_attn, merge_crossattn or merge_mlp")
-        check_seed(self.seed)
+        for name in ("merge_kv", "proportional"):
+            if getattr(self, name) and not self.merge_attn:
+                raise ValueError(f"{name} is about self-attention, and has no effect without merge_attn")
+        if self.level_limit is not None and self.max_downsample != 1:
+            raise ValueError("max_downsample has no effect beside level_limit, which names the levels: leave one out")
 
     def layers(self) -> tuple[str, ...]:
         """Return the names of a block's layers around which tokens are merged."""
         wanted = {"attn1": self.merge_attn, "attn2": self.merge_crossattn, "ff": self.merge_mlp}
         return tuple(name for name, on in wanted.items() if on)
+
+    @property
+    def follows_steps(self) -> bool:
+        """True if what is merged depends on the step, so that the patch must be told of the walk (`tomesd.walk`)."""
+        return self.schedule is not None or self.every > 1
+
+    @property
+    def coarsest(self) -> int:
+        """The highest downsampling at which tokens are merged."""
+        return self.max_downsample if self.level_limit is None else max(parse_limits(self.level_limit))
+
+    def ratio_at(self, downsample: int, step: int = 0, steps: int = 1) -> float:
+        """Return the ratio in blocks that see the latents at 1/downsample of their size, in step 0, 1, ... of `steps`.
+
+        For a schedule, the step must be known.
+        """
+        if downsample > self.coarsest:
+            return 0.0
+        scheduled = None if self.schedule is None else Schedule.parse(self.schedule).at(step, steps)
+        ratio = self.ratio if scheduled is None else scheduled
+        return ratio if self.level_limit is None else min(ratio, parse_limits(self.level_limit).get(downsample, 0.0))
 
 
 def check_seed(seed: object) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch.nn as nn
 
-from .hooks import ATTRIBUTE, BlockMerging, ModelMerging, TokenCount
+from .hooks import ATTRIBUTE, BlockMerging
 from .merge import Nearest
 from .network import BLOCK_CLASS, blocks_of, check_block, network_of
 from .options import MergeOptions, check_seed
+from .state import ModelMerging, TokenCount, Walk
 
 
 def apply_patch(
@@ -29,15 +30,21 @@ def apply_patch(
     *,
     seed: int = 0,
     nearest: Nearest | None = None,
+    proportional: bool = False,
+    merge_kv: bool = False,
+    schedule: str | None = None,
+    level_limit: str | None = None,
+    every: int = 1,
+    share: bool = False,
 ) -> Any:
     """Switch token merging on in the model, in place, and return the model. A former patch is replaced.
 
     model: a LatentDiffusion, a UNet, a quantized UNet, a diffusers UNet, or a diffusers pipeline with a `unet`.
         Quantize first and patch last. The blocks are found by class name, so that subclasses count as well.
     nearest: compares tokens in place of PyTorch; see `tomesd.merge.match_tokens`.
-    The other arguments are those of MergeOptions. Destinations are drawn from a generator that belongs to the
-    patch and starts from `seed` (a CPU generator, so that a seed means the same on every device); the global
-    generator is neither read nor advanced.
+    The other arguments are those of MergeOptions; with `schedule` or `every` the model runs within `walk`.
+    Destinations are drawn from a generator that belongs to the patch and starts from `seed` (a CPU generator, so that a
+    seed means the same on every device); the global generator is neither read nor advanced.
     Raises ValueError, and leaves the model as it is, if an option is out of range or no block is found.
     """
     options = MergeOptions(
@@ -50,6 +57,12 @@ def apply_patch(
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
         seed=seed,
+        proportional=proportional,
+        merge_kv=merge_kv,
+        schedule=schedule,
+        level_limit=level_limit,
+        every=every,
+        share=share,
     )
     network = network_of(model)
     blocks = blocks_of(network)
@@ -59,7 +72,7 @@ def apply_patch(
             "or a model or pipeline that holds one"
         )
     for name, block in blocks.items():
-        check_block(name, block)
+        check_block(name, block, options)
     remove_patch(model)
     shared = ModelMerging(options, network, nearest)
     for name, block in blocks.items():
@@ -91,15 +104,38 @@ def reseed(model: Any, seed: int) -> None:
 
 
 @contextmanager
+def walk(model: Any, calls: int) -> Iterator[None]:
+    """Let the calls of the model within the block be the steps of a picture, or of a batch of them.
+
+    calls: how many there will be, 1 or more. A `schedule` gives each its ratio, and calls beyond them that of the last;
+    matchings are kept as `every` says, within the block alone. Other options are not concerned.
+    Raises ValueError if the model is not patched, or for a number of calls below 1.
+    """
+    if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
+        raise ValueError(f"calls is {calls!r}: it must be a whole number of 1 or more")
+    before = [(shared, shared.walk) for shared in _shared(_mergings(model))]
+    try:
+        for shared, _ in before:
+            shared.walk = Walk(calls=calls)
+        yield
+    finally:
+        for shared, outer in before:
+            shared.walk = outer
+
+
+@contextmanager
 def pinned(model: Any, seed: int) -> Iterator[None]:
     """Let each transformer block draw its destinations once within the block, from `seed`, and keep them.
 
     All forwards then merge the same tokens, whatever their batches (odd ones too), and whether the whole model, a part
     of it, or one transformer block runs. Reconstruction needs this, so that inputs and targets match.
-    Raises ValueError if the model is not patched or the seed is not in [0, 2**63).
+    Raises ValueError if the model is not patched, if the seed is not in [0, 2**63), and for options by which what a
+    block merges depends on the step or on other blocks.
     """
     check_seed(seed)
     mergings = _mergings(model)
+    if any(shared.options.follows_steps or shared.options.share for shared in _shared(mergings)):
+        raise ValueError("a block by itself cannot merge by schedule, every or share: leave them out")
     try:
         for shared in _shared(mergings):
             shared.reseed(seed)

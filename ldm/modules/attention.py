@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
     ) -> torch.Tensor:
         """Return [B, N, query_dim] for x [B, N, query_dim] and the context [B, M, context_dim].
 
-        mask: bool [B, M], False for the parts of the context that no query sees.
+        mask: bool [B, M], False for the parts of the context that no query sees; or float [B, M], added to the scores.
         """
         context = x if context is None else context
         q, k, v = (
@@ -68,6 +68,7 @@ class CrossAttention(nn.Module):
         )
         if mask is not None:
             mask = rearrange(mask, "b m -> b 1 1 m")
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         out = self.attend(q, k, v, mask)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 

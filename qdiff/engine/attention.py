@@ -48,9 +48,12 @@ class LoweredCrossAttention(QuantCrossAttention):
             context = x if context is None else context
             q = self.to_q.to_codes(self.to_q.quantize(x), params[0])
             k, v = self.to_k.to_codes(context, params[1]), self.to_v.to_codes(context, params[2])
-        elif isinstance(self.to_k, CodesLayer) and isinstance(self.to_v, CodesLayer) and context is None:
+        elif isinstance(self.to_k, CodesLayer) and isinstance(self.to_v, CodesLayer):
             layers = (self.to_q, self.to_k, self.to_v)
-            inputs = fused_ops.quantize(x, *(layer.params for layer in layers))
+            if context is None:
+                inputs = fused_ops.quantize(x, *(layer.params for layer in layers))
+            else:  # the merged tokens of x
+                inputs = [self.to_q.quantize(x), *fused_ops.quantize(context, self.to_k.params, self.to_v.params)]
             q, k, v = (layer.to_codes(own, to) for layer, own, to in zip(layers, inputs, params, strict=True))
         else:
             return super().forward(x, context, mask)

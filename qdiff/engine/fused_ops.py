@@ -134,7 +134,8 @@ def attention(
 
     codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three, of 8 bits at most.
     output: the quantizer of the result. softmax: the quantizer of the probabilities, of 16 bits at most. mask: bool
-    [B, M], False for keys that no query sees; a query that sees none gets 0. The N x M scores are never stored.
+    [B, M], False for keys that no query sees (a query that sees none gets 0); or float [B, M], added to the scores. The
+    N x M scores are never stored.
 
     Our kernel computes in whole numbers, probabilities in 16 bits (see kernels/attention.c). Where it cannot run (see
     `has_integer_attention`), PyTorch computes in `dtype`, without the quantizer of the softmax. Raises ValueError if
@@ -153,7 +154,7 @@ def attention(
         for each, params, step in zip(codes, inputs, steps, strict=True)
     )
     scale = inputs[0].delta / steps[0] * inputs[1].delta / steps[1] * q.shape[-1] ** -0.5
-    seen = None if mask is None else mask[:, None, None, :]
+    seen = None if mask is None else (mask if mask.dtype == torch.bool else mask.to(q.dtype))[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return quantize(out.transpose(1, 2).flatten(2), _of_multiples(output, inputs[2].delta / steps[2]))[0]
 
@@ -182,11 +183,15 @@ def _integer_attention(
     sizes = (k.shape[1], width // heads)
     scale = inputs[0].delta * inputs[1].delta * sizes[1] ** -0.5 / math.log(2)
     workspace = torch.empty(native.call("attention_bytes", batch * heads, *sizes), dtype=torch.uint8)
-    seen = None if mask is None else mask.to(torch.uint8).contiguous()
+    seen = bias = None
+    if mask is not None and mask.dtype == torch.bool:
+        seen = mask.to(torch.uint8).contiguous()
+    elif mask is not None:
+        bias = mask.float().div(math.log(2)).contiguous()
     out = _empty_codes(q.shape, output)
     native.call(
-        "attention", q, k, v, seen, batch, heads, queries, *sizes, scale, inputs[0].zero_point, inputs[2].zero_point,
-        softmax.delta, softmax.high, [_of_multiples(output, inputs[2].delta)], workspace, out
+        "attention", q, k, v, seen, bias, batch, heads, queries, *sizes, scale, inputs[0].zero_point,
+        inputs[2].zero_point, softmax.delta, softmax.high, [_of_multiples(output, inputs[2].delta)], workspace, out
     )  # fmt: skip
     return out
 

@@ -101,10 +101,10 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "has_attention": (_INT, ()),
     # heads, keys, width
     "attention_bytes": (_INT, (_INT, _INT, _INT)),
-    # q, k, v, mask, batch, heads, queries, keys, width, scale, zero_of_q, zero_of_v, softmax_delta, softmax_high,
+    # q, k, v, mask, bias, batch, heads, queries, keys, width, scale, zero_of_q, zero_of_v, softmax_delta, softmax_high,
     # params, workspace, out
     "attention": (None, (
-        _Data, _Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _FLOAT, _FLOAT,
+        _Data, _Data, _Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _FLOAT, _FLOAT,
         _ParamsArray, _Data, _Data,
     )),
 }  # fmt: skip

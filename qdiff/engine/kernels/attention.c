@@ -2,10 +2,10 @@
  *
  * With the names of attention.h, the logit of a query i and a key j is
  *
- *     scale (sum_d (c_q - 128) c_k + (128 - Z_q) sum_d c_k)
+ *     scale (sum_d (c_q - 128) c_k + (128 - Z_q) sum_d c_k) + the key's bias
  *
  * up to terms that are the same for all keys of a query, which drop out of the softmax. The parentheses hold a whole
- * number, the score. The probability of a key is 2^(logit - the highest logit), a whole number of 16 bits in units of
+ * number, the score; the bias is rounded to such numbers. The probability of a key is 2^(logit - the highest logit), a whole number of 16 bits in units of
  * 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the sums over PART keys; float32 adds
  * these up. The sum of the probabilities divides the result, and 128 - Z_v is added to it.
  *
@@ -27,7 +27,8 @@ enum {
     BLOCK = 16 * GROUP,   /* queries that a thread takes at a time: a part of the keys stays in its cache meanwhile */
     PART = 256,           /* keys processed at a time: 65535 * 128 * 256 is below 2^31 */
     UNIT = 65535,         /* a probability of 1 */
-    NARROW = 64,          /* up to this width of a head, scores are below 2^22 */
+    NARROW = 64,          /* up to this width of a head, scores are below 2^22 - ROOM */
+    ROOM = 16000,         /* what a bias may add to a score of a narrow head */
     BASE = 0x4b400000,    /* the bits of the float 2^23 + 2^22: added to a narrow head's score, they are a float */
     UNSEEN = -0x0eb60d36, /* what keys that no query sees add to their scores; as a float it is -10^30 */
 };
@@ -103,6 +104,19 @@ int64_t attention_bytes(int64_t heads, int64_t keys, int64_t width) {
 
 /* --- keys and values ------------------------------------------------------------------------------------------- */
 
+/* Return what the bias of a key adds to its scores: a whole number of steps of `scale`, which are fine. */
+static int32_t score_of_bias(const Attention *a, int64_t key) {
+    return a->bias ? (int32_t)lrintf(fminf(fmaxf(a->bias[key] / a->scale, -1e9f), 1e9f)) : 0;
+}
+
+/* Return 1 if the biases leave scores of a narrow head below 2^22. */
+static int has_room(const Attention *a) {
+    if (!a->bias) return 1;
+    for (int64_t i = 0; i < a->batch * a->keys; i++)
+        if (fabsf(a->bias[i]) > ROOM * a->scale) return 0;
+    return 1;
+}
+
 /* Lay out the keys of a head. Those that the mask hides, and those that pad, are 0. */
 static void pack_keys(const Attention *a, int64_t batch, int64_t head, Sizes sizes, Head to) {
     int64_t stride = a->heads * a->width;
@@ -118,7 +132,7 @@ static void pack_keys(const Attention *a, int64_t batch, int64_t head, Sizes siz
             sum += row[i];
         }
         for (int64_t i = 0; i < sizes.units; i++) memcpy(packed + i * LANES * CODES, row + i * CODES, 4);
-        to.added[key] = seen ? factor * sum + base : UNSEEN;
+        to.added[key] = seen ? factor * sum + base + score_of_bias(a, batch * a->keys + key) : UNSEEN;
     }
 }
 
@@ -380,6 +394,7 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes siz
 static void attend_by_vectors(const Attention *a) {
     int64_t stride = a->heads * a->width, blocks = (a->queries + BLOCK - 1) / BLOCK;
     Sizes sizes = sizes_of(a->keys, a->width);
+    sizes.narrow = sizes.narrow && has_room(a);
     uint8_t *workspace = (uint8_t *)up((int64_t)a->workspace, 64);
 #pragma omp parallel
     {
@@ -400,13 +415,15 @@ static void attend_by_vectors(const Attention *a) {
 }
 
 /* Quantize softmax(q k^T) (v - zero_of_v). The arguments are those of struct Attention. */
-void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, const uint8_t *mask, int64_t batch, int64_t heads,
-               int64_t queries, int64_t keys, int64_t width, float scale, float zero_of_q, float zero_of_v,
-               float softmax_delta, float softmax_high, const QuantParams *params, uint8_t *workspace, uint8_t *out) {
+void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, const uint8_t *mask, const float *bias,
+               int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t width, float scale, float zero_of_q,
+               float zero_of_v, float softmax_delta, float softmax_high, const QuantParams *params, uint8_t *workspace,
+               uint8_t *out) {
     Attention a = {
-        .q = q, .k = k, .v = v, .mask = mask, .batch = batch, .heads = heads, .queries = queries, .keys = keys,
-        .width = width, .scale = scale, .zero_of_q = zero_of_q, .zero_of_v = zero_of_v, .softmax_delta = softmax_delta,
-        .softmax_high = softmax_high, .params = *params, .workspace = workspace, .out = out};
+        .q = q, .k = k, .v = v, .mask = mask, .bias = bias, .batch = batch, .heads = heads, .queries = queries,
+        .keys = keys, .width = width, .scale = scale, .zero_of_q = zero_of_q, .zero_of_v = zero_of_v,
+        .softmax_delta = softmax_delta, .softmax_high = softmax_high, .params = *params, .workspace = workspace,
+        .out = out};
     if (has_tiles() && !mask && !has_coarse_softmax(&a))
         attend_by_tiles(&a);
     else

@@ -9,12 +9,14 @@ enum { MAX_WIDTH = 256 }; /* of a head; wider ones might have sums of bytes that
 /* The operands. Let c be codes, Z zero points and D steps.
  * q, out: codes [batch, queries, heads * width]; out twice for wide codes. k, v: codes [batch, keys, heads * width].
  * mask: [batch, keys], 0 for keys that no query sees; NULL for none.
+ * bias: [batch, keys], what is added to the logits of a key, as a power of 2; NULL for nothing.
  * scale: D_q D_k / sqrt(width) / ln 2; exponentials are powers of 2.
  * softmax_delta, softmax_high: the quantizer of the softmax, whose zero point is 0.
  * params: the quantizer of the result, for multiples of D_v.
  * workspace: of attention_bytes(batch * heads, keys, width) bytes. */
 typedef struct {
     const uint8_t *q, *k, *v, *mask;
+    const float *bias;
     int64_t batch, heads, queries, keys, width;
     float scale, zero_of_q, zero_of_v, softmax_delta, softmax_high;
     QuantParams params;

@@ -61,9 +61,9 @@ static Head head_of(uint8_t *workspace, int64_t keys, int64_t width) {
 int64_t tiles_bytes(int64_t keys, int64_t width) { return head_bytes(keys, width); }
 
 /* Lay out the keys of a head for tiles: 16 keys side by side, four bytes of each in turn. added[key] is factor times
- * the sum of its codes. Keys that pad the last tile get a probability of 0. */
-static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t stride, float factor, uint8_t *packed,
-                      float *added) {
+ * the sum of its codes, and its bias. Keys that pad the last tile get a probability of 0. */
+static void pack_keys(const uint8_t *k, const float *bias, int64_t keys, int64_t width, int64_t stride, float factor,
+                      uint8_t *packed, float *added) {
     int64_t all = up(keys, 2 * TILE), deep = up(width, 64);
     memset(packed, 0, all * deep);
     for (int64_t key = 0; key < all; key++) {
@@ -72,7 +72,7 @@ static void pack_keys(const uint8_t *k, int64_t keys, int64_t width, int64_t str
         if (key < keys) memcpy(row, k + key * stride, width);
         for (int64_t i = 0; i < deep; i++) sum += row[i];
         for (int64_t i = 0; i < deep / 4; i++) memcpy(to + i * 64, row + i * 4, 4);
-        added[key] = key < keys ? factor * sum : -1e30f;
+        added[key] = key < keys ? factor * sum + (bias ? bias[key] : 0) : -1e30f;
     }
 }
 
@@ -250,7 +250,8 @@ void attend_by_tiles(const Attention *a) {
         for (int64_t i = 0; i < heads; i++) {
             int64_t at = i / a->heads * keys * stride + i % a->heads * width;
             Head head = head_of(a->workspace + i * bytes, keys, width);
-            pack_keys(a->k + at, keys, width, stride, -a->scale * a->zero_of_q, head.keys, head.added);
+            const float *bias = a->bias ? a->bias + i / a->heads * keys : NULL;
+            pack_keys(a->k + at, bias, keys, width, stride, -a->scale * a->zero_of_q, head.keys, head.added);
             pack_values(a->v + at, keys, width, stride, a->zero_of_v, head.values);
         }
 #pragma omp for schedule(static)

@@ -48,8 +48,10 @@ def operands(shape, *, spread=1.0):
 def attended(q, k, v, softmax=None, mask=None):
     """Return attention in float64, [B, N, heads d], its softmax quantized."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    elif mask is not None:
+        scores = scores + mask[:, None, None].double()
     p = scores.softmax(-1)
     if softmax is not None:
         p = (p / softmax.delta).round().clamp(0, softmax.high) * softmax.delta
@@ -109,6 +111,25 @@ def test_a_mask_hides_keys():
         for softmax in (fused_ops.FREE, SoftmaxParams(delta=1 / 255, high=255)):
             out = fused_ops.attention(codes, RANGES, shape[1], to, torch.bfloat16, mask=mask, softmax=softmax)
             assert (out[1] == 77).all() and not (out[0] == 77).all(), shape
+
+
+def test_numbers_are_added_to_the_scores_of_keys():
+    """Logarithms of how many tokens a key stands for, and numbers for which a narrow head's scores have no room."""
+    for shape in ((2, 8, 20, 77, 40), (2, 1, 6, 300, 80), (1, 2, 33, 513, 24)):
+        codes, (q, k, v) = operands(shape, spread=0.3)
+        sizes = torch.randint(1, 17, (shape[0], shape[3]), generator=torch.Generator().manual_seed(4))
+        for added in (sizes.float().log(), sizes.float() * 30 - 200):
+            expected = attended(q, k, v, mask=added)
+            error, _ = errors(codes, shape, expected, mask=added)
+            without, _ = errors(codes, shape, expected)
+            assert error.abs().max() < 0.6 < without.abs().max(), (shape, float(added.max()))
+        # A key that counts n times is n keys.
+        few = sizes.clamp(max=3)
+        to, steps = QuantParams(delta=0.02, zero_point=128, high=255), few[0].log().expand(shape[0], -1)
+        one = fused_ops.attention(codes, RANGES, shape[1], to, torch.bfloat16, mask=steps)
+        k_many, v_many = (each.repeat_interleave(few[0], dim=1) for each in codes[1:])
+        many = fused_ops.attention((codes[0], k_many, v_many), RANGES, shape[1], to, torch.bfloat16)
+        assert (one.int() - many.int()).abs().max() <= 1, shape
 
 
 def test_a_query_depends_on_itself_alone():
