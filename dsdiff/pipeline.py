@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,8 @@ class Pipeline:
         sampler = SAMPLERS[settings.sampler](model)
         times = sampler.schedule(settings.steps, settings.eta)
         unet, factor = model.model.diffusion_model, self.spec.factor
-        with precision_context(self.device, settings.precision), step_cache.walk(unet, times):
+        merging = nullcontext() if settings.merge is None else tomesd.walk(model, len(times))
+        with precision_context(self.device, settings.precision), step_cache.walk(unet, times), merging:
             latents, _ = sampler.sample(
                 settings.steps,
                 len(prompts),

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dsdiff.models.spec import ModelSpec
+from dsdiff.options import MergeOptions
 from dsdiff.pipeline import DrawSettings
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class RunRecord:
         if draw.quantization:
             facts["Quantization"] = draw.quantization.bits
         if draw.merge:
-            facts["Token merging ratio"] = f"{draw.merge.ratio:g}"
+            facts["Token merging ratio"] = draw.merge.merge_schedule or f"{draw.merge.ratio:g}"
         lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))
         return "\n".join(lines)
 
@@ -150,6 +151,8 @@ def resumed(record: RunRecord, outdir: Path) -> RunRecord:
         numbers = {name: int(old[name]) for name in ("first", "first_grid")}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
+    if isinstance(old.get("merge"), dict):  # older versions knew fewer options, and did as the defaults of the others
+        old["merge"] = asdict(MergeOptions()) | old["merge"]
     _check_same(_flat(BEFORE | old), _flat(record.to_dict()), outdir)
     if old.get("versions") != dict(record.versions):
         logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))

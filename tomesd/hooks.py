@@ -180,11 +180,11 @@ class BlockMerging:
         if grid is None:
             return None
         h, w, downsample = grid
-        store, place = model.kept if model.options.share else self.kept, (len(x), h, w, x.device)
+        store, place = model.kept if model.options.merge_share else self.kept, (len(x), h, w, x.device)
         forward, matching = store.get(place, (-1, None))
         if forward < model.matched:
             matching = self._match_anew(x, h, w, int(tokens * model.ratio(downsample)))
-            if matching is not None and (model.options.share or model.options.every > 1):
+            if matching is not None and (model.options.merge_share or model.options.merge_every > 1):
                 store[place] = (model.forwards, matching)
         return matching
 

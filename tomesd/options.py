@@ -6,7 +6,7 @@ from .schedule import DOWNSAMPLES, Schedule, parse_limits
 
 __all__ = ["DOWNSAMPLES", "MergeOptions", "check_seed"]
 
-SWITCHES = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "merge_kv", "proportional", "share")
+SWITCHES = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "merge_kv", "proportional", "merge_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,12 @@ class MergeOptions:
     proportional: a key counts in self-attention as often as tokens were merged into it (Bolya et al. 2022, eq. 1).
         Costs next to no time, and takes most of the loss away.
     merge_kv: in self-attention, merge keys and values alone; every query stays, so that nothing is unmerged.
-    schedule: the ratio by step, see `tomesd.schedule.Schedule`: "0:0.7,0.5:0.3" or "linear:0.7:0.3". Before its first
-        place, `ratio` holds. None: `ratio` in all steps.
-    level_limit: the largest ratio by level, "1:0.6,2:0.3": level N sees the latents at 1/N of their size. Nothing is
+    merge_schedule: the ratio by step, "0:0.7,0.5:0.3" or "linear:0.7:0.3" (see `tomesd.schedule.Schedule`). `ratio`
+        holds before its first place; with None, in all steps.
+    merge_levels: the largest ratio by level, "1:0.6,2:0.3": level N sees the latents at 1/N of their size. Nothing is
         merged at other levels. None: max_downsample says where.
-    every: match tokens in every so many steps only, and merge as before in the steps between.
-    share: match tokens in the first block of each level only; its other blocks merge as that one does.
+    merge_every: match tokens in every so many steps only, and merge as before in the steps between.
+    merge_share: match tokens in the first block of each level only; its other blocks merge as that one does.
     Raises ValueError for other values, for those that would have no effect, and if nothing is left to merge around.
     """
 
@@ -47,13 +47,13 @@ class MergeOptions:
     seed: int = 0
     proportional: bool = False
     merge_kv: bool = False
-    schedule: str | None = None
-    level_limit: str | None = None
-    every: int = 1
-    share: bool = False
+    merge_schedule: str | None = None
+    merge_levels: str | None = None
+    merge_every: int = 1
+    merge_share: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("sx", "sy", "every"):
+        for name in ("sx", "sy", "merge_every"):
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, 1 or more")
@@ -69,10 +69,10 @@ class MergeOptions:
     def _check_ratios(self) -> None:
         limit = 1 - 1 / (self.sx * self.sy)
         ratios: list[tuple[str, object]] = [("ratio", self.ratio)]
-        if self.schedule is not None:
-            ratios += [("a ratio of schedule", ratio) for ratio in Schedule.parse(self.schedule).ratios]
-        if self.level_limit is not None:
-            ratios += [("a ratio of level_limit", ratio) for ratio in parse_limits(self.level_limit).values()]
+        if self.merge_schedule is not None:
+            ratios += [("a ratio of merge_schedule", ratio) for ratio in Schedule.parse(self.merge_schedule).ratios]
+        if self.merge_levels is not None:
+            ratios += [("a ratio of merge_levels", ratio) for ratio in parse_limits(self.merge_levels).values()]
         for name, ratio in ratios:
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= limit:
                 raise ValueError(
@@ -86,8 +86,8 @@ class MergeOptions:
         for name in ("merge_kv", "proportional"):
             if getattr(self, name) and not self.merge_attn:
                 raise ValueError(f"{name} is about self-attention, and has no effect without merge_attn")
-        if self.level_limit is not None and self.max_downsample != 1:
-            raise ValueError("max_downsample has no effect beside level_limit, which names the levels: leave one out")
+        if self.merge_levels is not None and self.max_downsample != 1:
+            raise ValueError("max_downsample has no effect beside merge_levels, which names the levels: leave one out")
 
     def layers(self) -> tuple[str, ...]:
         """Return the names of a block's layers around which tokens are merged."""
@@ -97,12 +97,22 @@ class MergeOptions:
     @property
     def follows_steps(self) -> bool:
         """True if what is merged depends on the step, so that the patch must be told of the walk (`tomesd.walk`)."""
-        return self.schedule is not None or self.every > 1
+        return self.merge_schedule is not None or self.merge_every > 1
+
+    @property
+    def is_scheduled_throughout(self) -> bool:
+        """True if the schedule gives the ratio of every step, so that `ratio` is not used."""
+        return self.merge_schedule is not None and Schedule.parse(self.merge_schedule).starts_at_once
+
+    @property
+    def follows_others(self) -> bool:
+        """True if what a block merges depends on the step or on other blocks, so that it cannot run by itself."""
+        return self.follows_steps or self.merge_share
 
     @property
     def coarsest(self) -> int:
         """The highest downsampling at which tokens are merged."""
-        return self.max_downsample if self.level_limit is None else max(parse_limits(self.level_limit))
+        return self.max_downsample if self.merge_levels is None else max(parse_limits(self.merge_levels))
 
     def ratio_at(self, downsample: int, step: int = 0, steps: int = 1) -> float:
         """Return the ratio in blocks that see the latents at 1/downsample of their size, in step 0, 1, ... of `steps`.
@@ -111,9 +121,9 @@ class MergeOptions:
         """
         if downsample > self.coarsest:
             return 0.0
-        scheduled = None if self.schedule is None else Schedule.parse(self.schedule).at(step, steps)
+        scheduled = None if self.merge_schedule is None else Schedule.parse(self.merge_schedule).at(step, steps)
         ratio = self.ratio if scheduled is None else scheduled
-        return ratio if self.level_limit is None else min(ratio, parse_limits(self.level_limit).get(downsample, 0.0))
+        return ratio if self.merge_levels is None else min(ratio, parse_limits(self.merge_levels).get(downsample, 0.0))
 
 
 def check_seed(seed: object) -> None:

@@ -32,17 +32,17 @@ def apply_patch(
     nearest: Nearest | None = None,
     proportional: bool = False,
     merge_kv: bool = False,
-    schedule: str | None = None,
-    level_limit: str | None = None,
-    every: int = 1,
-    share: bool = False,
+    merge_schedule: str | None = None,
+    merge_levels: str | None = None,
+    merge_every: int = 1,
+    merge_share: bool = False,
 ) -> Any:
     """Switch token merging on in the model, in place, and return the model. A former patch is replaced.
 
     model: a LatentDiffusion, a UNet, a quantized UNet, a diffusers UNet, or a diffusers pipeline with a `unet`.
         Quantize first and patch last. The blocks are found by class name, so that subclasses count as well.
     nearest: compares tokens in place of PyTorch; see `tomesd.merge.match_tokens`.
-    The other arguments are those of MergeOptions; with `schedule` or `every` the model runs within `walk`.
+    The other arguments are those of MergeOptions; with `merge_schedule` or `merge_every` the model runs within `walk`.
     Destinations are drawn from a generator that belongs to the patch and starts from `seed` (a CPU generator, so that a
     seed means the same on every device); the global generator is neither read nor advanced.
     Raises ValueError, and leaves the model as it is, if an option is out of range or no block is found.
@@ -59,10 +59,10 @@ def apply_patch(
         seed=seed,
         proportional=proportional,
         merge_kv=merge_kv,
-        schedule=schedule,
-        level_limit=level_limit,
-        every=every,
-        share=share,
+        merge_schedule=merge_schedule,
+        merge_levels=merge_levels,
+        merge_every=merge_every,
+        merge_share=merge_share,
     )
     network = network_of(model)
     blocks = blocks_of(network)
@@ -107,8 +107,8 @@ def reseed(model: Any, seed: int) -> None:
 def walk(model: Any, calls: int) -> Iterator[None]:
     """Let the calls of the model within the block be the steps of a picture, or of a batch of them.
 
-    calls: how many there will be, 1 or more. A `schedule` gives each its ratio, and calls beyond them that of the last;
-    matchings are kept as `every` says, within the block alone. Other options are not concerned.
+    calls: how many there will be, 1 or more. A `merge_schedule` gives each its ratio, and calls beyond them that of the
+    last one; matchings are kept as `merge_every` says, within the block alone. Other options are not concerned.
     Raises ValueError if the model is not patched, or for a number of calls below 1.
     """
     if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
@@ -134,8 +134,8 @@ def pinned(model: Any, seed: int) -> Iterator[None]:
     """
     check_seed(seed)
     mergings = _mergings(model)
-    if any(shared.options.follows_steps or shared.options.share for shared in _shared(mergings)):
-        raise ValueError("a block by itself cannot merge by schedule, every or share: leave them out")
+    if any(shared.options.follows_others for shared in _shared(mergings)):
+        raise ValueError("a block by itself cannot merge by merge_schedule, merge_every or merge_share: leave them out")
     try:
         for shared in _shared(mergings):
             shared.reseed(seed)

@@ -67,7 +67,7 @@ def parse_limits(text: str) -> dict[int, float]:
     except (ValueError, AttributeError, TypeError):
         pass
     raise ValueError(
-        f"level_limit is {text!r}: write LEVEL:RATIO,... with levels of {', '.join(map(str, DOWNSAMPLES))}, such as "
+        f"merge_levels is {text!r}: write LEVEL:RATIO,... with levels of {', '.join(map(str, DOWNSAMPLES))}, such as "
         "1:0.6,2:0.3"
     )
 
@@ -81,6 +81,6 @@ def _pairs(text: str) -> Iterator[tuple[float, float]]:
 
 def _bad(text: object) -> ValueError:
     return ValueError(
-        f"schedule is {text!r}: write PLACE:RATIO,... with ascending places in [0, 1), such as 0:0.7,0.5:0.3, or "
-        "linear:FIRST:LAST"
+        f"merge_schedule is {text!r}: write PLACE:RATIO,... with ascending places in [0, 1), such as 0:0.7,0.5:0.3, "
+        "or linear:FIRST:LAST"
     )

@@ -71,7 +71,7 @@ class ModelMerging:
             self.walk.call += 1
         elif self.options.follows_steps:
             raise ValueError("merging by step needs to know the steps: call the model within tomesd.walk(model, calls)")
-        if self.walk is None or self.walk.call % self.options.every == 0:
+        if self.walk is None or self.walk.call % self.options.merge_every == 0:
             self.matched = self.forwards
 
     def ratio(self, downsample: int) -> float:

@@ -131,6 +131,11 @@ class CalibrationOptions:
         _check_whole("seed", self.seed, 0, 2**31 - 1)
         if self.cache_gb is not None and not (math.isfinite(self.cache_gb) and self.cache_gb >= 0):
             raise ValueError(f"cache_gb is {self.cache_gb!r}: it must be a finite number of 0 or more")
+        if self.merge is not None and self.merge.follows_others:
+            raise ValueError(
+                "calibration goes through blocks one by one, at all steps: it cannot merge by merge_schedule, "
+                "merge_every or merge_share; leave them out"
+            )
         if self.draw.merge is not None:
             raise ValueError("calibration data is drawn without merging: leave draw.merge out, and give merge")
         self._refuse_without_effect()

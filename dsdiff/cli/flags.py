@@ -20,7 +20,21 @@ from dsdiff.options import (
 if TYPE_CHECKING:
     from dsdiff.models.spec import ModelSpec
 
-TOME_FLAGS = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+TOME_FLAGS = (
+    "max_downsample",
+    "sx",
+    "sy",
+    "use_rand",
+    "merge_attn",
+    "merge_crossattn",
+    "merge_mlp",
+    "proportional",
+    "merge_kv",
+    "merge_schedule",
+    "merge_levels",
+    "merge_every",
+    "merge_share",
+)
 QUANTIZATION_FLAGS = (
     "ptq",
     "quant_act",
@@ -141,7 +155,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of token merging."""
-    group = parser.add_argument_group("token merging (all but --ratio only with a --ratio above 0)")
+    group = parser.add_argument_group("token merging (only with a --ratio above 0 or a --merge_schedule)")
     group.add_argument(
         "--ratio",
         type=number(float, 0, 1),
@@ -162,6 +176,40 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--merge_attn", action=switch, help="merge around self-attention (default: yes)")
     group.add_argument("--merge_crossattn", action=switch, help="merge around cross-attention (default: no)")
     group.add_argument("--merge_mlp", action=switch, help="merge around the feed-forward layers (default: no)")
+    group.add_argument(
+        "--proportional",
+        action=switch,
+        help="a key counts in self-attention as often as tokens were merged into it: far nearer to the picture without "
+        "merging, in the same time (default: no, as in PyPI's tomesd)",
+    )
+    group.add_argument(
+        "--merge_kv",
+        action=switch,
+        help="in self-attention, merge keys and values alone, and keep every query (default: no)",
+    )
+    group.add_argument(
+        "--merge_schedule",
+        metavar="TEXT",
+        help="the ratio by step: PLACE:RATIO,... with places as shares of the steps, such as 0:0.7,0.5:0.3 "
+        "(before the first place, --ratio), or linear:FIRST:LAST (default: --ratio in all steps)",
+    )
+    group.add_argument(
+        "--merge_levels",
+        metavar="TEXT",
+        help="the largest ratio by level, LEVEL:RATIO,... such as 1:0.6,2:0.3; level N sees the latents at 1/N of "
+        "their size (default: --max_downsample)",
+    )
+    group.add_argument(
+        "--merge_every",
+        type=number(int, 1),
+        metavar="N",
+        help="match tokens in every Nth step only, and merge as before in between (default: 1)",
+    )
+    group.add_argument(
+        "--merge_share",
+        action=switch,
+        help="match tokens in the first block of a level only, for all its blocks (default: no)",
+    )
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,13 +314,16 @@ def quantization_options(args: argparse.Namespace, *, bundle: bool = False) -> Q
 
 
 def merge_options(args: argparse.Namespace) -> MergeOptions | None:
-    """Return the options that --ratio and its group mean; None for no merging.
+    """Return the options that --ratio, --merge_schedule and their group mean; None for no merging.
 
     Raises ValueError for a value out of range, and for flags that would have no effect.
     """
     given = given_flags(args, TOME_FLAGS)
-    if args.ratio > 0:
-        return MergeOptions(ratio=args.ratio, **given)
+    if args.ratio > 0 or "merge_schedule" in given:
+        options = MergeOptions(ratio=args.ratio, **given)
+        if args.ratio > 0 and options.is_scheduled_throughout:
+            raise ValueError(f"--merge_schedule has a ratio for every step, so --ratio {args.ratio:g} has no effect")
+        return options
     if given:
         flags = ", ".join(f"--{name}" for name in given)
         raise ValueError(f"without --ratio nothing is merged, so {flags} has no effect: add --ratio 0.5, say")
