@@ -1,5 +1,8 @@
 """Pictures by OpenVINO: it runs text encoder, UNet and decoder, and our Pipeline all else. Runs in a `child` only."""
 
+# Tests have no OpenVINO: pyright has to tell when Pipeline's methods change.
+# pyright: reportIncompatibleMethodOverride=true
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +71,7 @@ class OpenVINOPipeline(Pipeline):
         super().__init__(find_model(ModelOptions(ckpt=Path(request.ckpt), config=Path(request.config))), **others)
         self.request = request
 
-    def _load(self, precision: str) -> LatentDiffusion:
+    def _load(self) -> LatentDiffusion:
         name, files, settings = self.request.name, self.request.files, self.resolve(options(self.request))
         _, precision = peers_openvino.FILES[name]
         with without_weights():
