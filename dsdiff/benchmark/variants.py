@@ -7,7 +7,7 @@ float32. On a CPU all tensors are channels_last, in which convolutions are faste
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from qdiff.engine.matching import nearest
 from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
 from tomesd.merge import Nearest
+from tomesd.options import MergeOptions
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of the float engines
 
@@ -54,18 +55,24 @@ class Engine:
 
     @contextmanager
     def running(self, ratio: float) -> Iterator[Callable[[], Any]]:
-        """Merge this share of the tokens within the block, and yield the function that calls the UNet.
+        """Merge this share of the tokens within the block, and yield the function that calls the UNet (`merging`)."""
+        with self.merging(MergeOptions(ratio=ratio) if ratio else None) as call:
+            yield call
+
+    @contextmanager
+    def merging(self, merge: MergeOptions | None) -> Iterator[Callable[[], Any]]:
+        """Merge tokens within the block, and yield the function that calls the UNet.
 
         All calls of a measurement are made within one block, like all steps of a picture, so that a lowered UNet keeps
         results between them (see `qdiff.engine.step_cache`). Afterwards the UNet is as it was.
         """
-        if ratio:
-            tomesd.apply_patch(self.unet, ratio=ratio, nearest=self.nearest)
+        if merge is not None:
+            tomesd.apply_patch(self.unet, **asdict(merge), nearest=self.nearest)
         try:
             with torch.no_grad(), precision_context(self.device, self.precision), self._walk():
                 yield lambda: self.unet(**self.inputs)
         finally:
-            if ratio:
+            if merge is not None:
                 tomesd.remove_patch(self.unet)
 
     def time(self, ratio: float, *, seconds: float, warm: bool, profiled: bool) -> Timing:

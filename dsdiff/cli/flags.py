@@ -266,7 +266,7 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 def draw_options(args: argparse.Namespace) -> DrawOptions:
     """Return the options that the flags of sampler, size, precision, decoder and merging mean.
 
-    Those of size and decoder may be absent.
+    Those of size, decoder and merging may be absent.
     Raises ValueError for flags that would have no effect.
     """
     sampler = "plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim"
@@ -285,7 +285,7 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
         negative_prompt=args.negative_prompt or "",
         precision=args.precision,
         **given_flags(args, ("vae", "vae_tiling")),
-        merge=merge_options(args),
+        merge=merge_options(args) if "ratio" in args else None,
     )
 
 

@@ -12,10 +12,11 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
         self.seen = 0
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, mask=None):
         self.seen = x.shape[1]
         source = x if context is None else context
-        return nn.functional.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source))
+        mask = None if mask is None else mask.unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source), attn_mask=mask)
 
 
 class BasicTransformerBlock(nn.Module):

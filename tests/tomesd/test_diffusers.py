@@ -96,6 +96,29 @@ def test_unet_equals_the_published_package(unet, published):
         assert torch.equal(run(unet, h, w), unpatched), (options, h, w)
 
 
+def test_keys_alone_and_in_proportion_equal_attention_written_out(unet):
+    """Key by key in float64: softmax over all tokens, each with the key and the value of its merged token."""
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    plain, seen = run(unet), []
+    block.attn1.register_forward_hook(lambda layer, args, kwargs, out: seen.append((args[0], out)), with_kwargs=True)
+    hook = block.attn2.register_forward_pre_hook
+    hook(lambda *_: seen.append(block.token_merging.runs[-1].matching))
+    layer, heads = block.attn1, block.attn1.heads
+    for merge_kv in (False, True):
+        tomesd.apply_patch(unet, merge_kv=merge_kv, proportional=True)
+        seen.clear()
+        assert not torch.equal(run(unet), plain)
+        (given, out), matching = seen
+        keys = matching.unmerge(matching.merge(given) if merge_kv else given)
+        q, k, v = (
+            to(x).double().unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x, to in ((given, layer.to_q), (keys, layer.to_k), (keys, layer.to_v))
+        )
+        expected = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        expected = layer.to_out[0](expected.transpose(1, 2).flatten(2).float())
+        assert (out - expected).abs().max() < 1e-5 * expected.abs().max(), merge_kv
+
+
 def test_matching_equals_the_published_package(published):
     for w, h, r in [(8, 8, 32), (7, 5, 17), (9, 6, 99)]:
         metric, x = normal(2, h * w, 6), normal(2, h * w, 3, seed=4)
