@@ -40,6 +40,40 @@ def test_pictures_come_one_a_prompt_and_tell_how_they_were_drawn(spec):
     assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(pictures, together, strict=True))
 
 
+def test_a_schedule_of_merging_goes_by_shares_of_the_steps_of_any_sampler(spec):
+    pipeline, ratios = Pipeline(spec, device="cpu"), {}
+    merge = MergeOptions(merge_schedule="0:0.75,0.5:0.25")
+    unet = pipeline.model.model.diffusion_model
+
+    def note(*_):
+        count = token_report(unet)[0]
+        found.append(1 - count.tokens_processed / count.tokens_in)
+
+    hook = unet.register_forward_hook(note)
+    for sampler, steps, scale in (("ddim", 4, 4.0), ("plms", 5, 4.0), ("dpm_solver", 3, 1.0)):
+        found = ratios[sampler] = []
+        options = replace(TINY, sampler=sampler, steps=steps, scale=scale, merge=merge)
+        (first,) = pipeline.draw("a ring", options=options)
+        (again,) = pipeline.draw("a ring", options=options)
+        assert first.image.tobytes() == again.image.tobytes(), sampler
+    hook.remove()
+    assert ratios["ddim"] == [0.75, 0.75, 0.25, 0.25] * 2
+    assert ratios["plms"] == [0.75, 0.75, 0.75, 0.25, 0.25, 0.25] * 2  # the first step calls the model twice
+    assert ratios["dpm_solver"] == [0.75, 0.75, 0.25] * 2
+
+
+def test_matchings_are_kept_within_a_picture(spec):
+    """A picture depends on its prompt, seed and settings alone, also while matchings are kept over its steps."""
+    options = replace(TINY, steps=5, merge=MergeOptions(ratio=0.5, merge_every=3, merge_share=True, proportional=True))
+    pipeline = Pipeline(spec, device="cpu")
+    first, second = pipeline.draw(["a ring", "a blue star"], seeds=[7, 8], options=options)
+    (alone,) = Pipeline(spec, device="cpu").draw("a blue star", seeds=[8], options=options)
+    assert np.abs(pixels(alone) - pixels(second)).max() <= 1 and first.image.tobytes() != second.image.tobytes()
+    plain = replace(options, merge=replace(options.merge, merge_every=1))
+    (fresh,) = pipeline.draw("a blue star", seeds=[8], options=plain)
+    assert fresh.image.tobytes() != second.image.tobytes()
+
+
 def test_prompts_are_encoded_once(spec, monkeypatch):
     encoded, encode = [], LatentDiffusion.get_learned_conditioning
 

@@ -1,0 +1,229 @@
+"""The comparison of ways to merge tokens: its figures against their definitions, and what is not done twice."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsdiff.benchmark.figures import Spread
+from dsdiff.models.spec import find_model
+from dsdiff.options import DrawOptions, MergeOptions, ModelOptions
+from dsdiff.pipeline import Pipeline
+from dsdiff.results.merging import report, run, timing
+from dsdiff.results.merging.errors import EpsErrors, recorded
+from dsdiff.results.merging.figures import Eps, Pictures, Row, Time, frontier
+from dsdiff.results.merging.options import SETTINGS, MergingCostOptions, read_candidates
+
+TINY = DrawOptions(height=32, width=48, steps=3, sampler="dpm_solver", vae="float32", precision="full")
+PROMPTS = ["a red circle", "a blue star", "a ring"]
+
+
+@pytest.fixture
+def options(small_model, tmp_path):
+    config, ckpt = small_model
+    settings, prompts = tmp_path / "settings.yaml", tmp_path / "prompts.txt"
+    settings.write_text(
+        "settings:\n- {name: half, ratio: 0.5}\n"
+        "- {name: 'later, kv', ratio: 0, merge_schedule: '0.5:0.5', merge_kv: true, proportional: true}\n"
+    )
+    prompts.write_text("\n".join(PROMPTS))
+    return MergingCostOptions(
+        settings=settings,
+        prompts=prompts,
+        model=ModelOptions(config=config, ckpt=ckpt),
+        draw=TINY,
+        n=3,
+        batch_size=2,
+        calls=2,
+        repeats=2,
+        outdir=tmp_path / "out",
+        device="cpu",
+    )
+
+
+# --- error of eps ------------------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_calls_with_the_latents_of_unmerged_pictures(options):
+    """Against calls of the UNet by hand: conditional and unconditional apart, one picture at a time."""
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    settings = pipeline.resolve(options.draw)
+    merge = MergeOptions(ratio=0.5, use_rand=False)
+    found = EpsErrors(pipeline, settings, PROMPTS, 7, 2).of(merge, "half")
+    assert found.shape == (3, 3) and found.dtype == torch.float64 and (found > 0).all()
+    model = pipeline.prepare(settings)
+    for i, prompt in enumerate(PROMPTS):
+        with recorded(model.model.diffusion_model) as calls:
+            pipeline.sample([prompt], [7 + i], settings)
+        for step, x in enumerate(calls.inputs):
+            t = torch.full((1,), 999 * (1 - step / 3))
+            eps = []
+            for options_of_call in (None, merge):
+                model = pipeline.prepare(pipeline.resolve(DrawOptions(merge=options_of_call)))
+                with torch.no_grad():
+                    contexts = model.get_learned_conditioning(["", prompt])
+                    e_u, e_c = (model.apply_model(x[:1], t, context[None]).double() for context in contexts)
+                eps.append(e_u + settings.scale * (e_c - e_u))
+            expected = (eps[0] - eps[1]).square().mean().item()
+            assert math.isclose(found[i, step], expected, rel_tol=1e-3), (prompt, step)
+
+
+def test_before_a_schedule_begins_there_is_no_error(options):
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    errors = EpsErrors(pipeline, pipeline.resolve(options.draw), PROMPTS, 0, 2)
+    merge = MergeOptions(ratio=0.0, merge_schedule="0.5:0.5")
+    first = errors.of(merge, "later")
+    assert (first[:, :2] == 0).all() and (first[:, 2] > 0).all()
+    assert torch.equal(errors.of(merge, "again"), first)
+    assert (errors.of(MergeOptions(ratio=0.0), "none") == 0).all()
+
+
+def test_what_is_recorded_leaves_no_hooks(options):
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    unet = pipeline.model.model.diffusion_model
+    with pytest.raises(RuntimeError), recorded(unet):
+        raise RuntimeError
+    assert not unet._forward_hooks and not unet._forward_pre_hooks
+
+
+# --- the whole ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Timings use all cores; here they are no measurements."""
+    monkeypatch.setattr("dsdiff.benchmark.comparison.usable_cores", lambda: 1)
+
+
+def test_figures_are_those_of_the_pictures_and_are_kept(options, one_thread, monkeypatch):
+    costs = run.compare(options)
+    assert [row.name for row in costs.rows] == ["half", "later, kv"]
+    pictures = {
+        name: np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(float)
+        for name in ("unmerged", "half", "later__kv")
+        for folder in (options.outdir / "pictures").glob(f"{name}-*")
+    }
+    for row, name in zip(costs.rows, ("half", "later__kv"), strict=True):
+        errors = ((pictures[name] - pictures["unmerged"]) ** 2).reshape(3, -1).mean(1)
+        own = -10 * np.log10(errors[errors > 0] / 255**2)
+        assert math.isclose(row.pictures.psnr, -10 * math.log10(errors.mean() / 255**2), abs_tol=1e-9)
+        assert row.pictures.pairs == len(own)
+        assert math.isclose(row.pictures.mean, own.mean()) and len(row.eps.by_call) == 3
+        assert math.isclose(row.pictures.error, own.std(ddof=1) / len(own) ** 0.5)
+        assert math.isclose(row.eps.mse, np.mean(row.eps.by_call)) and len(row.time.merged) == 2
+    assert costs.rows[1].eps.by_call[0] == 0 < costs.rows[0].eps.by_call[0]
+
+    def fail(*_, **__):
+        raise AssertionError("measured again")
+
+    for place in ("EpsErrors.of", "timing.side_by_side", "DrawTask.draw"):
+        monkeypatch.setattr(f"dsdiff.results.merging.run.{place}", fail)
+    assert run.compare(options).to_dict()["rows"] == costs.to_dict()["rows"]
+    report.write(costs, options.outdir)
+    content = json.loads((options.outdir / "merging.json").read_text())
+    assert content["rows"][0]["merge"]["ratio"] == 0.5 and content["rows"][0]["speed"]["median"] > 0
+    table = (options.outdir / "merging.md").read_text()
+    assert table.count("\n| ") + table.startswith("| ") == 3 and "later, kv" in table
+    assert Image.open(options.outdir / "merging.png").size[0] == 15 * 120
+
+
+def test_a_way_that_changes_nothing_has_equal_pictures(options):
+    options.settings.write_text("settings:\n- {name: none, ratio: 0}\n")
+    costs = run.compare(MergingCostOptions(**{**vars(options), "parts": ("pictures",)}))
+    assert costs.rows[0].pictures == Pictures(psnr=None, mean=None, error=None, pairs=0)
+    assert costs.rows[0].eps is None and costs.rows[0].time is None
+    assert report.cells(costs.rows[0]) == ["-", "equal", "-", "-"] and frontier(costs.rows) == []
+    report.write(costs, options.outdir)
+    assert not (options.outdir / "merging.png").exists()
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_spread_over_the_steps_and_the_order_alternates():
+    log, merge = [], MergeOptions(ratio=0.5)
+
+    class Running:
+        def __init__(self, way, calls):
+            self.way, self.calls = "merged" if way else "plain", calls
+
+        def __enter__(self):
+            return lambda: log.append((self.way, self.calls))
+
+        def __exit__(self, *_):
+            pass
+
+    times = timing.side_by_side(Running, merge, torch.device("cpu"), calls=3, repeats=2)
+    turn = [("merged", 3)] * 3 + [("plain", 3)] * 3
+    assert log == [("merged", 1), ("plain", 1), *turn, *turn[::-1]]
+    assert [len(seconds) for seconds in times] == [2, 2]
+
+
+def test_the_unet_that_is_timed_merges_and_is_left_as_it_was(options):
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    running = timing.of_pipeline(pipeline, pipeline.resolve(options.draw))
+    with running(None, 1) as call:
+        plain = call()
+    merge = MergeOptions(merge_schedule="0:0,0.5:0.5")
+    with running(merge, 2) as call:
+        first, second = call(), call()
+    assert torch.equal(first, plain) and not torch.equal(second, plain) and plain.shape == (2, 4, 4, 6)
+    with running(None, 1) as call:
+        assert torch.equal(call(), plain)
+
+
+# --- settings, frontier ------------------------------------------------------------------------------------
+
+
+def test_the_frontier_has_what_no_other_beats_in_both():
+    def row(name, speed, mse, psnr=None):
+        eps = None if mse is None else Eps(mse=mse, error=0.0, by_call=[mse])
+        pictures = None if psnr is None else Pictures(psnr=psnr, mean=psnr, error=0.0, pairs=2)
+        return Row(
+            name=name, merge={}, eps=eps, pictures=pictures, time=Time(merged=[1.0, 2.0], unmerged=[speed, 2 * speed])
+        )
+
+    rows = [row("a", 1.5, 3.0), row("b", 1.2, 1.0), row("c", 1.3, 4.0), row("d", 1.2, 2.0), row("e", 1.0, 0.5)]
+    assert frontier(rows) == ["e", "b", "a"]
+    assert rows[0].time.speed == Spread(median=1.5, min=1.5, max=1.5)
+    assert frontier([row("x", 1.1, None, 20.0), row("y", 1.2, None, 21.0)]) == ["y"]
+    assert frontier([Row(name="z", merge={}, eps=rows[0].eps)]) == []
+
+
+def test_the_shipped_settings_are_read_and_can_be_chosen_by_name():
+    found = read_candidates(SETTINGS)
+    assert len({candidate.name for candidate in found}) == len(found) > 15
+    assert any(candidate.merge == MergeOptions(ratio=0.5) for candidate in found)
+    assert [each.name for each in read_candidates(SETTINGS, ["0.5", "0.3"])] == ["0.3", "0.5"]
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    path = tmp_path / "settings.yaml"
+    with pytest.raises(FileNotFoundError):
+        read_candidates(path)
+    for text, says in (
+        ("settings: 3", "must be a list of entries with a name"),
+        ("settings:\n- {ratio: 0.5}", "must be a list of entries with a name"),
+        ("settings:\n- {name: a, ratio: 2}", "ratio is 2"),
+        ("settings:\n- {name: a, speed: 2}", "'a' has speed"),
+        ("settings:\n- {name: a}\n- {name: a}", "a name of its own"),
+        ("settings: []", "a name of its own"),
+        ("]", "must be a list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_candidates(path)
+    with pytest.raises(ValueError, match="have no 'b'"):
+        read_candidates(SETTINGS, ["b"])
+    for bad, says in (
+        ({"n": 1}, "n is 1"),
+        ({"parts": ()}, "parts is"),
+        ({"parts": ("speed",)}, "parts is"),
+        ({"time_of": "sd-v2"}, "time_of is 'sd-v2'"),
+        ({"draw": DrawOptions(merge=MergeOptions())}, "leave draw.merge out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            MergingCostOptions(**bad)
