@@ -14,12 +14,12 @@ BEST, OTHER = "#c0392b", "#7f8c8d"  # colours of the rows on the frontier, and o
 
 
 def write(costs: MergingCosts, outdir: Path) -> None:
-    """Write merging.json, merging.md, and where times were measured merging.png."""
+    """Write merging.json, merging.md, and merging.png where times and one of the other figures were measured."""
     texts = {"json": json.dumps(costs.to_dict(), indent=2, allow_nan=False), "md": markdown(costs)}
     for suffix, text in texts.items():
         path = outdir / f"merging.{suffix}"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text + "\n", encoding="utf-8"))
-    if any(row.time is not None for row in costs.rows):
+    if panels(costs):
         write_atomically(outdir / "merging.png", lambda temporary: plot(costs, temporary))
 
 
@@ -49,14 +49,17 @@ def cells(row: Row) -> list[str]:
     return [eps, pooled, each, f"{speed.median:.3f} ({speed.min:.3f}..{speed.max:.3f})"]
 
 
+def panels(costs: MergingCosts) -> list[str]:
+    """Return the names of the figures that can be plotted against time."""
+    timed = [row for row in costs.rows if row.time is not None]
+    return [name for name in ("eps", "pictures") if any(_height(row, name) is not None for row in timed)]
+
+
 def plot(costs: MergingCosts, path: Path) -> None:
     """Plot error of eps and PSNR against speed to a PNG, a panel each; lines join the rows on the frontier."""
-    rows = [row for row in costs.rows if row.time is not None]
-    panels = [name for name in ("eps", "pictures") if any(_height(row, name) is not None for row in rows)]
-    if not panels:
-        panels = ["eps"]
-    figure = Figure(figsize=(7.5 * len(panels), 5.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    rows, names = [row for row in costs.rows if row.time is not None], panels(costs)
+    figure = Figure(figsize=(7.5 * len(names), 5.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _panel(axes, rows, name, frontier(rows))
     figure.suptitle(f"{costs.model}; time of {costs.time_of}\n{_where(costs)}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, format="png", dpi=120)

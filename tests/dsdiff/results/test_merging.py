@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,7 +138,10 @@ def test_a_way_that_changes_nothing_has_equal_pictures(options):
     assert costs.rows[0].eps is None and costs.rows[0].time is None
     assert report.cells(costs.rows[0]) == ["-", "equal", "-", "-"] and frontier(costs.rows) == []
     report.write(costs, options.outdir)
-    assert not (options.outdir / "merging.png").exists()
+    timed = replace(costs, rows=[replace(costs.rows[0], time=Time(merged=[1.0], unmerged=[2.0]))])
+    report.write(timed, options.outdir)
+    assert "2.000" in (options.outdir / "merging.md").read_text()
+    assert not (options.outdir / "merging.png").exists()  # there is nothing to draw against the time
 
 
 # --- time --------------------------------------------------------------------------------------------------
