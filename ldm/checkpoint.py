@@ -66,7 +66,7 @@ TRAINING_ONLY = (
 
 # Parts of keys that identify other kinds of files, each with the words for the error message.
 FOREIGN_KEYS = (
-    ("weight_quantizer", "a quantized checkpoint (cali_ckpt), which goes on top of a float model"),
+    ("weight_quantizer", "a cali_ckpt, which goes on top of a float model: give it with --ptq --cali_ckpt"),
     ("lora_", "a LoRA, which holds changes to a model and no model"),
     ("down_blocks.", "a file in the diffusers layout, where CompVis's single-file layout is needed"),
     ("conditioner.embedders.", "a Stable Diffusion XL checkpoint"),
@@ -246,12 +246,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[s
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:  # torch lists every mismatch with both shapes, one to a line
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(lines, 2)}{hint}") from error
+        raise ValueError(f"checkpoint {source!r} does not fit the config{hint}: {_some(lines, 2)}") from error
     missing = [name for name in missing if name not in SCHEDULE_KEYS]
     problems = {"missing": missing, "unexpected": unexpected}
     listed = [f"{what} keys: {len(names)} ({_some(names)})" for what, names in problems.items() if names]
     if listed:
-        raise ValueError(f"checkpoint {source!r} does not fit the config: {', '.join(listed)}{hint}")
+        raise ValueError(f"checkpoint {source!r} does not fit the config{hint}: {', '.join(listed)}")
     mistyped = _other_kind(model.state_dict(), known)  # again, because a module may rename weights while loading
     if mistyped:
         raise ValueError(f"checkpoint {source!r} does not fit the config: {_some(mistyped)}")
@@ -277,13 +277,13 @@ def _other_architecture(tensors: Mapping[str, Tensor], known: Mapping[str, Tenso
     """Return what kind of file this seems to be, to end an error message with; empty if nothing identifies it."""
     for mark, what in FOREIGN_KEYS:
         if any(mark in name for name in tensors) and not any(mark in name for name in known):
-            return f"; it looks like {what}"
+            return f": it looks like {what}"
     for name in tensors:
         if name.endswith(CONTEXT_KEY) and name in known and tensors[name].ndim == 2:
             found, expected = tensors[name].shape[1], known[name].shape[1]
             if found == expected:
                 continue
-            return f"; its text encoder has {found} channels, the config's {expected} (SD 1: 768, SD 2: 1024)"
+            return f": its text encoder has {found} channels, the config's {expected} (SD 1: 768, SD 2: 1024)"
     return ""
 
 

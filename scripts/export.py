@@ -31,10 +31,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--vae_pictures",
         type=number(int, 0),
-        default=12,
         metavar="N",
         help="pictures that are drawn to fit the ranges of the decoder for --vae int8, two thirds of them in 2 or 4 "
-        "steps; 0 leaves them out (default: %(default)s)",
+        "steps; 0 leaves them out (default: 12)",
     )
     add("--random_weights", action="store_true", help="Stable Diffusion v1's shapes without a checkpoint, to measure")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
@@ -42,7 +41,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.file.suffix != ".safetensors":
         parser.error(f"{str(args.file)!r} must end in .safetensors")
-    given = [name for name in ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit") if getattr(args, name)]
+    names = ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit", "vae_pictures")
+    given = [name for name in names if getattr(args, name) is not None]
     if args.random_weights and given:
         parser.error(f"--{given[0]} has no effect with --random_weights: leave it out")
     return args
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
             export_random(args.file)
         else:
             model = model_options(args)
-            export_calibrated(args.file, model, args.cali_ckpt, args.weight_bit, vae_pictures=args.vae_pictures)
+            own = {} if args.vae_pictures is None else {"vae_pictures": args.vae_pictures}
+            export_calibrated(args.file, model, args.cali_ckpt, args.weight_bit, **own)
 
 
 if __name__ == "__main__":

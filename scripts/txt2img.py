@@ -41,6 +41,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the last, interrupted run in --outdir, of the same flags")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
     flags.add_model_arguments(parser)
+    flags.add_lora_argument(parser, "change the model by a LoRA")
     flags.add_sampler_arguments(parser)
     flags.add_noise_arguments(parser, batch="--n_samples")
     flags.add_size_arguments(parser)
@@ -50,8 +51,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.from_file is None):
         parser.error("give either --prompt TEXT or --from-file FILE")
-    if args.skip_grid and args.n_rows is not None:
-        parser.error("--n_rows has no effect with --skip_grid: leave one of them out")
+    if args.skip_grid and (args.n_rows is not None or args.skip_save):
+        other = "--skip_save leaves nothing to write" if args.skip_save else "--n_rows has no effect"
+        parser.error(f"{other} with --skip_grid: leave one of them out")
     if args.skip_save and args.resume:
         parser.error("--resume goes by the pictures that --skip_save does not write: leave one of them out")
     return args
@@ -75,7 +77,8 @@ def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawSettings"
     flags.check_latent_flags(args, spec)
     options = flags.draw_options(args)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
-    pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization)
+    lora = flags.lora_options(args)
+    pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=lora)
     for line in (pipeline, *pipeline.notes):
         logger.info("%s", line)
     return pipeline, pipeline.resolve(options)

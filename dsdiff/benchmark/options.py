@@ -34,6 +34,7 @@ CAPS = ("AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF1
 # What has no effect in a mode of the command.
 OF_PICTURES = ("draws", "steps_measured", "full")
 OF_CALLS = ("config", "memory", "seconds", "batch", "latents")
+FLAGS = {"engines": "engine", "ratios": "ratio"}  # where a flag's name is not that of its option
 IDLE = {
     "startup": ("pictures", "isa", "engines", "peers", "random_weights", "ratios", "weight_bit", *OF_CALLS),
     "kernels": (
@@ -59,11 +60,16 @@ class Draw:
     def parse(cls, text: str) -> Self:
         """Read SAMPLER:STEPS or SAMPLER:STEPS:SCALE. Raises ValueError for anything else."""
         sampler, *numbers = text.split(":")
+        if len(numbers) not in (1, 2):
+            raise ValueError(f"{text!r} is no SAMPLER:STEPS or SAMPLER:STEPS:SCALE, such as dpm_solver:20")
         try:
-            steps, *scale = numbers
-            return cls(sampler=sampler, steps=int(steps), scale=float(*scale) if scale else None)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{text!r} is no SAMPLER:STEPS or SAMPLER:STEPS:SCALE: {error}") from None
+            steps, scale = int(numbers[0]), float(numbers[1]) if numbers[1:] else None
+        except ValueError:
+            raise ValueError(f"{text!r}: STEPS must be a whole number and SCALE a number") from None
+        try:
+            return cls(sampler=sampler, steps=steps, scale=scale)
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else " without guidance" if self.scale == 1 else f" at scale {self.scale:g}"
@@ -188,7 +194,8 @@ class BenchmarkOptions:
         plain = {each.name: each.default for each in fields(self)}
         idle = [name for name in names if getattr(self, name) != plain[name]]
         if idle:
-            raise ValueError(f"{', '.join(idle)} has no effect {reason}: leave it out")
+            flags = ", ".join(f"--{FLAGS.get(name, name)}" for name in idle)
+            raise ValueError(f"{flags} has no effect {reason}: leave it out")
 
 
 def _check_choices(name: str, values: Sequence[str], choices: Sequence[str]) -> None:

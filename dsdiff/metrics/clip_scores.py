@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsdiff.models.configs import read_config
-from dsdiff.models.registry import SHAPES_CLIP, SHAPES_CLIP_CONFIG, TOKENIZER
+from dsdiff.models.registry import ROOT, SHAPES_CLIP, SHAPES_CLIP_CONFIG, TOKENIZER
 from ldm.checkpoint import read_weights
 from ldm.models.clip import ContrastiveModel
 from ldm.util import instantiate_from_config
@@ -48,7 +48,8 @@ def build_shapes_clip(device: torch.device, weights: Path = SHAPES_CLIP) -> Clip
     """
     if not weights.is_file():
         raise FileNotFoundError(
-            f"no CLIP of the shapes at {str(weights)!r}: train it with scripts/train.py --config {SHAPES_CLIP_CONFIG}"
+            f"no CLIP of the shapes at {str(weights)!r}: train it with scripts/train.py "
+            f"--config {SHAPES_CLIP_CONFIG.relative_to(ROOT)} --export {weights}"
         )
     config = read_config(SHAPES_CLIP_CONFIG)["model"]
     config["params"]["text_config"]["params"]["tokenizer"] = str(TOKENIZER)

@@ -223,22 +223,19 @@ def pair_values(pairing: Pairing, scores: Mapping[str, PairScore], batch_size: i
 def add_paired_scores(
     scores: Scores,
     pairing: Pairing,
+    chosen: Mapping[str, PairScore],
     *,
-    device: torch.device,
     batch_size: int,
     resamples: int,
     seed: int,
-    clip: str | None = None,
 ) -> None:
-    """Add all scores of the pairs, with 95% intervals by a bootstrap over prompts, and notes on what is left out."""
-    found, notes = choose_scores(pairing.first.size, device, clip)
-    scores.notes += notes
+    """Add the chosen scores of the pairs, with 95% intervals by a bootstrap over prompts."""
     alone = [len(pictures) - len(pairing) for pictures in (pairing.first, pairing.second)]
     if any(alone):
         scores.notes.append(f"paired scores: {alone[0]} pictures and {alone[1]} of the other folder have no partner")
     if len(pairing) < 2:
         scores.notes.append("paired scores: of a single pair, which has no interval")
-    values = pair_values(pairing, found, batch_size)
+    values = pair_values(pairing, chosen, batch_size)
     add_psnr(scores, values.pop(MSE), pairing.prompts, resamples, seed)
     for key, single in values.items():
         add_mean(scores, key, single, pairing.prompts, resamples, seed)

@@ -11,7 +11,7 @@ from dsdiff.images.sets import FilePictures, PictureSet
 from dsdiff.images.sources import PER_CLASS, SHAPES, SHAPES_SIDE, Size, size_text
 from dsdiff.metrics.extractors import Extractor, Features, FeatureStore, choose_extractor
 from dsdiff.metrics.options import EXTRACTORS, ScoringOptions, is_statistics
-from dsdiff.metrics.pair_scores import Pairing, add_paired_scores, pair_up
+from dsdiff.metrics.pair_scores import Pairing, add_paired_scores, choose_scores, pair_up
 from dsdiff.metrics.report import Report, ScoringProtocol
 from dsdiff.metrics.scores import Scores
 from dsdiff.metrics.set_scores import RNG_SEED, add_fid_difference, add_set_scores, gaussian_of
@@ -31,20 +31,22 @@ def score(source: str, options: ScoringOptions) -> Report:
     pictures = open_pictures(source, options)
     pairing = open_pairing(source, options, pictures) if options.paired is not None else None
     reference = open_reference(options, pictures) if options.reference is not None else None
+    # Before anything is computed, as a CLIP may not be there.
+    of_pairs, notes = ({}, []) if pairing is None else choose_scores(pairing.first.size, device, options.clip)
     scores, extractor = Scores(), None
     if options.needs_features:
         extractor = open_extractor(source, options, reference, pictures)
         store = FeatureStore(extractor, device, options.batch_size, options.cache)
         _score_sets(scores, options, store, pictures, reference, pairing)
     if pairing is not None:
+        scores.notes += notes
         add_paired_scores(
             scores,
             pairing,
-            device=device,
+            of_pairs,
             batch_size=options.batch_size,
             resamples=options.resamples,
             seed=options.seed,
-            clip=options.clip,
         )
     protocol = ScoringProtocol(
         pictures=pictures.facts(),

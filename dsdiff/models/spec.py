@@ -93,6 +93,8 @@ def _bundled_config(options: ModelOptions, accept: bool) -> dict[str, Any] | Non
 
 def _choose_files(config: Path | None, ckpt: Path | None) -> tuple[Path, Path]:
     """Return the config and the checkpoint that go together."""
+    if config is not None and not config.exists():
+        raise FileNotFoundError(f"no config at {str(config)!r}: give the path of a yaml with --config")
     if config is None and ckpt is None:
         known = [(path, file) for path, files in CHECKPOINTS.items() for file in files]
         found = next((pair for pair in known if pair[1].is_file()), None)

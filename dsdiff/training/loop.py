@@ -1,8 +1,10 @@
 """One training run: from a config to a model, its checkpoints, and the exported weights."""
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +30,7 @@ from dsdiff.training.options import (
 )
 from dsdiff.training.samples import SampleGrids
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
+from ldm.fileio import write_atomically
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
@@ -66,6 +69,7 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
     samples = SampleGrids(options.folder / "samples", config.trainer.log_images_every, next(iter(validation)))
     trainer = build_trainer(config.trainer, options, samples)
     start = 0
+    check_same_run(config, options)
     if options.last.exists() and not options.restart:
         start = torch.load(options.last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     # Each process, and each resumed part, draws other noise and another order, so that no batch is repeated.
@@ -75,6 +79,29 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
         trainer.fit(module, batches, validation, ckpt_path=options.last if start else None)
     trainer.save_checkpoint(options.last)  # also where max_steps is no multiple of checkpoint_every
     return trainer
+
+
+def check_same_run(config: TrainingConfig, options: TrainingOptions) -> None:
+    """Raise ValueError if the run in the folder is of another model or of other data; else note what this one is of.
+
+    How long a run is, and along what learning rates, may change while it lasts.
+    """
+    model = {name: value for name, value in config.model.items() if name != "params"}
+    params = {name: value for name, value in config.model.get("params", {}).items() if name != "scheduler_config"}
+    data = asdict(config.data)
+    own = {"model": model | {"params": params}, **{f"data.{name}": value for name, value in data.items()}}
+    own = json.loads(json.dumps(own, default=str))
+    path = options.folder / "settings.json"
+    if options.last.exists() and not options.restart and path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        differ = [name for name in own if old.get(name) != own[name]]
+        if differ:
+            raise ValueError(
+                f"the run in {str(options.folder)!r} has another {', '.join(differ)} than {str(options.config)!r}: "
+                "give another --outdir, or begin anew with --restart"
+            )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda to: to.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8"))
 
 
 def attention_kernels(model: nn.Module, on_cpu: bool) -> AbstractContextManager[Any]:

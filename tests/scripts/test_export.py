@@ -138,7 +138,10 @@ def test_commands_that_need_the_float_model_say_so(bundle, tmp_path, capsys):
     other = ["--config", str(EMBEDDED), "--ckpt", str(READER)]  # a file that no cali_ckpt comes with
     refuse(export, [str(tmp_path / "y.safetensors"), *other], capsys, "no calibration: give a --cali_ckpt")
     refuse(export, [str(tmp_path / "y.pth")], capsys, "must end in .safetensors")
-    refuse(export, [str(tmp_path / "y.safetensors"), "--random_weights", "--weight_bit", "4"], capsys, "has no effect")
+    for flag in ("--weight_bit", "--vae_pictures"):
+        refuse(
+            export, [str(tmp_path / "y.safetensors"), "--random_weights", flag, "4"], capsys, f"{flag} has no effect"
+        )
     refuse(export, [str(tmp_path / "y.safetensors"), "--cali_ckpt", "missing"], capsys, "missing")
     assert not list(tmp_path.iterdir())
 

@@ -319,6 +319,7 @@ BAD_FLAGS = (
     (["--negative_prompt", "x", "--scale", 1], "--negative_prompt has no effect with --scale 1"),
     (["--prompt", "x", "--from-file", "y"], "either --prompt TEXT or --from-file FILE"),
     (["--skip_grid", "--n_rows", 2], "--n_rows has no effect with --skip_grid"),
+    (["--skip_grid", "--skip_save"], "leaves nothing to write"),
     (["--skip_save", "--resume"], "--resume"),
     (["--ratio", 0.8], "ratio is 0.8: with tiles of 2 x 2 it must lie in [0, 0.75]"),
     (["--ratio", 0.5, "--no-merge_attn"], "nothing to merge"),
@@ -336,7 +337,7 @@ BAD_FLAGS = (
     (["--tokenizer", "missing"], "no tokenizer in 'missing'"),
     (["--ckpt", "missing.ckpt"], "no checkpoint at 'missing.ckpt'"),
     (["--ckpt", "."], "is not a file"),
-    (["--config", "missing.yaml"], "No such file or directory"),
+    (["--config", "missing.yaml"], "no config at 'missing.yaml'"),
     (["--prompt", "\udcff"], "use UTF-8"),
 )
 
@@ -454,7 +455,7 @@ def test_as_a_program_from_another_folder(tmp_path):
 
     shown = program("--help")
     assert shown.returncode == 0 and "--max_downsample" in shown.stdout and not shown.stderr
-    failed = program("--prompt", "x", "--config", "missing.yaml", "--ckpt", "pyproject.toml")
+    failed = program("--prompt", "x", "--ckpt", "pyproject.toml")
     assert failed.returncode == 2
     assert failed.stderr == "error: no checkpoint at 'pyproject.toml': give its path with --ckpt\n"
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from dsdiff.metrics.scores import Score, Scores, cell
 from dsdiff.models.configs import read_config
 from dsdiff.models.registry import SHAPES_CLIP_CONFIG, TOKENIZER
 from ldm.checkpoint import save_checkpoint
+from ldm.data.contrasts import ContrastDataset
 from ldm.util import instantiate_from_config
 
 
@@ -219,3 +220,16 @@ def test_the_clip_of_the_shapes_has_a_name_of_its_own(tmp_path, monkeypatch):
     for weights, error in ((path, ValueError), (tmp_path / "missing.safetensors", FileNotFoundError)):
         with pytest.raises(error, match=str(weights)):
             build_shapes_clip(torch.device("cpu"), weights)
+
+
+def test_the_clip_that_comes_with_the_model_tells_captions_apart():
+    """Pictures of combinations that training did not show, against captions that contradict them."""
+    data = ContrastDataset(48, "heldout", contrasts=5, augmented=False)
+    score = build_shapes_clip(torch.device("cpu"))
+    told = []
+    for i in range(0, 48, 16):
+        items = [data[j] for j in range(i, i + 16)]
+        images = torch.stack([((item["image"] + 1) * 127.5).round().to(torch.uint8) for item in items])
+        right = score(images, [item["caption"] for item in items])
+        told += [right > score(images, [item["wrong"][k] for item in items]) for k in range(5)]
+    assert torch.cat(told).float().mean() > 0.95

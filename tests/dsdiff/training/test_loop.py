@@ -72,6 +72,20 @@ def test_a_run_goes_on_from_its_last_checkpoint(configs):
     assert [path.name for path in (configs / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+def test_a_run_of_another_model_or_other_data_is_not_gone_on_with(configs):
+    options = {"outdir": Path("run")}
+    trained("autoencoder.yaml", max_steps=2, export="", **options)
+    content = OmegaConf.load("autoencoder.yaml")
+    content.data.batch_size *= 2
+    OmegaConf.update(content, "model.params.monitor", "val/kl_loss", force_add=True)
+    OmegaConf.save(content, "other.yaml")
+    with pytest.raises(ValueError, match=r"the run in 'run' has another model, data\.batch_size than 'other\.yaml'"):
+        trained("other.yaml", max_steps=4, **options)
+    assert last_checkpoint("run")["global_step"] == 2
+    trained("other.yaml", max_steps=1, restart=True, export="", **options)
+    assert last_checkpoint("run")["global_step"] == 1
+
+
 def test_restart_begins_anew_and_replaces_the_old_run(configs):
     options = {"outdir": Path("run")}
     trained("autoencoder.yaml", max_steps=4, export="old.safetensors", **options)
