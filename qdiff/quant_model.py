@@ -188,6 +188,11 @@ def _check_float(unet: UNetModel) -> None:
     """Raise ValueError if the UNet holds what cannot be quantized, or what is quantized already."""
     if any(isinstance(module, QuantModule) for module in unet.modules()):
         raise ValueError("this UNet is quantized already: build it anew, or restore() it first")
+    if unet.time_cond_proj_dim is not None:
+        raise ValueError(
+            "a UNet with an embedding of guidance (time_cond_proj_dim) cannot be quantized: "
+            "quantize the model from which it was distilled, and draw with an LCM-LoRA"
+        )
     for module in unet.modules():
         if isinstance(module, tuple(QUANTIZED)) and type(module) not in QUANTIZED:
             kind = f"{type(module).__module__}.{type(module).__name__}"

@@ -35,7 +35,7 @@ class LoweredUNet(Exchanged, UNetModel):
         "dropout", "channel_mult", "conv_resample", "dims", "num_classes", "use_checkpoint", "num_heads",
         "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown",
         "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim", "legacy",
-        "norm_groups",
+        "norm_groups", "time_cond_proj_dim",
     )  # fmt: skip
 
     def __init__(self, original: UNetModel, step_cache: StepCache):

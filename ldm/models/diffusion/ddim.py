@@ -10,17 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.guidance import Conditioning, PredictEps, guided
 from ldm.models.diffusion.sampler import (
-    Conditioning,
     DrawNoise,
     Generators,
     KeepKnown,
-    PredictEps,
     Sampler,
     Step,
-    check_eta,
     draw_noise,
-    guided,
     keep_known,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
@@ -33,6 +30,12 @@ class DDIMSampler(Sampler):
     """DDIM's update rule. `eta` 0 is deterministic; `eta` 1 puts back as much noise as DDPM."""
 
     name = "DDIM"
+    default_eta = 0.0
+
+    @classmethod
+    def steps_taken(cls, S: int, num_timesteps: int) -> int:
+        """Return S, or more where S does not divide `num_timesteps`; see `make_ddim_timesteps`."""
+        return len(make_ddim_timesteps("uniform", S, num_timesteps))
 
     def make_schedule(
         self,
@@ -57,9 +60,9 @@ class DDIMSampler(Sampler):
             n = len(self.ddim_timesteps)
             logger.info("%s: %d %s steps, eta %g", self.name, n, ddim_discretize, ddim_eta)
 
-    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+    def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
         """Return the times at which the model is called: the timesteps of the tables, descending."""
-        check_eta(eta)
+        self._eta(eta)
         return make_ddim_timesteps("uniform", S, self.model.num_timesteps)[::-1].tolist()
 
     def _prepare(self, S: int, eta: float) -> int:

@@ -44,16 +44,24 @@ class DiffusionWrapper(nn.Module):
         self.conditioning_key = conditioning_key
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, c_crossattn: Sequence[torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_crossattn: Sequence[torch.Tensor] | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return eps [B, C, h, w]; several contexts [B, M, D] are joined along M."""
+        """Return eps [B, C, h, w]; several contexts [B, M, D] are joined along M.
+
+        guidance: scales [B], for a UNet with `time_cond_proj_dim`.
+        """
+        further = {} if guidance is None else {"guidance": guidance}
         if self.conditioning_key is None:
-            return self.diffusion_model(x, t)
+            return self.diffusion_model(x, t, **further)
         if not c_crossattn:
             raise ValueError("this model needs a context: pass c_crossattn")
         # A single context is passed on as the same object, by which a model may recognise it in the next step.
         context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
-        return self.diffusion_model(x, t, context=context)
+        return self.diffusion_model(x, t, context=context, **further)
 
 
 class LatentDiffusion(nn.Module):
@@ -224,7 +232,8 @@ class LatentDiffusion(nn.Module):
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
         """Return eps [B, C, h, w] for x_t [B, C, h, w], t [B] and the context [B, M, D].
 
-        The context may also be wrapped as in CompVis's code: a list of tensors, or {"c_crossattn": list}.
+        The context may also be wrapped as in CompVis's code: a list of tensors, or {"c_crossattn": list}, to which
+        "guidance" (scales [B]) is added for a UNet with `time_cond_proj_dim`.
         """
         if isinstance(cond, dict):
             return self.model(x_noisy, t, **cond)

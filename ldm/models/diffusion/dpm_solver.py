@@ -1,4 +1,7 @@
-"""DPM-Solver++(2M): fast guided sampling of diffusion models (Lu et al., arXiv:2211.01095)."""
+"""DPM-Solver++(2M): fast guided sampling of diffusion models (Lu et al., arXiv:2211.01095).
+
+The solver is the same for two sets of times: equal steps of time, and the noise levels of Karras et al.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from math import expm1
 import numpy as np
 from torch import Tensor
 
+from ldm.models.diffusion.guidance import PredictEps
 from ldm.models.diffusion.sampler import (
     DrawNoise,
     KeepKnown,
-    PredictEps,
     Sampler,
     Step,
-    check_deterministic,
     check_steps,
 )
 
 FEW_STEPS = 15  # below this, the last step falls back to first order, which is steadier for large steps
+RHO = 7  # exponent of Karras et al.: the larger, the shorter the steps at little noise
 
 
 class DPMSolverSampler(Sampler):
@@ -30,15 +33,15 @@ class DPMSolverSampler(Sampler):
 
     name = "DPM-Solver++"
 
-    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+    def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
         """Return the S fractional times at which the model is called, descending."""
-        return self._model_times(self._times(S, eta))[:-1].tolist()
+        self._eta(eta)
+        return self._model_times(self._times(S))[:-1].tolist()
 
-    def _times(self, S: int, eta: float) -> np.ndarray:
+    def _times(self, S: int) -> np.ndarray:
         """Return t at the ends of the S steps [S + 1], descending in 1 ... 1/N."""
         N = self.model.num_timesteps
         check_steps(S, N)
-        check_deterministic(self.name, eta)
         return np.linspace(1, 1 / N, S + 1)
 
     def _model_times(self, t: np.ndarray) -> np.ndarray:
@@ -48,10 +51,10 @@ class DPMSolverSampler(Sampler):
 
     def _prepare(self, S: int, eta: float) -> int:
         N = self.model.num_timesteps
-        t = self._times(S, eta)
+        t = self._times(S)
         log_alpha_bar = np.log(self.alphas_cumprod.double().numpy())
         log_alpha = np.interp(t, np.arange(1, N + 1) / N, log_alpha_bar / 2)
-        self.model_times = self._model_times(t)
+        self.model_times: list[int | float] = self._model_times(t)[:-1].tolist()
         self.alphas = np.exp(log_alpha)
         self.sigmas = np.sqrt(-np.expm1(2 * log_alpha))  # alpha² + sigma² = 1
         self.lambdas = log_alpha - np.log(self.sigmas)  # half the log signal-to-noise ratio
@@ -65,10 +68,10 @@ class DPMSolverSampler(Sampler):
         x0 = x0_before = h_before = None
         for i in range(1, n_steps + 1):
             x = keep(x, alpha[i - 1] ** 2)
-            eps = predict_eps(x, float(self.model_times[i - 1]))
+            eps = predict_eps(x, self.model_times[i - 1])
             x0, x0_before = (x - sigma[i - 1] * eps) / alpha[i - 1], x0
             h = lam[i] - lam[i - 1]
-            if i == 1 or (i == n_steps < FEW_STEPS):
+            if i == 1 or (i == n_steps and self._ends_in_first_order(n_steps)):
                 D = x0
             else:
                 r = h_before / h
@@ -76,3 +79,50 @@ class DPMSolverSampler(Sampler):
             x = sigma[i] / sigma[i - 1] * x - alpha[i] * expm1(-h) * D
             h_before = h
             yield x, x0
+
+    def _ends_in_first_order(self, n_steps: int) -> bool:
+        return n_steps < FEW_STEPS
+
+
+class DPMSolverKarrasSampler(DPMSolverSampler):
+    """DPM-Solver++(2M) at the noise levels of Karras et al. (arXiv:2206.00364, eq. 5), down to no noise at all.
+
+    A noise level is s = sigma / alpha. The model is called at the whole timestep whose noise is nearest, where log s is
+    interpolated linearly between timesteps. The last step, to s = 0, is of first order: it ends at the predicted x_0.
+    """
+
+    name = "DPM++ 2M Karras"
+
+    def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
+        """Return the S whole times at which the model is called, descending; with many steps, some come twice."""
+        self._eta(eta)
+        return self._whole_times(self._noise_levels(S))
+
+    def _noise_levels(self, S: int) -> np.ndarray:
+        """Return s at the starts of the S steps [S]: (s_max^(1/rho) + i/(S-1) (s_min^(1/rho) - s_max^(1/rho)))^rho."""
+        check_steps(S, self.model.num_timesteps)
+        s = self._training_levels()
+        first, last = s[-1] ** (1 / RHO), s[0] ** (1 / RHO)
+        return (first + np.linspace(0, 1, S) * (last - first)) ** RHO
+
+    def _training_levels(self) -> np.ndarray:
+        """Return s at each timestep of training [N], ascending."""
+        alpha_bar = self.alphas_cumprod.double().numpy()
+        return np.sqrt((1 - alpha_bar) / alpha_bar)
+
+    def _whole_times(self, levels: np.ndarray) -> list[int | float]:
+        log_s = np.log(self._training_levels())
+        times = np.interp(np.log(levels), log_s, np.arange(len(log_s)))
+        return np.rint(times).astype(np.int64).tolist()
+
+    def _prepare(self, S: int, eta: float) -> int:
+        levels = self._noise_levels(S)
+        self.model_times = self._whole_times(levels)
+        s = np.append(levels, 0.0)
+        self.alphas = 1 / np.sqrt(1 + s**2)
+        self.sigmas = s * self.alphas
+        self.lambdas = np.append(-np.log(levels), np.inf)
+        return S
+
+    def _ends_in_first_order(self, n_steps: int) -> bool:
+        return True

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, PredictEps, Step, check_deterministic
+from ldm.models.diffusion.guidance import PredictEps
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Step
 
 # Number of noise predictions -> their Adams-Bashforth weights, the newest first.
 ADAMS_BASHFORTH = {
@@ -25,6 +26,7 @@ class PLMSSampler(DDIMSampler):
     """
 
     name = "PLMS"
+    default_eta = None
 
     def make_schedule(
         self,
@@ -34,13 +36,12 @@ class PLMSSampler(DDIMSampler):
         verbose: bool = True,
     ) -> None:
         """Compute the tables as DDIMSampler.make_schedule does. Raise ValueError unless `ddim_eta` is 0."""
-        check_deterministic(self.name, ddim_eta)
+        self._eta(ddim_eta)
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+    def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
         """Return DDIM's times, where the end of the first step comes twice: n + 1 times for n steps."""
-        check_deterministic(self.name, eta)
-        first, *others = super().schedule(S)
+        first, *others = super().schedule(S, eta)
         return [first, others[0] if others else first, *others]
 
     def _steps(

@@ -1,4 +1,4 @@
-"""The common parts of all samplers: step tables, guidance, noise, and the walk from x_T to x_0.
+"""The common parts of all samplers: step tables, noise, and the walk from x_T to x_0.
 
 A sampler subclasses `Sampler` and gives its update rule as a generator (`_steps`). It calls a function
 `predict_eps(x, t)` that already contains the guidance, and never sees the conditioning.
@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Conditioning = Any  # a tensor [B, T, D], or a list or dict of such, however nested
+from ldm.models.diffusion.guidance import (
+    ALL_STEPS,
+    Conditioning,
+    Interval,
+    LimitedGuidance,
+    PredictEps,
+    guided,
+    guided_steps,
+)
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
-PredictEps = Callable[[Tensor, int | float], Tensor]  # (x_t [B, C, H, W], t) -> eps [B, C, H, W]
 DrawNoise = Callable[[], Tensor]  # () -> standard normal noise [B, C, H, W]
 KeepKnown = Callable[[Tensor, float], Tensor]  # (x_t, alpha_bar_t) -> x_t with its known region restored
 Step = tuple[Tensor, Tensor]  # (x after the step, the x_0 it was heading for)
@@ -39,12 +47,6 @@ def check_eta(eta: float) -> None:
     """Raise ValueError unless eta, the share of DDPM's noise put back at each step, lies in [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
-
-
-def check_deterministic(sampler: str, eta: float) -> None:
-    """Raise ValueError unless eta is 0, for a `sampler` (its name) that puts no noise back."""
-    if eta != 0:
-        raise ValueError(f"{sampler} is deterministic: eta must be 0, got {eta} (DDIM takes eta > 0)")
 
 
 def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
@@ -81,75 +83,6 @@ def make_ddim_sampling_parameters(
     # The reciprocal is rounded to float32 and the roots are NumPy's, which gives the published tables bit for bit.
     sigmas = eta * np.sqrt((1 - alphas_prev) * (1 / (1 - alphas)) * (1 - alphas / alphas_prev))
     return torch.from_numpy(sigmas), torch.from_numpy(alphas), alphas_prev
-
-
-# --- conditioning and guidance -----------------------------------------------------------------------------
-
-
-def _leaves(conditioning: Conditioning) -> Iterator[Tensor]:
-    """Yield the tensors of a conditioning, however nested."""
-    if isinstance(conditioning, Tensor):
-        yield conditioning
-    elif isinstance(conditioning, dict):
-        for value in conditioning.values():
-            yield from _leaves(value)
-    elif isinstance(conditioning, list | tuple):
-        for value in conditioning:
-            yield from _leaves(value)
-    else:
-        raise ValueError(
-            f"conditioning must be a tensor, or a list or dict of tensors, got {type(conditioning).__name__}"
-        )
-
-
-def _check_batch(conditioning: Conditioning, batch_size: int, what: str) -> None:
-    for c in _leaves(conditioning):
-        if c.ndim == 0 or c.shape[0] != batch_size:
-            raise ValueError(
-                f"{what} of shape {tuple(c.shape)} does not fit {batch_size} picture(s): give one row a picture"
-            )
-
-
-def _join(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Concatenate two conditionings of the same structure along the batch."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape[1:] == second.shape[1:]:
-        return torch.cat([first, second])
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return {key: _join(first[key], second[key]) for key in first}
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
-        return [_join(a, b) for a, b in zip(first, second, strict=True)]
-    raise ValueError("unconditional and conditional conditioning must have the same structure and shapes")
-
-
-def guided(
-    model: Any, batch_size: int, conditioning: Conditioning, unconditional: Conditioning, scale: float
-) -> PredictEps:
-    """Wrap `model.apply_model` into `predict_eps(x, t)` with classifier-free guidance (Ho & Salimans 2022).
-
-    eps = eps_u + scale * (eps_c - eps_u), both from one call with the batch [unconditional; conditional].
-    With scale 1, or without an unconditional conditioning, the model is called once, without guidance. The model
-    gets an int t as int64 [B] and a float t as float32 [B]; eps is returned in the dtype of x.
-    Raises ValueError for a conditioning that does not have `batch_size` rows.
-    """
-
-    def call_model(x: Tensor, t: int | float, c: Conditioning) -> Tensor:
-        dtype = torch.float32 if isinstance(t, float) else torch.int64
-        ts = torch.full((x.shape[0],), t, device=x.device, dtype=dtype)
-        return model.apply_model(x, ts, c).to(x.dtype)
-
-    if conditioning is not None:
-        _check_batch(conditioning, batch_size, "conditioning")
-    if scale == 1 or unconditional is None:
-        return lambda x, t: call_model(x, t, conditioning)
-
-    _check_batch(unconditional, batch_size, "unconditional conditioning")
-    both = _join(unconditional, conditioning)
-
-    def predict_eps(x: Tensor, t: int | float) -> Tensor:
-        eps_u, eps_c = call_model(torch.cat([x, x]), t, both).chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
-
-    return predict_eps
 
 
 # --- noise -------------------------------------------------------------------------------------------------
@@ -217,17 +150,35 @@ class Sampler:
     """
 
     name = "sampler"
+    default_eta: float | None = None  # None: eta has no effect, and must be 0 or None
 
     def __init__(self, model: Any):
         self.model = model
         self.alphas_cumprod = model.alphas_cumprod.detach().float().cpu()
 
-    def schedule(self, S: int, eta: float = 0.0) -> list[int | float]:
+    @classmethod
+    def steps_taken(cls, S: int, num_timesteps: int) -> int:
+        """Return how many steps `sample(S)` takes of a model with `num_timesteps`. Raise ValueError for a bad S."""
+        check_steps(S, num_timesteps)
+        return S
+
+    def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
         """Return the times at which `sample(S, ..., eta=eta)` calls the model, in the order of the calls.
 
         Times are int where the model gets int64, float where it gets float32. Raises ValueError as `sample` does.
         """
         raise NotImplementedError
+
+    def _eta(self, eta: float | None) -> float:
+        """Return eta, or the sampler's default for None. Raise ValueError for one out of range or without effect."""
+        if eta is None:
+            return self.default_eta or 0.0
+        if self.default_eta is None and eta != 0:
+            raise ValueError(
+                f"{self.name} takes no eta: eta must be 0, got {eta} (DDIM, Euler ancestral and TCD take one)"
+            )
+        check_eta(eta)
+        return eta
 
     def _prepare(self, S: int, eta: float) -> int:
         """Compute the tables for S steps; return how many steps the walk takes."""
@@ -247,11 +198,12 @@ class Sampler:
         shape: Sequence[int],
         conditioning: Conditioning = None,
         *,
-        eta: float = 0.0,
+        eta: float | None = None,
         x_T: Tensor | None = None,
         verbose: bool = True,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Conditioning = None,
+        guidance_interval: Interval = ALL_STEPS,
         generator: Generators = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
@@ -263,8 +215,10 @@ class Sampler:
 
         conditioning, unconditional_conditioning: tensor [B, T, D], or a list or dict of tensors, with one row per
             picture. Guidance with `unconditional_guidance_scale` applies if both are given and the scale is not 1.
-        eta: share of DDPM's noise that each step puts back, in [0, 1]; samplers other than DDIM take only 0.
-        x_T: [B, C, H, W] to start from; drawn from `generator` if None.
+        guidance_interval: (start, stop), shares of the steps between which guidance applies, see `guided_steps`.
+        eta: share of noise that each step puts back, in [0, 1]. None is the sampler's `default_eta`; samplers that have
+            none take only 0.
+        x_T: standard normal noise [B, C, H, W] to start from; drawn from `generator` if None.
         generator: the source of noise. A sequence of one CPU generator per picture (`seeded_generators`) makes each
             picture independent of its batch; None is torch's global generator.
         mask, x0: for inpainting, both broadcastable to [B, C, H, W]; x0 is kept where mask is 1.
@@ -278,9 +232,12 @@ class Sampler:
         batch_shape = check_batch_shape(batch_size, shape, x_T)
         if log_every_t < 1:
             raise ValueError(f"log_every_t must be 1 or more, got {log_every_t}")
-        n_steps = self._prepare(S, eta)
-        predict_eps = guided(
-            self.model, batch_size, conditioning, unconditional_conditioning, unconditional_guidance_scale
+        n_steps = self._prepare(S, self._eta(eta))
+        scale = unconditional_guidance_scale
+        predict_eps = LimitedGuidance(
+            inside=guided(self.model, batch_size, conditioning, unconditional_conditioning, scale),
+            outside=guided(self.model, batch_size, conditioning, None, scale),
+            steps=guided_steps(n_steps, guidance_interval),
         )
         noise = partial(draw_noise, batch_shape, generator, self.model.device)
         keep = keep_known(mask, x0, batch_shape, noise)
@@ -296,6 +253,7 @@ class Sampler:
             if i == 0 or (n_steps - 1 - i) % log_every_t == 0:
                 inter["x_inter"].append(x)
                 inter["pred_x0"].append(pred_x0)
+            predict_eps.step = i + 1  # the walk goes on only when the next step is asked for
         return x, inter
 
     def _progress(self, steps: Iterator[Step], n_steps: int, verbose: bool) -> Iterator[Step]:

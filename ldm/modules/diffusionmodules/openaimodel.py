@@ -13,6 +13,7 @@ from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    guidance_embedding,
     normalization,
     timestep_embedding,
     zero_module,
@@ -206,6 +207,21 @@ class AttentionBlock(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class GuidedTimeEmbedding(nn.ModuleDict):
+    """A time embedding to which a projection of the guidance's embedding is added (LCM, Luo et al., arXiv:2310.04378).
+
+    Its layers are named 0, 1 and 2, as those of a time embedding without guidance are, and cond_proj.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, cond_dim: int):
+        layers = {"0": nn.Linear(channels, emb_channels), "1": nn.SiLU(), "2": nn.Linear(emb_channels, emb_channels)}
+        super().__init__({**layers, "cond_proj": nn.Linear(cond_dim, channels, bias=False)})
+
+    def forward(self, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Return [B, emb_channels] for the sinusoidal embeddings t [B, channels] and w [B, cond_dim]."""
+        return self["2"](self["1"](self["0"](t + self["cond_proj"](w))))
+
+
 class UNetModel(nn.Module):
     """The noise predictor eps(x_t, t, context) of latent diffusion.
 
@@ -215,6 +231,8 @@ class UNetModel(nn.Module):
     num_classes: labels of a class-conditional model; None: no label embedding.
     image_size: not used, because any height and width are accepted; the configs give it.
     norm_groups: 32 in all published models; see `normalization` for why a narrow one needs fewer.
+    time_cond_proj_dim: width of the embedding of the guidance scale, for models into which guidance was distilled (LCM
+        has 256); None: guidance is no input. diffusers' time_embedding.cond_proj is time_embed.cond_proj here.
     """
 
     def __init__(
@@ -244,6 +262,7 @@ class UNetModel(nn.Module):
         n_embed: int | None = None,
         legacy: bool = True,
         norm_groups: int = NORM_GROUPS,
+        time_cond_proj_dim: int | None = None,
     ):
         super().__init__()
         if use_fp16:
@@ -254,6 +273,8 @@ class UNetModel(nn.Module):
             raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
         if num_heads == -1 and num_head_channels == -1:
             raise ValueError("give num_heads or num_head_channels")
+        if time_cond_proj_dim is not None and time_cond_proj_dim < 4:
+            raise ValueError(f"time_cond_proj_dim is {time_cond_proj_dim}: it must be 4 or more, or null")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -277,9 +298,13 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.legacy = legacy
         self.norm_groups = norm_groups
+        self.time_cond_proj_dim = time_cond_proj_dim
 
         emb = model_channels * 4
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if time_cond_proj_dim is None:
+            self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        else:
+            self.time_embed = GuidedTimeEmbedding(model_channels, emb, time_cond_proj_dim)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb)
         skip_channels = self._build_input_blocks(emb)
@@ -387,21 +412,25 @@ class UNetModel(nn.Module):
         context: torch.Tensor | None = None,
         y: torch.Tensor | None = None,
         *,
+        guidance: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return eps [B, out_channels, H, W] for x [B, in_channels, H, W] and timesteps [B], which may be fractional.
 
-        context: [B, M, context_dim]. y: labels [B], for class-conditional models alone. dtype: type of the features
-        between the layers; None: that of the norms' weights. Raises ValueError for missing or unexpected labels, and
-        for an H or W that `resblock_updown`, which can only double, cannot give back.
+        context: [B, M, context_dim]. y: labels [B], for class-conditional models alone. guidance: scales [B], for
+        models with `time_cond_proj_dim` alone. dtype: type of the features between the layers; None: that of the norms'
+        weights. Raises ValueError for missing or unexpected labels or scales, and for an H or W that `resblock_updown`,
+        which can only double, cannot give back.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y are for class-conditional models (num_classes), and needed by them")
+        if (guidance is not None) != (self.time_cond_proj_dim is not None):
+            raise ValueError("guidance scales are for models with time_cond_proj_dim, and needed by them")
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resblock_updown and any(n % factor for n in x.shape[2:]):
             raise ValueError(f"latents of {tuple(x.shape[2:])} are not multiples of {factor}, as this UNet needs")
         dtype = dtype or self.out[0].weight.dtype
-        emb = self.embed_time(timesteps, dtype)
+        emb = self.embed_time(timesteps, dtype) if guidance is None else self.embed_guided(timesteps, guidance, dtype)
         if y is not None:
             emb = emb + self.label_emb(y)
         skips = []
@@ -419,3 +448,8 @@ class UNetModel(nn.Module):
     def embed_time(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the embedding [B, emb_channels] of timesteps [B], in `dtype`."""
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+
+    def embed_guided(self, timesteps: torch.Tensor, guidance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the embedding [B, emb_channels] of timesteps [B] and guidance scales [B], in `dtype`."""
+        w = guidance_embedding(guidance, self.time_cond_proj_dim or 0).to(dtype)
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype), w)

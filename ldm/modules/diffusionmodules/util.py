@@ -57,6 +57,15 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
     return nn.functional.pad(embedding, (0, dim % 2))
 
 
+def guidance_embedding(scale: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return LCM's embedding [B, dim] of guidance scales [B], 1 being none: sines of 1000 (scale - 1), then cosines."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1))
+    args = 1000 * (scale[:, None].float() - 1) * freqs.to(scale.device)[None]
+    embedding = torch.cat([torch.sin(args), torch.cos(args)], dim=-1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
 def checkpoint(function: Callable[..., torch.Tensor], args: tuple, enabled: bool) -> torch.Tensor:
     """Return `function(*args)`. If enabled, the backward pass recomputes its activations instead of storing them."""
     if enabled and torch.is_grad_enabled():
