@@ -2,8 +2,9 @@
 """The table of results, by one command: python scripts/reproduce.py
 
 For each row of configs/eval/table.yaml (few bits, fewer tokens, both) the same prompts are drawn from the same noise,
-scored against the reference (FID, KID, precision, recall) and against the full-precision pictures (PSNR, SSIM, by how
-much the FID is higher, with its interval), and the UNet is timed side by side with the full-precision one. Writes
+scored against the reference (FID, KID, precision, recall), against the full-precision pictures (PSNR, SSIM, the FID to
+them, and by how much the FID to the reference is higher) and against the prompts (CLIP score, attributes that are
+right), and the UNet is timed side by side with the full-precision one. All scores have intervals. Writes
 OUTDIR/results.json, results.md and results.html, which needs nothing beside it.
 
 --model sd-v1 does the same with Stable Diffusion v1.4 after the original's protocol: it needs the checkpoint,

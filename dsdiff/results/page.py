@@ -61,27 +61,27 @@ def cells(row: RowResult) -> list[str]:
         row.row.title,
         score_cell(row, "fid"),
         change_cell(row),
-        score_cell(row, "kid"),
-        score_cell(row, "precision"),
-        score_cell(row, "recall"),
+        score_cell(row, "fid_to_base"),
         score_cell(row, "psnr"),
         score_cell(row, "ssim"),
+        score_cell(row, "shapes_clip_score" if "shapes_clip_score" in row.scores else "clip_score"),
+        score_cell(row, "attributes"),
         f"{row.unet.weight_bytes / 1e6:.2f}",
         speed_cell(row),
     ]
 
 
 def head(base: RowResult) -> list[str]:
-    """Return the titles of the columns of `cells`."""
+    """Return the titles of the columns of `cells`. results.json has more scores: KID, precision, recall, LPIPS."""
     return [
         "",
         f"FID ({base.features})" if base.features else "FID",
         "FID against FP32",
-        "KID",
-        "precision",
-        "recall",
+        "FID to FP32's pictures",
         "PSNR to FP32, dB",
         "SSIM to FP32",
+        "CLIP score (shapes)" if "shapes_clip_score" in base.scores else "CLIP score",
+        "attributes right, %",
         "UNet, MB",
         "speed of a UNet call, FP32 = 1",
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from dsdiff.benchmark.comparison import unet_figures
 from dsdiff.calibration.run import ready_made
 from dsdiff.environment import choose_device, machine, versions
+from dsdiff.images.sources import SHAPES
 from dsdiff.metrics.intervals import jackknife_interval
 from dsdiff.metrics.options import ScoringOptions
 from dsdiff.metrics.scores import Scores
@@ -25,6 +26,7 @@ from dsdiff.pipeline import Pipeline
 from dsdiff.results import page
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.options import ResultsOptions
+from dsdiff.results.prompt_scores import add_shapes_scores
 from dsdiff.results.record import Change, Results, RowResult
 from dsdiff.results.table import Protocol, Row, read_table
 from ldm.data.shapes import ShapesDataset, caption
@@ -105,7 +107,7 @@ def check(spec: ModelSpec, protocol: Protocol, options: ResultsOptions) -> None:
 
 def prompts_of(protocol: Protocol, n: int) -> list[str]:
     """Return n prompts. Those of a template go through all classes of ImageNet evenly."""
-    if protocol.prompts == "shapes":
+    if protocol.prompts == SHAPES:
         data = ShapesDataset(n, "heldout", 128, SHAPES_SEED)
         return [caption(data.spec(i)) for i in range(n)]
     from torchvision.models import ResNet50_Weights
@@ -184,19 +186,39 @@ def measure_rows(tasks: Sequence[Task], protocol: Protocol, options: ResultsOpti
         task.pictures.draw()
         barrier()
         if rank() == 0:
-            row, scores = measure(task, tasks[0], base_scores, scoring, options)
+            row, scores = measure(task, tasks[0], base_scores, scoring, protocol, options)
             base_scores = base_scores or scores
             yield row
         barrier()
 
 
 def measure(
-    task: Task, base: Task, base_scores: Scores | None, scoring: ScoringOptions, options: ResultsOptions
+    task: Task,
+    base: Task,
+    base_scores: Scores | None,
+    scoring: ScoringOptions,
+    protocol: Protocol,
+    options: ResultsOptions,
 ) -> tuple[RowResult, Scores]:
     """Score and time a row. base_scores: None for the baseline itself."""
     logger.info("scoring %s", task.row.title)
+    pictures = task.pictures
     paired = None if task is base else base.pictures.folder
-    report = score(str(task.pictures.folder), replace(scoring, paired=paired))
+    report = score(str(pictures.folder), replace(scoring, paired=paired))
+    if task is not base:  # how far the distribution moves away from that of full precision, of the same prompts
+        features = scoring.features or (SHAPES if protocol.prompts == SHAPES else None)
+        own = replace(scoring, reference=str(base.pictures.folder), features=features)
+        near = score(str(pictures.folder), own)
+        report.scores.by_key["fid_to_base"] = replace(near.scores.by_key["fid"], name="FID to FP32's pictures")
+    if protocol.prompts == SHAPES:
+        add_shapes_scores(
+            report.scores,
+            pictures.paths,
+            pictures.prompts,
+            device=choose_device(options.device),
+            batch_size=options.batch_size,
+            seed=protocol.seed,
+        )
     own = task.pictures.model.open()
     other = own if task is base else base.pictures.model.open()
     kept = task.pictures.folder / "unet.json"

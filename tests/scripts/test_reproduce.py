@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,12 +16,15 @@ from PIL import Image
 
 from dsdiff import jobs
 from dsdiff.benchmark import comparison
-from dsdiff.models.registry import ROOT
+from dsdiff.metrics.clip_scores import build_shapes_clip
+from dsdiff.models.registry import READER, ROOT
 from dsdiff.models.spec import find_model
 from dsdiff.options import ModelOptions
 from dsdiff.pipeline import Pipeline
 from dsdiff.results import page as report
 from dsdiff.results.options import TABLE
+from dsdiff.results.quantization_cost import attributes_right
+from ldm.data.reader import ShapesReader
 from qdiff import QuantConfig, QuantModel, save_cali_ckpt
 from scripts import reproduce
 
@@ -94,6 +98,24 @@ def test_differences_are_those_of_the_fids(results):
         )
         assert 5 < row["scores"]["psnr"]["value"] < 80
         assert row["scores"]["psnr"]["value"] < row["scores"]["psnr_mean_of_pictures"]["value"]
+
+
+@pytest.mark.slow
+def test_scores_against_full_precision_and_against_prompts(outdir, results):
+    base, *others = results["rows"]
+    assert "fid_to_base" not in base["scores"]
+    for row in others:
+        distance = row["scores"]["fid_to_base"]
+        assert distance["name"] == "FID to FP32's pictures" and 0 < distance["value"] < row["scores"]["fid"]["value"]
+    clip, reader = build_shapes_clip(torch.device("cpu")), ShapesReader.from_file(READER)
+    for row in results["rows"]:
+        paths = [outdir / row["pictures"] / f"{i:05}.png" for i in range(N)]
+        pictures = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
+        right, asked = attributes_right(pictures, results["prompts"], reader, N)
+        assert row["scores"]["attributes"]["value"] == pytest.approx(100 * right / asked)
+        assert row["scores"]["attributes"]["n"] == asked
+        expected = clip(pictures.permute(0, 3, 1, 2), results["prompts"]).mean().item()
+        assert row["scores"]["shapes_clip_score"]["value"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_cells_of_a_row():
     row = replace(row, scores={**row.scores, "psnr": psnr})
     cells = dict(zip(page.head(row), page.cells(row), strict=True))
     assert cells[""] == "W4A8, ratio 0.5" and cells["FID (shapes features)"] == "2"
-    assert cells["FID against FP32"] == "-1.2% [-2.0, +0.5]" and cells["KID"] == "-"
+    assert cells["FID against FP32"] == "-1.2% [-2.0, +0.5]" and cells["CLIP score"] == "-"
     assert cells["PSNR to FP32, dB"] == "inf" and row.to_dict()["scores"]["psnr"]["value"] is None
     assert cells["UNet, MB"] == "1.23" and cells["speed of a UNet call, FP32 = 1"] == "1.50 (1.25..1.75)"
     assert page.plot([row], "psnr", "PSNR").startswith("<svg")  # without the infinite one
