@@ -27,8 +27,7 @@ enum {
     BLOCK = 16 * GROUP,   /* queries that a thread takes at a time: a part of the keys stays in its cache meanwhile */
     PART = 256,           /* keys processed at a time: 65535 * 128 * 256 is below 2^31 */
     UNIT = 65535,         /* a probability of 1 */
-    NARROW = 64,          /* up to this width of a head, scores are below 2^22 - ROOM */
-    ROOM = 16000,         /* what a bias may add to a score of a narrow head */
+    NARROW = 64,          /* up to this width of a head, scores without a bias are below 2^22 */
     BASE = 0x4b400000,    /* the bits of the float 2^23 + 2^22: added to a narrow head's score, they are a float */
     UNSEEN = -0x0eb60d36, /* what keys that no query sees add to their scores; as a float it is -10^30 */
 };
@@ -109,11 +108,11 @@ static int32_t score_of_bias(const Attention *a, int64_t key) {
     return a->bias ? (int32_t)lrintf(fminf(fmaxf(a->bias[key] / a->scale, -1e9f), 1e9f)) : 0;
 }
 
-/* Return 1 if the biases leave scores of a narrow head below 2^22. */
+/* Return 1 if the biases leave the scores of a narrow head below 2^22. */
 static int has_room(const Attention *a) {
-    if (!a->bias) return 1;
-    for (int64_t i = 0; i < a->batch * a->keys; i++)
-        if (fabsf(a->bias[i]) > ROOM * a->scale) return 0;
+    float room = (1 << 22) - (128 + fabsf(128 - a->zero_of_q)) * 255 * a->width;
+    for (int64_t i = 0; a->bias && i < a->batch * a->keys; i++)
+        if (fabsf(a->bias[i]) > room * a->scale) return 0;
     return 1;
 }
 
