@@ -75,6 +75,7 @@ def resolve_quantization(
     """
     if options is None and not spec.bundle:
         return None
+    check_quantizable(spec)
     options = options or QuantizationOptions()
     path = _file(options, spec)
     header = read_cali_header(path, **_given(options, BIT_SETTINGS))
@@ -98,6 +99,15 @@ def resolve_quantization(
         no_grad_ckpt=options.no_grad_ckpt,
         config=header.config,
     )
+
+
+def check_quantizable(spec: ModelSpec) -> None:
+    """Raise ValueError for a model that cannot be quantized, by its config."""
+    if spec.embeds_guidance:
+        raise ValueError(
+            f"{spec.description} takes the scale of guidance as an input (time_cond_proj_dim) and cannot be quantized: "
+            "quantize the model from which it was distilled, and draw with an LCM-LoRA"
+        )
 
 
 def cali_ckpt_of(cali_ckpt: Path | None, weight_bit: int | None, shipped: Mapping[int, Path]) -> Path:

@@ -40,6 +40,11 @@ class ModelSpec:
         return f"{self.description} ({self.ckpt})"
 
     @property
+    def embeds_guidance(self) -> bool:
+        """True if the scale of guidance is an input of the UNet, as in full LCM checkpoints: no second sample is needed."""
+        return look_up(self.config, "model.params.unet_config.params.time_cond_proj_dim") is not None
+
+    @property
     def cali_ckpts(self) -> Mapping[int, Path]:
         """The cali_ckpts that come with the checkpoint, by the bits of its weights."""
         return CALI_CKPTS.get(self.ckpt.resolve(), {})

@@ -8,7 +8,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_tcd import TCDScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from diffusers.utils import logging
 
 from dsdiff.benchmark import peers_diffusers
@@ -18,7 +23,19 @@ from dsdiff.benchmark.variants import DTYPES
 from ldm.modules.encoders.clip import ClipTextConfig
 
 DIFFUSERS: Any = StableDiffusionPipeline  # whose annotations leave out what it takes and returns
-PLMS = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+SPREAD = {"timestep_spacing": "linspace", "steps_offset": 0}
+# Our sampler -> the scheduler, and its settings where they are not those of the pipeline.
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}),
+    "dpm_solver": (DPMSolverMultistepScheduler, {}),
+    "euler": (EulerDiscreteScheduler, SPREAD),
+    "euler_a": (EulerAncestralDiscreteScheduler, SPREAD),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, SPREAD),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
+}
 
 
 def draw(request: PictureRequest, clock: Clock) -> str:
@@ -65,9 +82,8 @@ def draw(request: PictureRequest, clock: Clock) -> str:
 
 def scheduler(sampler: str, config: Any) -> Any:
     """Return diffusers' scheduler for one of our samplers."""
-    if sampler == "dpm_solver":
-        return DPMSolverMultistepScheduler.from_config(config)
-    return PNDMScheduler.from_config(config, **PLMS) if sampler == "plms" else DDIMScheduler.from_config(config)
+    kind, settings = SCHEDULERS[sampler]
+    return kind.from_config(config, **settings)
 
 
 def make_folder(source: Source, tokenizer: Path, folder: Path) -> None:
@@ -89,7 +105,7 @@ def make_folder(source: Source, tokenizer: Path, folder: Path) -> None:
             ),
             tokenizer=tokens,
             unet=peers_diffusers.make_unet(source.unet_config["params"], params["image_size"]),
-            scheduler=PNDMScheduler(**plan, **PLMS),
+            scheduler=PNDMScheduler(**plan, **SCHEDULERS["plms"][1]),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -13,12 +13,22 @@ from typing import Any
 from dsdiff.benchmark.pictures.request import PROMPT, SEED, Clock, PictureRequest
 
 TYPES = {"sdcpp-q4": "q4_0", "sdcpp-q8": "q8_0"}  # of the weights; those of convolutions stay in float16
-SAMPLERS = {"plms": "ipndm", "ddim": "ddim_trailing", "dpm_solver": "dpm++2m"}
+SAMPLERS = {
+    "plms": "ipndm",
+    "ddim": "ddim_trailing",
+    "dpm_solver": "dpm++2m",
+    "euler": "euler",
+    "euler_a": "euler_a",
+    "lcm": "lcm",
+    "tcd": "tcd",
+}
 ENDS = {"get_learned_condition completed": "text", "decode_first_stage completed": "decoding"}  # message -> phase
 
 
 def draw(request: PictureRequest, clock: Clock) -> str:
     """Draw the picture of a request; return facts in words."""
+    if request.sampler not in SAMPLERS:
+        raise ValueError(f"it has no sampler like {request.sampler}: choose one of {', '.join(SAMPLERS)}")
     library: Any = importlib.import_module("stable_diffusion_cpp")
     started = False  # the progress of loading is told by the same callback
 

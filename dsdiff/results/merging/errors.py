@@ -63,7 +63,8 @@ class EpsErrors:
         for part, base in zip(tqdm(self.parts, f"eps, {title}", unit="batch"), self.unmerged, strict=True):
             merged = self._walk(part, merge, base.inputs)
             pairs = zip(merged.outputs, base.outputs, strict=True)
-            errors.append(torch.stack([self._error(own, other) for own, other in pairs], dim=1))
+            pictures = len(self.prompts[part])
+            errors.append(torch.stack([self._error(own, other, pictures) for own, other in pairs], dim=1))
         return torch.cat(errors).cpu()
 
     def _walk(self, part: slice, merge: MergeOptions | None, given: Sequence[Tensor] | None = None) -> Calls:
@@ -75,13 +76,13 @@ class EpsErrors:
             self.pipeline.sample(prompts, list(seeds), settings)
         return calls
 
-    def _error(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return the mean squared difference of guided eps, [B], of what two calls returned."""
-        return (self._guided(own) - self._guided(other)).square().flatten(1).mean(1)
+    def _error(self, own: Tensor, other: Tensor, pictures: int) -> Tensor:
+        """Return the mean squared difference of guided eps, [B], of what two calls for B pictures returned."""
+        return (self._guided(own, pictures) - self._guided(other, pictures)).square().flatten(1).mean(1)
 
-    def _guided(self, output: Tensor) -> Tensor:
+    def _guided(self, output: Tensor, pictures: int) -> Tensor:
         scale, output = self.settings.scale, output.double()
-        if scale == 1:
+        if len(output) == pictures:  # of a step without guidance
             return output
         eps_u, eps_c = output.chunk(2)
         return eps_u + scale * (eps_c - eps_u)
