@@ -41,7 +41,7 @@ class ModelSpec:
 
     @property
     def embeds_guidance(self) -> bool:
-        """True if the UNet takes the scale of guidance as an input, as full LCM checkpoints do, and one sample a step."""
+        """True if the UNet takes the scale of guidance as an input, as full LCM checkpoints do."""
         return look_up(self.config, "model.params.unet_config.params.time_cond_proj_dim") is not None
 
     @property
