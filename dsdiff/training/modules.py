@@ -20,6 +20,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import Contrast, ContrastiveModel
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.tiny_distillation import TinyDistillation
 from ldm.util import instantiate_from_config
 
 Batch = Mapping[str, Any]
@@ -66,6 +67,33 @@ class AutoencoderTraining(TrainingModule):
         """Return n pictures and their reconstructions."""
         inputs = self.model.get_input(batch)[:n]
         return {"inputs": inputs, "reconstructions": self.model(inputs, sample_posterior=False)[0]}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
+        return with_scheduler(optimizer, self.model.scheduler_config)
+
+
+class TinyDecoderTraining(TrainingModule):
+    """Train the decoder of a TinyDistillation to make an autoencoder's latents into pictures."""
+
+    model: TinyDistillation
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs = self.model.autoencoder.get_input(batch)
+        loss, parts = self.model.objective(inputs, self.model(inputs))
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs = self.model.autoencoder.get_input(batch)
+        _, parts = self.model.objective(inputs, self.model(inputs, sample=False))
+        self.log_dict({f"val/{name}": value for name, value in parts.items()}, prog_bar=True, batch_size=len(inputs))
+
+    @torch.no_grad()
+    def sample_images(self, batch: Batch, n: int = 8) -> dict[str, Tensor]:
+        """Return n pictures, and what the tiny decoder makes of their latents."""
+        inputs = self.model.autoencoder.get_input(batch)[:n]
+        return {"inputs": inputs, "reconstructions": self.model(inputs, sample=False)}
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
@@ -188,6 +216,7 @@ KINDS: Mapping[type[nn.Module], type[TrainingModule]] = {
     LatentDiffusion: DiffusionTraining,
     ShapesReader: ReaderTraining,
     ContrastiveModel: ContrastTraining,
+    TinyDistillation: TinyDecoderTraining,
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import is_plain, read_weights
 
 BLOCKS = (3, 3, 3, 1)  # residual blocks at each size; the size doubles after all but the last
+FACTOR = 2 ** (len(BLOCKS) - 1)  # pixels of a latent, along a side
 LIMIT = 3.0  # latents are squeezed into (-LIMIT, LIMIT)
 
 # How the files of other programs begin the names of the decoder's layers, and the number of the first layer there.

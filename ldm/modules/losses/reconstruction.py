@@ -23,12 +23,18 @@ class ReconstructionLoss(nn.Module):
         self, inputs: torch.Tensor, reconstructions: torch.Tensor, posterior: DiagonalGaussianDistribution
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return (scalar loss, its parts by name) of pictures [B, 3, H, W] in [-1, 1] and their reconstructions."""
+        loss, parts = self.compare(inputs, reconstructions)
+        kl = posterior.kl().mean()
+        return loss + self.kl_weight * kl, {**parts, "kl_loss": kl.detach()}
+
+    def compare(
+        self, inputs: torch.Tensor, reconstructions: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the same without the KL term, for a decoder alone."""
         difference = (reconstructions - inputs).float()
         l1 = difference.abs().mean()
         edges = self._edges(difference)
-        kl = posterior.kl().mean()
-        loss = l1 + self.edge_weight * edges + self.kl_weight * kl
-        return loss, {"rec_loss": l1.detach(), "edge_loss": edges.detach(), "kl_loss": kl.detach()}
+        return l1 + self.edge_weight * edges, {"rec_loss": l1.detach(), "edge_loss": edges.detach()}
 
     def _edges(self, difference: torch.Tensor) -> torch.Tensor:
         total = difference.new_zeros(())

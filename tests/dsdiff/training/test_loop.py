@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dsdiff.training.loop import attention_kernels, initialise, run
 from dsdiff.training.options import InitialWeights, TrainingOptions
 from ldm.data.reader import ShapesReader
+from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
 from ldm.util import instantiate_from_config, load_model_from_config
 
 COMMAND = Path(__file__).resolve().parents[3] / "scripts/train.py"
@@ -51,6 +52,35 @@ def test_the_reader_is_trained_and_loads(configs):
     trained("reader.yaml")
     reader = ShapesReader.from_file("reader.safetensors", width=8, features=8)
     assert reader.features(torch.zeros(1, 3, 64, 64)).shape == (1, 8)
+
+
+def test_a_tiny_decoder_is_trained_on_the_latents_of_an_autoencoder(configs):
+    content = OmegaConf.load("autoencoder.yaml")
+    content.model.params.ddconfig.ch_mult = [1, 1, 1, 1]
+    OmegaConf.save(content, "autoencoder.yaml")
+    trained("autoencoder.yaml")
+    content.model = {
+        "base_learning_rate": 1e-3,
+        "target": "ldm.models.tiny_distillation.TinyDistillation",
+        "params": {"autoencoder": "autoencoder.yaml", "ckpt": "autoencoder.safetensors", "width": 8},
+    }
+    content.trainer.export = "tiny.safetensors"
+    OmegaConf.save(content, "tiny.yaml")
+    before = load_file("autoencoder.safetensors")
+    trained("tiny.yaml")
+    decoder = read_tiny_decoder("tiny.safetensors")
+    assert {name.split(".")[0] for name in load_file("tiny.safetensors")} == {"decoder"}
+    model = instantiate_from_config(OmegaConf.load("tiny.yaml").model)
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode(pictures, sample=False)
+    with torch.no_grad():
+        assert latents.shape == (2, 4, 4, 4) and decoder(latents).shape == pictures.shape
+    learnt = last_checkpoint("runs/tiny")["state_dict"]
+    torch.manual_seed(0)
+    start = TinyDecoder(width=8).state_dict()
+    assert any(not torch.equal(learnt[f"decoder.{name}"], value) for name, value in start.items())
+    after = model.autoencoder.state_dict()
+    assert all(torch.equal(after[name].half(), value) for name, value in before.items())  # the teacher stays as it was
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(configs):
