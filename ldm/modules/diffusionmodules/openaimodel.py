@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.feature_cache import FeatureCache
 from ldm.modules.diffusionmodules.util import (
     NORM_GROUPS,
     avg_pool_nd,
@@ -235,6 +236,8 @@ class UNetModel(nn.Module):
         has 256); None: guidance is no input. diffusers' time_embedding.cond_proj is time_embed.cond_proj here.
     """
 
+    feature_cache: FeatureCache | None = None  # set within `feature_cache.cached_features`
+
     def __init__(
         self,
         image_size: int,
@@ -433,17 +436,28 @@ class UNetModel(nn.Module):
         emb = self.embed_time(timesteps, dtype) if guidance is None else self.embed_guided(timesteps, guidance, dtype)
         if y is not None:
             emb = emb + self.label_emb(y)
+        h = self._features(x.to(dtype), timesteps, emb, context)
+        return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
+
+    def _features(
+        self, h: torch.Tensor, timesteps: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the output of the last block. Deeper blocks are left out where their features are cached."""
+        cache, blocks = self.feature_cache, len(self.output_blocks)
+        kept = None if cache is None else cache.begin(timesteps, len(h))
+        outer = blocks if cache is None else cache.depth
         skips = []
-        h = x.to(dtype)
-        for module in self.input_blocks:
+        for module in self.input_blocks[: None if kept is None else outer]:
             h = module(h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for module in self.output_blocks:
+        h = self.middle_block(h, emb, context) if kept is None else kept
+        for i, module in enumerate(self.output_blocks[0 if kept is None else blocks - outer :], blocks - len(skips)):
+            if cache is not None and kept is None and i == blocks - outer:
+                cache.keep(h)
             h = torch.cat([h, skips.pop()], dim=1)
             # Upsample to the size of the next skip connection, which is not the double if that size is odd.
             h = module(h, emb, context, size=skips[-1].shape[2:] if skips else None)
-        return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
+        return h
 
     def embed_time(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the embedding [B, emb_channels] of timesteps [B], in `dtype`."""
