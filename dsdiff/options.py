@@ -12,7 +12,9 @@ from tomesd.options import MergeOptions
 
 __all__ = ["DrawOptions", "MergeOptions", "ModelOptions", "QuantizationOptions"]
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
+SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "dpmpp_2m_karras", "unipc", "lcm", "tcd")
+STOCHASTIC = ("ddim", "euler_a", "tcd")  # those for which eta has a meaning
+FEW_STEP = ("lcm", "tcd")  # those of models distilled to few steps, and of LoRAs that make such models
 PRECISIONS = ("autocast", "full")
 VAES = ("float32", "bf16", "int8")
 ENGINES = ("int8", "simulate")
@@ -42,10 +44,15 @@ class DrawOptions:
 
     height, width: the size in pixels, in multiples of the model's factor (8).
     sampler: one of SAMPLERS.
-    steps: the number of sampling steps. DDIM and PLMS take more where it does not divide the model's timesteps.
-    eta: the share of noise that DDIM adds back at each step, in [0, 1]; 0 is deterministic.
-    scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance.
+    steps: the number of sampling steps. DDIM and PLMS take more where it does not divide the model's timesteps. None is
+        4 for samplers of FEW_STEP.
+    eta: the share of noise that samplers of STOCHASTIC add back at each step, in [0, 1]; 0 is deterministic. None is 0
+        for ddim, 1 for euler_a and 0.3 for tcd, which calls it gamma.
+    scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance. None is 1 for samplers
+        of FEW_STEP, except for models that take the scale as an input (full LCM checkpoints).
     negative_prompt: the text that guidance leads away from.
+    guidance_start, guidance_stop: the shares of the steps between which there is guidance, 0 <= start <= stop <= 1:
+        step i of n is guided if start <= i / n < stop. The others take one sample of the UNet in place of two.
     precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
     vae: the decoder of the autoencoder. "float32", "bf16" (bfloat16, the last norm and convolution in float32) or
         "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest that the CPU and the model have.
@@ -58,9 +65,11 @@ class DrawOptions:
     width: int | None = None
     sampler: str = "ddim"
     steps: int | None = None
-    eta: float = 0.0
+    eta: float | None = None
     scale: float | None = None
     negative_prompt: str = ""
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     precision: str | None = None
     vae: str | None = None
     vae_tiling: bool = False
@@ -76,16 +85,28 @@ class DrawOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of 1 or more")
-        if not 0 <= self.eta <= 1:
+        if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta!r}: it must lie in [0, 1]")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"scale is {self.scale!r}: it must be a finite number of 0 or more")
-        if self.eta and self.sampler != "ddim":
+        if self.eta and self.sampler not in STOCHASTIC:
             raise ValueError(
-                f"eta {self.eta:g} has no effect with {self.sampler}, which is deterministic: leave it out"
+                f"eta {self.eta:g} has no effect with {self.sampler}: leave it out, it is for {', '.join(STOCHASTIC)}"
             )
-        if self.negative_prompt and self.scale == 1:
-            raise ValueError("a negative prompt has no effect with scale 1, which is no guidance: use a larger scale")
+        if not 0 <= self.guidance_start <= self.guidance_stop <= 1:
+            raise ValueError(
+                f"guidance_start is {self.guidance_start!r} and guidance_stop {self.guidance_stop!r}: they must lie in "
+                "[0, 1], in this order"
+            )
+        if self.scale == 1:
+            self.check_guidance("with scale 1, which is no guidance: use a larger scale")
+
+    def check_guidance(self, why: str) -> None:
+        """Raise ValueError if there are options of guidance, which have no effect. why: the reason, and the way out."""
+        if self.negative_prompt:
+            raise ValueError(f"a negative prompt has no effect {why}")
+        if (self.guidance_start, self.guidance_stop) != (0, 1):
+            raise ValueError(f"guidance_start and guidance_stop have no effect {why}")
 
 
 @dataclass(frozen=True, kw_only=True)

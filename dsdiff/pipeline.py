@@ -20,13 +20,18 @@ from dsdiff.models.float_model import load_float_model
 from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
-from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
+from dsdiff.options import FEW_STEP, DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
 from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
+from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
+from ldm.models.diffusion.guidance import Conditioning, guided_steps
+from ldm.models.diffusion.lcm import LCMSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import check_steps, make_ddim_timesteps, seeded_generators
+from ldm.models.diffusion.sampler import Sampler, seeded_generators
+from ldm.models.diffusion.tcd import TCDSampler
+from ldm.models.diffusion.unipc import UniPCSampler
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.decoder.network import FastDecoder
@@ -35,7 +40,18 @@ from qdiff.engine.matching import nearest
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+SAMPLERS: Mapping[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "plms": PLMSSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "euler_a": EulerAncestralSampler,
+    "dpmpp_2m_karras": DPMSolverKarrasSampler,
+    "unipc": UniPCSampler,
+    "lcm": LCMSampler,
+    "tcd": TCDSampler,
+}
+FEW_STEPS = 4  # of samplers of FEW_STEP, where none are asked for
 CONTEXTS = 8  # batches of prompts whose contexts a pipeline keeps
 FIRST_SEED = 42  # of pictures whose seeds are not given
 
@@ -45,6 +61,7 @@ class DrawSettings:
     """How pictures are drawn, with all defaults of DrawOptions resolved.
 
     steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
+    guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
     quantization: how the model is quantized; None for a float model.
     """
 
@@ -56,11 +73,18 @@ class DrawSettings:
     eta: float
     scale: float
     negative_prompt: str
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     precision: str
     vae: str
     vae_tiling: bool
     merge: MergeOptions | None
     quantization: Quantization | None = None
+
+    @property
+    def guides(self) -> bool:
+        """True if any step is guided by a second sample of the UNet, or by the scale as its input."""
+        return self.scale != 1 and any(guided_steps(self.steps_taken, (self.guidance_start, self.guidance_stop)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,25 +142,35 @@ class Pipeline:
         Raises ValueError for a value that the model cannot have and for options that would have no effect.
         """
         spec = self.spec
-        scale = spec.scale if options.scale is None else options.scale
-        if options.negative_prompt and scale == 1:
-            raise ValueError("a negative prompt has no effect with scale 1, which is no guidance: use a larger scale")
-        steps = options.steps or spec.steps
+        steps = options.steps or (FEW_STEPS if options.sampler in FEW_STEP else spec.steps)
         return DrawSettings(
             height=_side("height", options.height or spec.height, spec.factor),
             width=_side("width", options.width or spec.width, spec.factor),
             sampler=options.sampler,
             steps=steps,
             steps_taken=_steps_taken(options.sampler, steps, spec.timesteps),
-            eta=options.eta,
-            scale=float(scale),
+            eta=(SAMPLERS[options.sampler].default_eta or 0.0) if options.eta is None else options.eta,
+            scale=self._scale(options),
             negative_prompt=options.negative_prompt,
+            guidance_start=float(options.guidance_start),
+            guidance_stop=float(options.guidance_stop),
             precision=options.precision or self.default_precision,
             vae=choose_vae(options.vae, self.decoder_ranges, self.device),
             vae_tiling=options.vae_tiling,
             merge=options.merge or self.merge,
             quantization=self.quantization,
         )
+
+    def _scale(self, options: DrawOptions) -> float:
+        """Return the scale of guidance. Raises ValueError for options of guidance that would have no effect."""
+        if self.spec.embeds_guidance:
+            options.check_guidance("on a model that takes the scale as an input: leave it out")
+        elif options.scale is None and options.sampler in FEW_STEP:
+            options.check_guidance(f"with {options.sampler}, which draws without guidance: give a scale as well")
+            return 1.0
+        elif options.scale is None and self.spec.scale == 1:
+            options.check_guidance("with scale 1, which is no guidance: use a larger scale")
+        return float(self.spec.scale if options.scale is None else options.scale)
 
     @property
     def default_precision(self) -> str:
@@ -240,15 +274,13 @@ class Pipeline:
         """Return latents [B, C, h, w] for `decode`, one a prompt, each from the noise of its own seed.
 
         A picture depends on its prompt, its seed and the settings alone; that of another batch differs by rounding.
-        (Only token merging with scale 1 treats even and odd batches differently.) verbose: show a bar of steps.
+        (Only token merging without guidance treats even and odd batches differently.) verbose: show a bar of steps.
         callback(i) is called after step i.
         """
         model = self.prepare(settings)
         if settings.merge is not None:  # the same destinations for all batches, whatever was drawn before
             tomesd.reseed(model, settings.merge.seed)
-        context, unconditional = self._contexts(prompts, settings.precision), None
-        if settings.scale != 1:
-            unconditional = self._contexts([settings.negative_prompt] * len(prompts), settings.precision)
+        context, unconditional = self._conditioning(prompts, settings)
         sampler = SAMPLERS[settings.sampler](model)
         times = sampler.schedule(settings.steps, settings.eta)
         unet, factor = model.model.diffusion_model, self.spec.factor
@@ -262,11 +294,22 @@ class Pipeline:
                 eta=settings.eta,
                 unconditional_guidance_scale=settings.scale,
                 unconditional_conditioning=unconditional,
+                guidance_interval=(settings.guidance_start, settings.guidance_stop),
                 generator=seeded_generators(seeds),
                 verbose=verbose,
                 callback=callback,
             )
         return latents
+
+    def _conditioning(self, prompts: Sequence[str], settings: DrawSettings) -> tuple[Conditioning, Conditioning]:
+        """Return the conditioning with the prompts, and the one without that guidance needs; None if it needs none."""
+        context = self._contexts(prompts, settings.precision)
+        if self.spec.embeds_guidance:
+            scales = torch.full((len(prompts),), settings.scale, device=self.device)
+            return {"c_crossattn": [context], "guidance": scales}, None
+        if not settings.guides:
+            return context, None
+        return context, self._contexts([settings.negative_prompt] * len(prompts), settings.precision)
 
     def _contexts(self, prompts: Sequence[str], precision: str) -> Tensor:
         """Return the contexts [B, M, D] of prompts, float32. Those of the last CONTEXTS batches are kept.
@@ -358,8 +401,7 @@ def load(
 
 
 def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
-    check_steps(steps, timesteps)
-    taken = steps if sampler == "dpm_solver" else len(make_ddim_timesteps("uniform", steps, timesteps))
+    taken = SAMPLERS[sampler].steps_taken(steps, timesteps)
     if taken != steps:
         logger.info("%d steps do not divide the model's %d: %d are taken", steps, timesteps, taken)
     return taken

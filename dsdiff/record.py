@@ -19,11 +19,21 @@ SETTINGS_FILE = "settings.yaml"
 # Entries that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
 # Entries that older versions did not write, and what they did.
-BEFORE = {"vae": "float32", "vae_tiling": False}
+BEFORE = {"vae": "float32", "vae_tiling": False, "guidance_start": 0.0, "guidance_stop": 1.0}
 # Entries that say nothing of a single picture.
 OF_THE_RUN = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
 # Names by which other tools know the samplers.
-USUAL_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+USUAL_NAMES = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm_solver": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +131,8 @@ class RunRecord:
         }
         if draw.eta:
             facts["Eta"] = f"{draw.eta:g}"
+        if (draw.guidance_start, draw.guidance_stop) != (0, 1):
+            facts["Guidance interval"] = f"{draw.guidance_start:g} to {draw.guidance_stop:g}"
         if draw.quantization:
             facts["Quantization"] = draw.quantization.bits
         if draw.merge:

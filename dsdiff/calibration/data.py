@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.jobs import read_prompt_file
+from dsdiff.models.quantized import check_quantizable
 from dsdiff.models.registry import CALI_PROMPTS
 from dsdiff.models.spec import ModelSpec
 from dsdiff.pipeline import DrawSettings, Pipeline
@@ -48,9 +49,15 @@ def calibration_data(pipeline: Pipeline, options: CalibrationOptions) -> Calibra
 
 def _collected(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
     """Return data drawn with the float model; an earlier calibration's if it was drawn with the same settings."""
+    check_quantizable(pipeline.spec)
     settings = pipeline.resolve(options.draw)
-    if options.cond and settings.scale == 1:
-        raise ValueError("--cond: with --scale 1 there is no branch without the prompt: leave one of them out")
+    if options.cond and not settings.guides:
+        way = (
+            "with --scale 1"
+            if settings.scale == 1
+            else "with no guided step between --guidance_start and --guidance_stop"
+        )
+        raise ValueError(f"--cond: {way} there is no branch without the prompt: leave one of them out")
     path = _prompt_file(pipeline.spec, options)
     prompts = read_prompt_file(path, "--prompts")
     facts = _facts(pipeline, settings, path, options)
@@ -77,6 +84,9 @@ def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: C
     sampling = asdict(settings)
     for name in ("merge", "quantization", "vae", "vae_tiling"):  # none, none, and without effect on the data
         del sampling[name]
+    for name, neutral in {"guidance_start": 0.0, "guidance_stop": 1.0, "lora": ()}.items():
+        if sampling.get(name) == neutral:  # older files do not know of them
+            del sampling[name]
     return {
         **pipeline.spec.hashes,
         "prompts": prompts.name,

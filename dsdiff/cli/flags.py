@@ -10,6 +10,8 @@ from dsdiff.options import (
     ENGINES,
     PRECISIONS,
     QUANT_MODES,
+    SAMPLERS,
+    STOCHASTIC,
     VAES,
     DrawOptions,
     MergeOptions,
@@ -88,26 +90,48 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the sampler and of guidance."""
     group = parser.add_argument_group("sampling")
     sampler = group.add_mutually_exclusive_group()
-    sampler.add_argument("--plms", action="store_true", help="sample with PLMS (default: DDIM)")
-    sampler.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++ (2M)")
+    sampler.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)} (default: ddim); lcm and tcd are for models and LoRAs of few steps",
+    )
+    sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    sampler.add_argument(
+        "--dpm_solver", action="store_true", help="the same as --sampler dpm_solver, DPM-Solver++ (2M)"
+    )
     group.add_argument(
         "--ddim_steps",
         type=number(int, 1),
         metavar="N",
         help="steps, of whatever sampler; an N that does not divide the model's 1000 makes DDIM and PLMS take more, "
-        "up to twice as many (default: the model's)",
+        "up to twice as many (default: the model's; 4 with lcm and tcd, which take up to 50)",
     )
     group.add_argument(
         "--ddim_eta",
         type=number(float, 0, 1),
         metavar="X",
-        help="DDIM's noise in each step, 0..1 (default: 0, which is deterministic)",
+        help="noise in each step of ddim, euler_a and tcd, 0..1; 0 is deterministic (default: 0, 1 and 0.3)",
     )
     group.add_argument(
         "--scale",
         type=number(float, 0),
         metavar="X",
-        help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's)",
+        help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's; 1 with lcm and "
+        "tcd, unless the model takes the scale as an input)",
+    )
+    share = number(float, 0, 1)
+    group.add_argument(
+        "--guidance_start",
+        type=share,
+        metavar="X",
+        help="share of the steps before which there is no guidance, which halves their time, 0..1 (default: 0)",
+    )
+    group.add_argument(
+        "--guidance_stop",
+        type=share,
+        metavar="X",
+        help="share of the steps from which on there is no guidance, 0..1 (default: 1)",
     )
     group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
 
@@ -269,20 +293,23 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
     Those of size, decoder and merging may be absent.
     Raises ValueError for flags that would have no effect.
     """
-    sampler = "plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim"
-    if args.ddim_eta is not None and sampler != "ddim":
-        raise ValueError(f"--ddim_eta {args.ddim_eta:g} has no effect with --{sampler}, which is deterministic")
-    if args.negative_prompt is not None and args.scale == 1:
-        raise ValueError("--negative_prompt has no effect with --scale 1, which is no guidance: use a larger scale")
+    sampler = args.sampler or ("plms" if args.plms else "dpm_solver" if args.dpm_solver else "ddim")
+    if args.ddim_eta is not None and sampler not in STOCHASTIC:
+        flag = f"--sampler {sampler}" if args.sampler else f"--{sampler}"
+        raise ValueError(f"--ddim_eta {args.ddim_eta:g} has no effect with {flag}: it is for {', '.join(STOCHASTIC)}")
+    guidance = given_flags(args, ("negative_prompt", "guidance_start", "guidance_stop"))
+    if guidance and args.scale == 1:
+        named = ", ".join(f"--{name}" for name in guidance)
+        raise ValueError(f"{named} has no effect with --scale 1, which is no guidance: use a larger scale")
     size = given_flags(args, ("H", "W"))
     return DrawOptions(
         height=size.get("H"),
         width=size.get("W"),
         sampler=sampler,
         steps=args.ddim_steps,
-        eta=args.ddim_eta or 0.0,
+        eta=args.ddim_eta,
         scale=args.scale,
-        negative_prompt=args.negative_prompt or "",
+        **guidance,
         precision=args.precision,
         **given_flags(args, ("vae", "vae_tiling")),
         merge=merge_options(args) if "ratio" in args else None,

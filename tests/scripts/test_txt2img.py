@@ -110,6 +110,20 @@ def test_each_png_tells_how_it_was_drawn(run):
     assert third == f"{start}{told['ckpt_sha256'][:10]}, Model: model"
 
 
+def test_a_png_tells_sampler_and_interval_of_guidance(run):
+    once = ("--n_samples", 1, "--n_iter", 1, "--ddim_steps", 4)
+    outdir = run(*once, "--sampler", "tcd", "--scale", 2, "--guidance_stop", 0.5, outdir="limited")
+    info = Image.open(outdir / "samples/00000.png").info
+    for told in (json.loads(info["dsdiff"]), yaml.safe_load((outdir / "settings.yaml").read_text())):
+        chosen = {"sampler": "tcd", "eta": 0.3, "scale": 2.0, "guidance_start": 0.0, "guidance_stop": 0.5}
+        assert {name: told[name] for name in chosen} == chosen
+    assert "Steps: 4, Sampler: TCD, CFG scale: 2," in info["parameters"]
+    assert info["parameters"].endswith(", Eta: 0.3, Guidance interval: 0 to 0.5")
+    outdir = run(*once, "--sampler", "euler_a", outdir="whole")
+    info = Image.open(outdir / "samples/00000.png").info["parameters"]
+    assert "Sampler: Euler a" in info and "Guidance interval" not in info
+
+
 def test_a_png_does_not_tell_where_files_lie(run, random_ckpt):
     tokenizer = TOKENIZER
     outdir = run("--n_samples", 1, "--n_iter", 1, "--tokenizer", tokenizer)
@@ -316,6 +330,15 @@ BAD_FLAGS = (
     (["--plms", "--dpm_solver"], "not allowed with"),
     (["--plms", "--ddim_eta", 0.5], "--ddim_eta 0.5 has no effect with --plms"),
     (["--dpm_solver", "--ddim_eta", 0], "--ddim_eta 0 has no effect with --dpm_solver"),
+    (["--sampler", "plms", "--dpm_solver"], "argument --dpm_solver: not allowed with argument --sampler"),
+    (["--plms", "--sampler", "plms"], "argument --sampler: not allowed with argument --plms"),
+    (["--sampler", "heun"], "argument --sampler: invalid choice: 'heun'"),
+    (["--sampler", "euler", "--ddim_eta", 0], "--ddim_eta 0 has no effect with --sampler euler"),
+    (["--sampler", "lcm", "--ddim_steps", 51], "1..50, got 51"),
+    (["--sampler", "lcm", "--negative_prompt", "x"], "no effect with lcm, which draws without guidance"),
+    (["--guidance_start", 0.5, "--scale", 1], "--guidance_start has no effect with --scale 1"),
+    (["--guidance_start", 0.5, "--guidance_stop", 0.25], "guidance_start is 0.5 and guidance_stop 0.25"),
+    (["--guidance_stop", 1.1], "in 0..1"),
     (["--negative_prompt", "x", "--scale", 1], "--negative_prompt has no effect with --scale 1"),
     (["--prompt", "x", "--from-file", "y"], "either --prompt TEXT or --from-file FILE"),
     (["--skip_grid", "--n_rows", 2], "--n_rows has no effect with --skip_grid"),

@@ -28,7 +28,8 @@ from dsdiff.benchmark.source import Source
 from dsdiff.environment import choose_device, machine
 from dsdiff.models.configs import read_config
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
-from ldm.models.diffusion.sampler import make_ddim_timesteps
+from dsdiff.options import FEW_STEP
+from dsdiff.pipeline import SAMPLERS
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def rows_of(names: Sequence[str], options: BenchmarkOptions, source: Source) -> 
 
 
 def _steps_taken(draw: Draw, timesteps: int) -> int:
-    return draw.steps if draw.sampler == "dpm_solver" else len(make_ddim_timesteps("uniform", draw.steps, timesteps))
+    return SAMPLERS[draw.sampler].steps_taken(draw.steps, timesteps)
 
 
 def _model(source: Source, options: BenchmarkOptions) -> str:
@@ -101,7 +102,7 @@ def _make_files(rows: Sequence[Row], files: Files, scale: float, left_out: dict[
         if row.name in left_out:
             continue
         try:
-            ready[row] = files.of(row.name, scale if row.draw.scale is None else row.draw.scale)
+            ready[row] = files.of(row.name, _scale(row.draw, scale))
         except WorkerError as error:
             if row.name not in PEERS:
                 raise
@@ -161,7 +162,7 @@ def request_of(row: Row, files: ModelFiles, options: BenchmarkOptions, config: P
         ratio=row.ratio,
         sampler=draw.sampler,
         steps=row.measured,
-        scale=scale if draw.scale is None else draw.scale,
+        scale=_scale(draw, scale),
         config=str(config),
         ckpt=str(files.ckpt.resolve()),
         tokenizer=None if files.tokenizer is None else str(files.tokenizer),
@@ -170,6 +171,11 @@ def request_of(row: Row, files: ModelFiles, options: BenchmarkOptions, config: P
         device=str(choose_device(options.device)),
         threads=options.threads,
     )
+
+
+def _scale(draw: Draw, scale: float) -> float:
+    """Return the scale of guidance: the row's, else none with samplers of few steps, else `scale`, the model's."""
+    return draw.scale if draw.scale is not None else 1.0 if draw.sampler in FEW_STEP else scale
 
 
 def draw_alone(request: PictureRequest, steps: int = 0) -> Drawn:

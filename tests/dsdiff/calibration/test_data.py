@@ -41,6 +41,26 @@ def test_without_cond_only_the_branch_with_prompt_is_kept(pipeline, options, tmp
     assert len(calibration_data(pipeline, free)) == 4
 
 
+def test_the_data_is_what_a_drawing_with_limited_guidance_sees(pipeline, options, tmp_path):
+    draw = replace(options.draw, steps=4, sampler="euler_a", guidance_start=0.5)
+    limited = replace(options, outdir=tmp_path, draw=draw, cali_st=4)
+    data = calibration_data(pipeline, limited)
+    times = [999.0, 666.0, 333.0, 0.0]
+    assert data.t.tolist() == [t for t, samples in zip(times, (2, 2, 4, 4), strict=True) for _ in range(samples)]
+    seen = []
+    hook = pipeline.model.model.diffusion_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    pipeline.sample(["a red circle", "a blue star"], [options.seed, options.seed + 1], pipeline.resolve(draw))
+    hook.remove()
+    assert torch.equal(data.x, torch.cat(seen)) and torch.equal(data.context[:2], data.context[-2:])
+    assert data.facts["sampling"]["guidance_start"] == 0.5 and "guidance_stop" not in data.facts["sampling"]
+    with_prompt = calibration_data(pipeline, replace(limited, cond=False))
+    assert torch.equal(with_prompt.x, data.x[[0, 1, 2, 3, 6, 7, 10, 11]]) and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match="no guided step between --guidance_start and --guidance_stop there is no"):
+        calibration_data(pipeline, replace(limited, draw=replace(draw, guidance_stop=0.5)))
+    with pytest.raises(ValueError, match="with --scale 1 there is no branch"):
+        calibration_data(pipeline, replace(limited, draw=DrawOptions(sampler="lcm")))
+
+
 def test_batches_make_no_difference(pipeline, options, tmp_path, monkeypatch):
     one = replace(options, outdir=tmp_path / "one", cali_n=3, cond=False)
     data = calibration_data(pipeline, one)
