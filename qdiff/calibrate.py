@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.config import MixConfig, ReconConfig
@@ -14,8 +12,9 @@ from qdiff.distributed import barrier, rank
 from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
 from qdiff.quant_state import activation_tensors, load_tensors, weight_tensors
-from qdiff.reconstruction import unit_reconstruction
+from qdiff.reconstruction import UnitReport, unit_reconstruction
 from qdiff.resume import ProgressFolder
+from qdiff.rounding_pass import round_units
 from qdiff.sensitivity import mix_activations
 
 
@@ -37,7 +36,8 @@ def calibration_steps(qnn: QuantModel, recon: ReconConfig | None, mix: MixConfig
     Without `mix` all inputs have the same bits.
     """
     units = list(qnn.units())
-    steps = [Step(phase="weights", unit=unit) for unit in units] if recon and recon.iters_w else []
+    rounds = recon is not None and (recon.rounding == "gptq" or (recon.rounding == "adaround" and recon.iters_w > 0))
+    steps = [Step(phase="weights", unit=unit) for unit in units] if rounds else []
     if qnn.config.quant_act:
         steps += [Step(phase="mixing")] if mix else []
         steps.append(Step(phase="ranges"))
@@ -47,12 +47,19 @@ def calibration_steps(qnn: QuantModel, recon: ReconConfig | None, mix: MixConfig
 
 
 def step_work(step: Step, recon: ReconConfig | None, samples: int, mix: MixConfig | None = None) -> int:
-    """Return the total that `calibrate` reports to `progress` for a step: samples captured, plus iterations."""
+    """Return the total that `calibrate` reports to `progress` for a step.
+
+    It is 1 for GPTQ; samples for mixing and ranges; and samples captured, plus iterations, where a unit learns.
+    """
     if step.phase == "mixing" and mix is not None:
         return 2 * min(mix.samples, samples)
     if step.phase == "ranges" or recon is None:
         return samples
-    return 2 * samples + (recon.iters_w if step.phase == "weights" else recon.iters_a)
+    if step.phase == "activations":
+        return 2 * samples + recon.iters_a
+    if recon.rounding == "gptq":
+        return 1
+    return 2 * samples + recon.iters_w
 
 
 def calibrate(
@@ -70,15 +77,17 @@ def calibrate(
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Calibrate a model in place, yielding each finished step with its report.
 
-    recon: how units are learned; None rounds weights to nearest and fits ranges, and learns nothing.
+    recon: how weights are rounded and units learned; None rounds to nearest and fits ranges, and learns nothing.
     mix: which inputs get more bits than act_bit; None for none. The config's `mixed_act` holds them afterwards.
-    batch_size: samples per forward pass. cache: storage of captured activations. running: see `fit_activations`.
+    batch_size: samples per forward pass (but GPTQ's, see `round_units`). cache: storage of captured activations.
+    running: see `fit_activations`.
     folder: where finished steps are kept; steps that are there already are loaded. progress(step, n) is called when n
     more iterations or samples are done, see `step_work`. Afterwards all weights are frozen and all quantizers are on.
     """
     qnn.requires_grad_(False)
     qnn.fit_weights()
     resuming = folder is not None
+    rounded: dict[str, dict[str, Any]] = {}  # the reports of units whose weights were rounded and saved in GPTQ's pass
     for number, step in enumerate(calibration_steps(qnn, recon, mix)):
         if step.phase in ("mixing", "ranges"):
             qnn.freeze()
@@ -86,17 +95,20 @@ def calibrate(
         if saved is None:
             resuming = False
             advance = partial(progress, step)
-            if step.phase == "mixing" and mix is not None:
-                shares = mix_activations(qnn, data, mix, batch_size, running=running, progress=advance)
-                report = {"phase": "mixing", "unit": "", "shares": shares}
-            elif step.phase == "ranges" or recon is None:
-                fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
-                report = {"phase": "ranges", "unit": ""}
+            if step.phase == "weights" and recon is not None and recon.rounding == "gptq":
+                rounded = rounded or _round_by_gptq(qnn, data, recon, number, folder, progress)
+                report = rounded[step.unit]
             else:
-                options = {"batch_size": batch_size, "cache": cache, "progress": advance}
-                report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
-            if folder is not None and rank() == 0:
-                folder.save(number, _result(qnn, step), report)
+                if step.phase == "mixing" and mix is not None:
+                    shares = mix_activations(qnn, data, mix, batch_size, running=running, progress=advance)
+                    report = {"phase": "mixing", "unit": "", "shares": shares}
+                elif step.phase == "ranges" or recon is None:
+                    fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
+                    report = {"phase": "ranges", "unit": ""}
+                else:
+                    options = {"batch_size": batch_size, "cache": cache, "progress": advance}
+                    report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
+                _save(folder, number, qnn, step, report)
             barrier()
         else:
             tensors, report = saved
@@ -109,7 +121,29 @@ def calibrate(
     qnn.set_quant_state(True, qnn.config.quant_act)
 
 
-def _result(qnn: QuantModel, step: Step) -> dict[str, Tensor]:
-    """Return the tensors that a step has changed."""
-    tensors = weight_tensors if step.phase == "weights" else activation_tensors
-    return tensors(qnn, step.unit)
+def _round_by_gptq(
+    qnn: QuantModel,
+    data: CalibrationSet,
+    recon: ReconConfig,
+    finished: int,
+    folder: ProgressFolder | None,
+    progress: Callable[[Step, int], object],
+) -> dict[str, dict[str, Any]]:
+    """Round the weights of all units but the first `finished`, saving each in `folder`; return their reports."""
+    reports: dict[str, dict[str, Any]] = {}
+
+    def on_unit(report: UnitReport) -> None:
+        reports[report.unit] = report.to_dict()
+        step = Step(phase="weights", unit=report.unit)
+        _save(folder, finished + len(reports) - 1, qnn, step, reports[report.unit])
+        progress(step, 1)
+
+    round_units(qnn, data, recon, finished=finished, on_unit=on_unit)
+    return reports
+
+
+def _save(folder: ProgressFolder | None, number: int, qnn: QuantModel, step: Step, report: dict[str, Any]) -> None:
+    """Keep a finished step, with the tensors that it has changed."""
+    if folder is not None and rank() == 0:
+        tensors = weight_tensors if step.phase == "weights" else activation_tensors
+        folder.save(number, tensors(qnn, step.unit), report)

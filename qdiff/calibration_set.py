@@ -50,9 +50,18 @@ class CalibrationSet:
         """Return n samples chosen at random by `seed`, in their original order; all of them if there are no more."""
         if n >= len(self):
             return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-        context = None if self.context is None else self.context[chosen]
-        return CalibrationSet(self.x[chosen], self.t[chosen], context, self.facts)
+        return self._chosen(self._permutation(seed)[:n].sort().values)
+
+    def shuffled(self, seed: int) -> "CalibrationSet":
+        """Return all samples in an order drawn by `seed`."""
+        return self._chosen(self._permutation(seed))
+
+    def _permutation(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _chosen(self, numbers: Tensor) -> "CalibrationSet":
+        context = None if self.context is None else self.context[numbers]
+        return CalibrationSet(self.x[numbers], self.t[numbers], context, self.facts)
 
     def save(self, path: Path) -> None:
         """Write a .safetensors file, atomically."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SCALE_METHODS = ("max", "max_scale", "mse")
+ROUNDINGS = ("adaround", "gptq", "nearest")
 BITS = range(2, 17)
 
 
@@ -121,9 +122,15 @@ class MixConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconConfig(_Settings):
-    """Settings of the reconstruction of a unit.
+    """Settings of the reconstruction of units.
 
-    iters_w, iters_a: steps for the rounding of weights, and for the step sizes of activations; 0 leaves them out.
+    rounding: of weights. "adaround" learns it unit by unit; "gptq" makes good each column's error in the next columns,
+        layer by layer; "nearest" rounds to nearest.
+    iters_w, iters_a: steps for AdaRound, and for the step sizes of activations; 0 leaves them out.
+    samples_w: the number of calibration samples from which GPTQ rounds, at most.
+    damp: what GPTQ adds to the diagonal of its Hessian, as a share of the diagonal's mean, in (0, 1000]. The more there
+        is, the less it trusts the samples, and the closer it comes to rounding to nearest.
+    act_order: let GPTQ round the columns of the largest inputs first, in place of their own order.
     batch_size: samples per step, over all processes.
     lr_w: Adam's learning rate for AdaRound's alpha, in (0, 1].
     lr: Adam's learning rate for the step sizes, in (0, 1]; it falls to 0 along a half cosine.
@@ -131,13 +138,17 @@ class ReconConfig(_Settings):
     weight: factor of the rounding regulariser in the loss, 0 or more.
     b_start, b_end, warmup: AdaRound's annealing (Nagel et al. 2020, eq. 24): the regulariser begins after the share
         `warmup` of the steps, and its exponent goes linearly from b_start to b_end.
-    sym: feed the unit the float model's inputs, in place of those of the model quantized so far.
+    sym: feed units, or with GPTQ layers, the float model's inputs, in place of those of the model quantized so far.
     grad_checkpoint: recompute the unit's activations in the backward pass: less memory, more time.
     seed: of the choice of samples.
     """
 
+    rounding: str = "adaround"
     iters_w: int = 20000
     iters_a: int = 5000
+    samples_w: int = 128
+    damp: float = 0.01
+    act_order: bool = True
     batch_size: int = 8
     lr_w: float = 1e-3
     lr: float = 4e-4
@@ -151,9 +162,12 @@ class ReconConfig(_Settings):
     seed: int = 0
 
     def __post_init__(self):
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         for name in ("iters_w", "iters_a", "seed"):
             _check_int(name, getattr(self, name), 0)
-        _check_int("batch_size", self.batch_size, 1)
+        for name in ("batch_size", "samples_w"):
+            _check_int(name, getattr(self, name), 1)
+        _check_number("damp", self.damp, 0, 1000, open_low=True)
         for name in ("lr_w", "lr"):
             _check_number(name, getattr(self, name), 0, 1, open_low=True)
         _check_number("p", self.p, 1, 10)
@@ -161,5 +175,5 @@ class ReconConfig(_Settings):
         _check_number("b_end", self.b_end, 1, 100)
         _check_number("b_start", self.b_start, self.b_end, 100)
         _check_number("warmup", self.warmup, 0, 1)
-        for name in ("sym", "grad_checkpoint"):
+        for name in ("act_order", "sym", "grad_checkpoint"):
             _check_bool(name, getattr(self, name))

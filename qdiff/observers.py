@@ -98,9 +98,12 @@ def fit_activations(
 
     The data passes through the model once, with quantized weights and float activations. Ranges are fitted by each
     quantizer's own method, or with `running` to Q-Diffusion's running averages of each batch's minimum and maximum.
-    batch_size: samples per forward pass. seed: for the values drawn for ranges by mse. progress(n) is called when n
-    more samples are done. Raises ValueError if an activation is never computed.
+    These forget slowly, so the samples come in random order: in that of timesteps the first ones would decide.
+    batch_size: samples per forward pass. seed: for that order, and for the values drawn for ranges by mse. progress(n)
+    is called when n more samples are done. Raises ValueError if an activation is never computed.
     """
+    if running:
+        data = data.shuffled(seed)
     device = next(qnn.parameters()).device
     batches = math.ceil(len(data) / batch_size)
     with qnn.quant_state(True, False), _observed(qnn, math.ceil(SAMPLED_VALUES / batches), seed, running) as observers:

@@ -2,10 +2,11 @@
 """Makes a cali_ckpt, few-bit weights and activations: python scripts/calibrate.py --quant_act --split --cond
 
 Draws pictures of a list of prompts with the float model, keeps what its UNet is given on the way, and teaches the
-quantized UNet to give the same, unit by unit: first the rounding of all weights (AdaRound), then the ranges of all
-activations, then their step sizes (LSQ). Writes OUTDIR/cali.safetensors, which scripts/txt2img.py --ptq --cali_ckpt
-draws with, and OUTDIR/report.json, the error of each unit before and after. What was finished is kept: an interrupted
-calibration goes on with --resume, and ends with the same file.
+quantized UNet to give the same: first the rounding of all weights (AdaRound unit by unit, or GPTQ layer by layer, which
+is much faster), then the ranges of all activations, then their step sizes (LSQ, unit by unit). Writes
+OUTDIR/cali.safetensors, which scripts/txt2img.py --ptq --cali_ckpt draws with, and OUTDIR/report.json, the error of
+each unit before and after. What was finished is kept: an interrupted calibration goes on with --resume, and ends with
+the same file.
 
 --preset says how much: `fast` takes minutes on a CPU for the embedded model, `paper` has Q-Diffusion's numbers. Flags
 override it. --quant_mode linear learns nothing: weights are rounded to nearest, ranges are minimum and maximum.
@@ -25,6 +26,7 @@ from dsdiff.calibration.options import FORMATS, PRESETS, CalibrationOptions
 from dsdiff.cli import flags
 from dsdiff.cli.console import ArgumentParser, command, logs, number
 from dsdiff.options import QUANT_MODES
+from qdiff.config import ROUNDINGS
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -85,6 +87,15 @@ def add_learning_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("learning (defaults: those of --preset, then Q-Diffusion's)").add_argument
     add("--preset", choices=list(PRESETS), help=f"default: {CalibrationOptions.preset}")
     add("--batch_size", type=number(int, 1), metavar="N", help="samples a step, over all processes")
+    add("--rounding", choices=ROUNDINGS, help="of weights: learned, by second-order sums, or to nearest")
+    add("--samples_w", type=number(int, 1), metavar="N", help="samples for GPTQ (default: 128)")
+    add(
+        "--damp",
+        type=number(float, 0),
+        metavar="X",
+        help="share added to the diagonal of GPTQ's Hessian (default: 0.01)",
+    )
+    add("--no_act_order", action="store_true", default=None, help="GPTQ rounds columns in their own order")
     add("--iters_w", type=number(int, 0), metavar="N", help="steps of AdaRound, a unit; 0 rounds to nearest")
     add("--iters_a", type=number(int, 0), metavar="N", help="steps of LSQ, a unit; 0 leaves ranges as fitted")
     add("--lr_w", type=number(float, 0), metavar="X", help="learning rate of AdaRound")
@@ -102,7 +113,7 @@ def add_learning_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--mixed_act_bit", type=number(int, 9, 16), metavar="BITS", help="of these inputs, 9..16 (default: 12)")
     add("--running_stat", action="store_true", default=None, help="ranges by running averages of minimum and maximum")
-    add("--sym", action="store_true", default=None, help="feed units the float model's inputs")
+    add("--sym", action="store_true", default=None, help="feed units (GPTQ: layers) the float model's inputs")
     add(
         "--no_grad_ckpt",
         action="store_true",

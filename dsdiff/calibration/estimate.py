@@ -18,11 +18,14 @@ from qdiff.calibrate import calibration_steps
 from qdiff.calibration_set import CalibrationSet
 from qdiff.config import ReconConfig
 from qdiff.distributed import world_size
+from qdiff.gptq import EXACT
 from qdiff.quant_block import MAX_SCORES
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
 logger = logging.getLogger(__name__)
 
+PRODUCT = 2048  # side of the matrices whose product is timed
 CGROUP = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
 
 
@@ -53,52 +56,116 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
     batch_size: samples per forward pass. cache: bytes of activations that are kept in memory.
     """
     device = next(qnn.parameters()).device
-    seconds, sizes = _measure(qnn, data, batch_size)
-    learned = [step for step in calibration_steps(qnn, recon) if step.phase != "ranges"]
+    measured = _measure(qnn, data, batch_size)
+    sizes = measured.unit_bytes
+    gptq = recon is not None and recon.rounding == "gptq"
+    steps = calibration_steps(qnn, recon)
+    learned = [step for step in steps if step.phase == "activations" or (step.phase == "weights" and not gptq)]
     # A unit is reached twice, on average half way through the UNet; its own passes, over all units, make whole ones:
     # two evaluations, and iterations of forward and backward, which take three times a forward.
     passes = len(data) * (len(learned) + 5)
     if recon is not None:
-        passes += 3 * recon.batch_size * (recon.iters_w + (recon.iters_a if qnn.config.quant_act else 0))
+        iterations = 0 if gptq or recon.rounding == "nearest" else recon.iters_w
+        passes += 3 * recon.batch_size * (iterations + (recon.iters_a if qnn.config.quant_act else 0))
     activations = max(sizes) * len(data) if learned else 0
     # Codes beside the weights; of the unit at work alpha, its gradient, Adam's two moments, and what the graph keeps of
     # them; of its samples what the graph keeps, and some attention matrices.
     weights = sum(4 * parameter.numel() for parameter in qnn.parameters())
     largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
-    working = 12 * largest + 24 * max(sizes) * batch_size + 16 * MAX_SCORES
-    at_work = int(weights * 0.15) + (working if learned else 0)
+    working = 12 * largest + 24 * max(sizes) * batch_size + 16 * MAX_SCORES if learned else 0
+    seconds = measured.seconds * passes / world_size()
+    if gptq and recon is not None:
+        samples = min(recon.samples_w, len(data)) / world_size() * (1 if recon.sym else 2)
+        seconds += measured.seconds * samples + _gptq_seconds(qnn, measured, samples / (1 if recon.sym else 2))
+        working = max(working, measured.gptq_bytes(samples))
+    at_work = int(weights * 0.15 + working)
     on_gpu = at_work if device.type == "cuda" else 0
     return Estimate(
-        seconds=seconds * passes / world_size(),
+        seconds=seconds,
         activations=activations * local_processes(),
         memory=(min(activations, cache) + at_work - on_gpu) * local_processes(),
         gpu_memory=on_gpu,
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A forward pass of one sample.
+
+    seconds: its time. unit_bytes, layer_bytes: of the input and output of each unit, and of each quantized layer.
+    skip_bytes: of the outputs that the encoder keeps for the decoder. places: outputs of each layer, per channel.
+    columns: of each layer's weight.
+    """
+
+    seconds: float
+    unit_bytes: list[int]
+    layer_bytes: list[int]
+    skip_bytes: int
+    places: list[int]
+    columns: list[int]
+
+    def gptq_bytes(self, samples: float) -> int:
+        """Return what GPTQ needs at most for so many samples at once: activations, sums over them, and factors."""
+        needs = []
+        for n, size in zip(self.columns, self.layer_bytes, strict=True):
+            needs.append(samples * (self.skip_bytes + 2 * size) + (12 if n > EXACT else 20) * n**2)
+        return int(max(needs))
+
+
+def _gptq_seconds(qnn: QuantModel, measured: Measured, samples: float) -> float:
+    """Return the time that GPTQ's sums and factors take, by the speed of a matrix product."""
+    factor = torch.randn(PRODUCT, PRODUCT, device=next(qnn.parameters()).device)
+    times = []
+    for _ in range(3):  # the first call is slower
+        began = time.perf_counter()
+        factor @ factor
+        _synchronize(factor.device)
+        times.append(time.perf_counter() - began)
+    layers = zip(measured.columns, measured.places, qnn.layers().values(), strict=True)
+    products = sum(samples * places * n**2 + n**3 / 3 + len(layer.weight) * n**2 for n, places, layer in layers)
+    return products * min(times) / PRODUCT**3
+
+
 @torch.no_grad()
-def _measure(qnn: QuantModel, data: CalibrationSet, batch_size: int) -> tuple[float, list[int]]:
-    """Return the seconds that a sample takes in a forward pass, and the bytes of its input and output in each unit."""
+def _measure(qnn: QuantModel, data: CalibrationSet, batch_size: int) -> Measured:
+    """Time a forward pass of the first batch, and note sizes in it."""
     device = next(qnn.parameters()).device
     part = slice(0, min(batch_size, len(data)))
-    sizes: list[int] = []
+    layers, units = qnn.layers(), qnn.units()
+    skips = list(qnn.model.input_blocks)
+    sizes: dict[nn.Module, int] = {}
+    places: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         values = [value for value in (*args, *kwargs.values(), output) if isinstance(value, Tensor)]
-        sizes.append(sum(4 * value[0].numel() for value in values))
+        sizes[module] = sum(4 * value[0].numel() for value in values)
+        if isinstance(module, QuantModule):
+            places[module] = output[0].numel() // len(module.weight)
 
-    hooks = [unit.register_forward_hook(note, with_kwargs=True) for unit in qnn.units().values()]
+    watched = {*layers.values(), *units.values()}
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in watched]
+    hooks += [
+        block.register_forward_hook(lambda block, _, output: sizes.update({block: 4 * output[0].numel()}))
+        for block in skips
+    ]
     try:
         qnn(*data.batch(part, device))  # the first call is slower
-        sizes.clear()
         _synchronize(device)
         began = time.perf_counter()
         qnn(*data.batch(part, device))
         _synchronize(device)
-        return (time.perf_counter() - began) / (part.stop - part.start), sizes
+        seconds = (time.perf_counter() - began) / (part.stop - part.start)
     finally:
         for hook in hooks:
             hook.remove()
+    return Measured(
+        seconds=seconds,
+        unit_bytes=[sizes[unit] for unit in units.values()],
+        layer_bytes=[sizes[layer] for layer in layers.values()],
+        skip_bytes=sum(sizes[block] for block in skips),
+        places=[places[layer] for layer in layers.values()],
+        columns=[layer.weight[0].numel() for layer in layers.values()],
+    )
 
 
 def local_processes() -> int:
@@ -137,7 +204,7 @@ def check_estimate(expected: Estimate, cache: int, folder: Path, device: torch.d
     if expected.memory > free_memory:
         raise ValueError(
             f"{expected.memory / GIB:.1f} GiB more memory are needed and {free_memory / GIB:.1f} are available: "
-            "use a smaller --cache_gb or --batch_size"
+            "use a smaller --cache_gb or --batch_size, or with --rounding gptq fewer --samples_w"
         )
     if device.type == "cuda":
         check_gpu(expected.gpu_memory, available_gpu_memory(device))

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from dsdiff.options import QUANT_MODES, DrawOptions, MergeOptions, ModelOptions
-from qdiff.config import MixConfig, QuantConfig, ReconConfig
+from qdiff.config import ROUNDINGS, MixConfig, QuantConfig, ReconConfig
 
 FORMATS = ("dsdiff", "qdiff")
 GIB = 2**30
 DEFAULT_CACHE_GB = 2.0
 
-# Options that shape the learning alone: of the rounding of weights, of the step sizes of activations, of both.
-ROUNDING = ("lr_w", "weight", "b_start", "b_end", "warmup")
+# Options that shape one part alone: AdaRound, GPTQ, the step sizes of activations, all learning by gradients.
+ADAROUND = ("lr_w", "weight", "b_start", "b_end", "warmup")
+GPTQ = ("samples_w", "damp", "no_act_order")
 STEP_SIZES = ("lr", "p")
-LEARNING = ("iters_w", "iters_a", *ROUNDING, *STEP_SIZES, "sym", "no_grad_ckpt", "cache_gb")
+LEARNING = ("no_grad_ckpt", "cache_gb")
+# All of them, which the baseline knows nothing of.
+QDIFF = ("rounding", "iters_w", "iters_a", *ADAROUND, *GPTQ, *STEP_SIZES, "sym", *LEARNING)
 # Options of ReconConfig that have its defaults, where no preset says otherwise.
-OF_RECON_CONFIG = ("p", "weight", "b_start", "b_end", "warmup")
+OF_RECON_CONFIG = ("samples_w", "damp", "p", "weight", "b_start", "b_end", "warmup")
 # How the command calls the fields of DrawOptions.
 DRAW_FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
 
@@ -29,6 +32,7 @@ class Effort:
 
     cali_st: int
     cali_n: int
+    rounding: str
     iters_w: int
     iters_a: int
     batch_size: int
@@ -38,8 +42,10 @@ class Effort:
 
 # fast: minutes on a CPU for the embedded model. paper: Q-Diffusion's numbers (Li et al. 2023).
 PRESETS: Mapping[str, Effort] = {
-    "fast": Effort(cali_st=10, cali_n=12, iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
-    "paper": Effort(cali_st=25, cali_n=128, iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4),
+    "fast": Effort(cali_st=10, cali_n=12, rounding="gptq", iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
+    "paper": Effort(
+        cali_st=25, cali_n=128, rounding="adaround", iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4
+    ),
 }
 
 
@@ -66,9 +72,11 @@ class CalibrationOptions:
     Learning:
         preset: a key of PRESETS.
         batch_size: the number of samples per step, over all processes.
+        rounding: of weights, "adaround", "gptq" or "nearest", as in ReconConfig.
+        samples_w, damp, no_act_order: GPTQ's settings, as in ReconConfig.
         iters_w, lr_w, weight, b_start, b_end, warmup: AdaRound's settings, as in ReconConfig.
         iters_a, lr, p: LSQ's settings, as in ReconConfig.
-        sym: feed units the float model's inputs, as in ReconConfig.
+        sym: feed units, or with GPTQ layers, the float model's inputs, as in ReconConfig.
         no_grad_ckpt: use no gradient checkpointing: faster, with more memory.
         cache_gb: GiB of activations to keep in memory; the rest goes to disk. None is 2.
     The run:
@@ -103,6 +111,10 @@ class CalibrationOptions:
 
     preset: str = "fast"
     batch_size: int | None = None
+    rounding: str | None = None
+    samples_w: int | None = None
+    damp: float | None = None
+    no_act_order: bool = False
     iters_w: int | None = None
     iters_a: int | None = None
     lr_w: float | None = None
@@ -126,6 +138,8 @@ class CalibrationOptions:
         for name, choices in (("quant_mode", QUANT_MODES), ("preset", tuple(PRESETS)), ("format", FORMATS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        if self.rounding is not None and self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is {self.rounding!r}: it must be one of {', '.join(ROUNDINGS)}")
         for name in ("cali_st", "cali_n", "num_samples", "batch_size"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("seed", self.seed, 0, 2**31 - 1)
@@ -147,8 +161,9 @@ class CalibrationOptions:
 
     @property
     def effort(self) -> Effort:
-        """The preset's values, replaced by those that are given."""
-        return replace(PRESETS[self.preset], **self._given([each.name for each in fields(Effort)]))
+        """The preset's values, replaced by those that are given. AdaRound of no steps is rounding to nearest."""
+        given = replace(PRESETS[self.preset], **self._given([each.name for each in fields(Effort)]))
+        return replace(given, rounding="nearest") if given.rounding == "adaround" and not given.iters_w else given
 
     def quant_config(self) -> QuantConfig:
         """Return what is quantized. Learning starts from ranges of least error; the baseline takes the extremes."""
@@ -175,11 +190,13 @@ class CalibrationOptions:
             return None
         effort = self.effort
         return ReconConfig(
+            rounding=effort.rounding,
             iters_w=effort.iters_w,
             iters_a=effort.iters_a,
             batch_size=effort.batch_size,
             lr_w=effort.lr_w,
             lr=effort.lr,
+            act_order=not self.no_act_order,
             sym=self.sym,
             grad_checkpoint=not self.no_grad_ckpt,
             seed=self.seed,
@@ -200,11 +217,10 @@ class CalibrationOptions:
 
     def _refuse_without_effect(self) -> None:
         if self.quant_mode == "linear":
-            self._refuse(LEARNING, "--quant_mode linear learns nothing")
+            self._refuse(QDIFF, "--quant_mode linear learns nothing")
         if self.data_path is not None:
             self._refuse_drawing(self.data_path)
-        if self.iters_w == 0:
-            self._refuse(ROUNDING, "with --iters_w 0 weights are rounded to nearest")
+        self._refuse_of_other_roundings()
         if self.iters_a == 0:
             self._refuse(STEP_SIZES, "with --iters_a 0 no step size is learned")
         if self.mixed_act is None:
@@ -216,6 +232,21 @@ class CalibrationOptions:
         if not self.quant_act:
             idle = ("act_bit", "sm_abit", "mixed_act", "iters_a", *STEP_SIZES, "running_stat")
             self._refuse(idle, "without --quant_act activations stay float")
+
+    def _refuse_of_other_roundings(self) -> None:
+        """Raise ValueError for options of other roundings than the one asked for, and of learning if there is none."""
+        rounding = self.effort.rounding
+        if rounding == "nearest":
+            flag = "--iters_w 0" if self.iters_w == 0 and self.rounding != "nearest" else "--rounding nearest"
+            own = () if flag == "--iters_w 0" else ("iters_w",)
+            self._refuse((*own, *ADAROUND, *GPTQ), f"with {flag} weights are rounded to nearest")
+        elif rounding == "gptq":
+            self._refuse(("iters_w", *ADAROUND), "GPTQ learns nothing, as --rounding adaround does")
+        else:
+            self._refuse(GPTQ, f"with --rounding {rounding} there is no GPTQ")
+        if rounding != "adaround" and not (self.quant_act and self.effort.iters_a):
+            idle = LEARNING if rounding == "gptq" else (*LEARNING, "sym")
+            self._refuse(idle, f"with --rounding {rounding} and no steps for activations nothing is learned")
 
     def _refuse_drawing(self, data_path: Path) -> None:
         """Raise ValueError for options of the drawing.

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import tomesd
+from dsdiff.calibration.bars import PhaseBars
 from dsdiff.calibration.data import calibration_data
 from dsdiff.calibration.estimate import check_estimate, estimate
 from dsdiff.calibration.options import CalibrationOptions
@@ -33,6 +32,8 @@ from qdiff.resume import ProgressFolder
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+# What the bar of a phase counts: samples captured and iterations, or samples.
+COUNTED = {"weights": "it", "mixing": "sample", "ranges": "sample", "activations": "it"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,18 +180,13 @@ def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume:
 def _learn(
     qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions, folder: ProgressFolder, cache: Cache
 ) -> list[UnitReport]:
-    """Calibrate behind a bar of samples and iterations; return the reports of all units."""
+    """Calibrate behind a bar for each phase; return the reports of all units."""
     recon, mix = options.recon_config(), options.mix_config()
     steps = procedure.calibration_steps(qnn, recon, mix)
-    work = [procedure.step_work(step, recon, len(data), mix) for step in steps]
-    done = sum(work[: folder.finished()])
-    bar = tqdm(total=sum(work), initial=done, desc="calibration", unit="it", disable=rank() != 0)
+    work = [(step, procedure.step_work(step, recon, len(data), mix)) for step in steps]
+    counted = {**COUNTED, **({"weights": "unit"} if recon is not None and recon.rounding == "gptq" else {})}
+    bars = PhaseBars(work, folder.finished(), counted, shown=rank() == 0)
     reports: list[UnitReport] = []
-
-    def advance(step: procedure.Step, n: int) -> None:
-        bar.set_postfix_str(f"{step.phase} {step.unit.removeprefix('model.')}", refresh=False)
-        bar.update(n)
-
     steps = procedure.calibrate(
         qnn,
         data,
@@ -201,10 +197,10 @@ def _learn(
         running=options.running_stat,
         seed=options.seed,
         folder=folder,
-        progress=advance,
+        progress=bars.advance,
     )
     try:
-        with bar:
+        with bars:
             for step, report in steps:
                 if step.unit:
                     reports.append(UnitReport(**report))
@@ -212,7 +208,8 @@ def _learn(
                 elif step.phase == "mixing" and mix is not None:
                     logger.info("%s", describe_mixing(report["shares"], mix.bits))
     except KeyboardInterrupt:
-        way_on = f"{len(reports)} units finished in {options.outdir}; the same command with --resume goes on"
+        finished = sum(bool(step.unit) for step, _ in work[: folder.finished()])
+        way_on = f"{finished} units finished in {options.outdir}; the same command with --resume goes on"
         raise KeyboardInterrupt(way_on) from None
     finally:
         cache.clear()
@@ -261,7 +258,13 @@ def _write(
     options: CalibrationOptions,
 ) -> None:
     """Write the calibrated numbers, and the report."""
-    facts = {**asdict(settings), "preset": options.preset, "data": data.facts, "versions": versions()}
+    facts = {
+        **asdict(settings),
+        "rounding": "nearest" if settings.recon is None else settings.recon.rounding,
+        "preset": options.preset,
+        "data": data.facts,
+        "versions": versions(),
+    }
     source = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes}
     save_cali_ckpt(qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source)
     content = json.dumps({"settings": facts, "units": [asdict(report) for report in reports]}, indent=2) + "\n"

@@ -20,7 +20,7 @@ class Calibration:
     weight_bit: int
     quant_mode: str = "qdiff"
     split: bool = False
-    iters_w: int | None = None
+    rounding: str = "adaround"
     iters_a: int | None = None
     mixed_act: float | None = None
     merge: MergeOptions | None = None
@@ -29,7 +29,8 @@ class Calibration:
     def key(self) -> str:
         """A name for a folder, another one for each calibration."""
         parts = [f"w{self.weight_bit}a8", self.quant_mode, *(["split"] if self.split else [])]
-        names = ("iters_w", "iters_a", "mixed_act")
+        parts += [self.rounding] if self.rounding != "adaround" else []
+        names = ("iters_a", "mixed_act")
         parts += [f"{name}{value:g}" for name in names if (value := getattr(self, name)) is not None]
         return "-".join(parts + ([f"ratio{self.merge.ratio:g}"] if self.merge else []))
 
@@ -40,7 +41,7 @@ class Calibration:
             weight_bit=self.weight_bit,
             quant_mode=self.quant_mode,
             split=self.split,
-            iters_w=self.iters_w,
+            rounding=self.rounding if self.quant_mode == "qdiff" else None,
             iters_a=self.iters_a,
             mixed_act=self.mixed_act,
             merge=self.merge,
@@ -89,7 +90,7 @@ ABLATION = (
     Variant(name="full precision"),
     Variant(name="W4A8 qdiff", calibration=W4),
     Variant(name="without split", calibration=Calibration(weight_bit=4)),
-    Variant(name="without AdaRound", calibration=Calibration(weight_bit=4, split=True, iters_w=0)),
+    Variant(name="without AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
     Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, iters_a=0)),
     Variant(name="6 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=6)),
     Variant(name="calibrated plain, drawn merged", calibration=W4, merge=HALF),

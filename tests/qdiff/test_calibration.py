@@ -81,6 +81,17 @@ def test_a_subset_is_reproducible_and_within_the_data(data):
     assert data.subset(100, seed=5) is data
 
 
+def test_shuffled_data_has_the_same_samples_in_an_order_of_the_seed(data):
+    orders = []
+    for seed in (0, 0, 1, 2):
+        shuffled = data.shuffled(seed)
+        places = [int((data.x == x).flatten(1).all(1).nonzero()) for x in shuffled.x]
+        assert sorted(places) == list(range(len(data)))
+        assert torch.equal(shuffled.t, data.t[places]) and torch.equal(shuffled.context, data.context[places])
+        orders.append(places)
+    assert orders[0] == orders[1] and len({tuple(order) for order in orders}) == 3
+
+
 def test_chosen_calls_are_spread(subtests):
     for calls, steps, chosen in [(10, 5, [0, 2, 4, 6, 8]), (4, 9, [0, 1, 2, 3]), (51, 2, [0, 25])]:
         with subtests.test(calls=calls, steps=steps, chosen=chosen):
@@ -153,14 +164,33 @@ def test_full_ranges_span_all_batches(make_qnn, data, tmp_path):
 def test_running_ranges_are_averages_over_batches(make_qnn, data):
     qnn = make_qnn()
     qnn.fit_weights()
-    fit_activations(qnn, data, 2, running=True)
+    fit_activations(qnn, data, 2, running=True, seed=3)
     low = high = None
-    for x in data.x.split(2):
+    for x in data.shuffled(3).x.split(2):
         low = x.min() if low is None else 0.95 * low + 0.05 * x.min()
         high = x.max() if high is None else 0.95 * high + 0.05 * x.max()
     quantizer = qnn.layers()["model.input_blocks.0.0"].act_quantizer
     torch.testing.assert_close(quantizer.delta, (high - low) / 255)
     assert quantizer.zero_point == (-low / quantizer.delta).round()
+
+
+@torch.no_grad()
+def test_running_ranges_do_not_depend_on_the_order_of_timesteps(make_qnn, data):
+    scale = torch.linspace(0.1, 2, 24)[:, None, None, None]  # samples grow with the timestep
+    places = torch.arange(24) % len(data)
+    growing = CalibrationSet(data.x[places] * scale, data.t[places], data.context[places])
+    shrinking = CalibrationSet(growing.x.flip(0), growing.t.flip(0), growing.context.flip(0))
+    ranges = []
+    for samples in (growing, shrinking):
+        qnn = make_qnn()
+        qnn.fit_weights()
+        fit_activations(qnn, samples, 4, running=True)
+        ranges.append(qnn.layers()["model.input_blocks.0.0"].act_quantizer.delta)
+    widest = CalibrationSet(growing.x[-4:], growing.t[-4:], growing.context[-4:])
+    fit_activations(qnn, widest, 4)
+    full = qnn.layers()["model.input_blocks.0.0"].act_quantizer.delta
+    for delta in ranges:
+        assert 0.6 * full < delta <= full
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from scripts import calibrate, txt2img
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["--ddim_steps", "2", "--cali_st", "2", "--cali_n", "2", "--batch_size", "4", "--device", "cpu"]
-LEARN = ["--iters_w", "2", "--iters_a", "2", "--quant_act", "--split", "--no_grad_ckpt"]
+LEARN = ["--rounding", "adaround", "--iters_w", "2", "--iters_a", "2", "--quant_act", "--split", "--no_grad_ckpt"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,8 @@ def test_processes_share_a_calibration(small_model, calibrated, tmp_path):
     config, ckpt = small_model
     data = next(calibrated.glob("data-*"))
     flags = ["--config", config, "--ckpt", ckpt, "--data_path", data, "--outdir", tmp_path, "--device", "cpu"]
-    flags += ["--quant_act", "--split", "--iters_w", "1", "--iters_a", "0", "--batch_size", "4", "--ratio", "0.5"]
+    flags += ["--quant_act", "--split", "--rounding", "gptq", "--samples_w", "6", "--iters_a", "1"]
+    flags += ["--batch_size", "4", "--ratio", "0.5"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(ROOT / "scripts/calibrate.py"), *map(str, flags)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -133,6 +134,18 @@ def test_processes_share_a_calibration(small_model, calibrated, tmp_path):
 def test_ready_data_gives_the_same_file(make, calibrated, tmp_path):
     make(tmp_path, *LEARN, "--data_path", next(calibrated.glob("data-*")), "--quant_mode", "qdiff")
     assert (tmp_path / "cali.safetensors").read_bytes() == (calibrated / "cali.safetensors").read_bytes()
+
+
+def test_gptq_and_nearest_draw_and_say_so_in_the_header(make, calibrated, draw, tmp_path):
+    data, drawn = next(calibrated.glob("data-*")), []
+    for rounding, more in (("gptq", ["--samples_w", "6"]), ("nearest", [])):
+        own = ["--rounding", rounding, *more, "--quant_act", "--split", "--iters_a", "0", "--data_path", data]
+        file = make(tmp_path / rounding, *own) / "cali.safetensors"
+        header = read_cali_header(file)
+        assert header.calibration["rounding"] == header.calibration["recon"]["rounding"] == rounding
+        drawn.append(picture(draw(f"drawn-{rounding}", "--ptq", "--cali_ckpt", file)))
+    assert read_cali_header(calibrated / "cali.safetensors").calibration["rounding"] == "adaround"
+    assert not np.array_equal(*drawn)
 
 
 def test_qdiffusions_format_draws_the_same(make, calibrated, draw, tmp_path):
@@ -173,7 +186,12 @@ def test_bad_flags(make, tmp_path, capsys):
         (["--quant_act", "--mixed_act", "6", "--format", "qdiff"], "one width for all activations"),
         (["--running_stat"], "--running_stat has no effect"),
         (["--quant_mode", "linear", "--iters_w", "5"], "--iters_w has no effect"),
-        (["--iters_w", "0", "--warmup", "0.1"], "--warmup has no effect"),
+        (["--rounding", "adaround", "--iters_w", "0", "--warmup", "0.1"], "--warmup has no effect"),
+        (["--iters_w", "5"], "GPTQ learns nothing, as --rounding adaround does, so --iters_w has no effect"),
+        (["--rounding", "nearest", "--damp", "0.1"], "--damp has no effect"),
+        (["--preset", "paper", "--samples_w", "5"], "--samples_w has no effect"),
+        (["--rounding", "gptq", "--damp", "0"], "damp is 0"),
+        (["--rounding", "best"], "invalid choice: 'best'"),
         (["--quant_act", "--iters_a", "0", "--p", "2"], "--p has no effect"),
         (["--data_path", "x.safetensors", "--plms"], "a sampler has no effect"),
         (["--data_path", "x.safetensors", "--cond"], "--cond has no effect"),

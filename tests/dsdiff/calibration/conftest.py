@@ -21,6 +21,7 @@ def options(small_model, tmp_path_factory):
         cond=True,
         quant_act=True,
         split=True,
+        rounding="adaround",
         iters_w=2,
         iters_a=2,
         batch_size=4,

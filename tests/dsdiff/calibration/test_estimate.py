@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dsdiff.calibration import estimate as module
-from dsdiff.calibration.estimate import Estimate, available_memory, check_estimate, check_gpu
+from dsdiff.calibration.estimate import Estimate, Measured, available_memory, check_estimate, check_gpu, estimate
+from dsdiff.models.spec import find_model
+from dsdiff.pipeline import Pipeline
+from qdiff.calibration_set import CalibrationSet
+from qdiff.config import ReconConfig
+from qdiff.gptq import EXACT
+from qdiff.quant_model import QuantModel
 
 CPU = torch.device("cpu")
 
@@ -52,3 +58,28 @@ def test_a_container_limits_memory(tmp_path, monkeypatch):
     for limit, available in (("max\n", 5000), ("4000\n", 3000), ("9000\n", 5000)):
         (tmp_path / "memory.max").write_text(limit)
         assert available_memory() == available, limit
+
+
+def test_gptq_needs_memory_for_its_samples_and_its_largest_hessian():
+    sizes = {"seconds": 1.0, "unit_bytes": [1], "places": [1], "skip_bytes": 1000}
+    small = Measured(layer_bytes=[10, 300], columns=[3, 100], **sizes)
+    large = Measured(layer_bytes=[10, 300], columns=[3, EXACT + 1], **sizes)
+    assert small.gptq_bytes(7) == 7 * 1600 + 20 * 100**2
+    assert large.gptq_bytes(7) == 7 * 1600 + 12 * (EXACT + 1) ** 2
+    wide = Measured(layer_bytes=[10**9, 300], columns=[3, EXACT + 1], **sizes)  # the widest layer is not the largest
+    assert wide.gptq_bytes(7) == 7 * (1000 + 2 * 10**9) + 20 * 9
+
+
+def test_gptq_is_estimated_to_be_much_faster_than_adaround(options):
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    qnn = QuantModel(pipeline.model.model.diffusion_model, options.quant_config())
+    unet = qnn.model
+    x, context = torch.randn(8, unet.in_channels, 8, 8), torch.randn(8, 5, unet.context_dim)
+    data = CalibrationSet(x, torch.arange(8.0), context)
+    needs = {
+        rounding: estimate(qnn, data, ReconConfig(rounding=rounding, iters_w=50, iters_a=0), 4, 10**9)
+        for rounding in ("adaround", "gptq", "nearest")
+    }
+    assert needs["gptq"].seconds < 0.5 * needs["adaround"].seconds
+    assert needs["gptq"].activations == needs["nearest"].activations == 0 < needs["adaround"].activations
+    assert needs["gptq"].memory > needs["nearest"].memory

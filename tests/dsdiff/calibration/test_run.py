@@ -58,7 +58,7 @@ def test_no_unit_ends_worse_than_it_began(calibrated):
 @pytest.mark.slow
 def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated, options, tmp_path, saved_steps):
     own = replace(options, outdir=tmp_path)
-    with pytest.raises(KeyboardInterrupt, match=r"4 units finished in .* with --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"5 units finished in .* with --resume goes on"):
         calibrate(own)
     with pytest.raises(ValueError, match="holds an unfinished calibration: go on with --resume"):
         calibrate(own)
@@ -67,6 +67,18 @@ def test_an_interrupted_calibration_taken_up_ends_with_the_same_file(calibrated,
     assert calibrate(replace(own, resume=True)).read_bytes() == calibrated.read_bytes()
     assert saved_steps == list(range(len(saved_steps)))  # each step once
     assert not (tmp_path / "progress").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_gptq_taken_up_ends_with_the_same_file(options, tmp_path, saved_steps):
+    own = replace(options, outdir=tmp_path / "own", rounding="gptq", iters_w=None, samples_w=6)
+    with pytest.raises(KeyboardInterrupt, match=r"5 units finished in .* with --resume goes on"):
+        calibrate(own)
+    with pytest.raises(ValueError, match="other settings: recon"):
+        calibrate(replace(own, damp=0.5, resume=True))
+    resumed = calibrate(replace(own, resume=True)).read_bytes()
+    assert resumed == calibrate(replace(own, outdir=tmp_path / "whole")).read_bytes()
+    assert read_cali_header(tmp_path / "own" / "cali.safetensors").calibration["rounding"] == "gptq"
 
 
 def test_a_ready_made_file_is_made_gone_on_with_and_found(options, tmp_path, monkeypatch):
@@ -87,7 +99,7 @@ def test_a_ready_made_file_is_made_gone_on_with_and_found(options, tmp_path, mon
 
 
 def test_merging_is_noted(options, tmp_path):
-    linear = {"quant_mode": "linear", "iters_w": None, "iters_a": None, "no_grad_ckpt": False}
+    linear = {"quant_mode": "linear", "rounding": None, "iters_w": None, "iters_a": None, "no_grad_ckpt": False}
     own = replace(options, outdir=tmp_path, merge=MergeOptions(ratio=0.5), **linear)
     header = read_cali_header(calibrate(own))
     assert header.merge["ratio"] == 0.5 and header.calibration["quant_mode"] == "linear"
