@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsdiff.models.spec import ModelSpec, find_model
-    from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
+    from dsdiff.options import DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
     from dsdiff.pipeline import DrawSettings, Picture, Pipeline, load
 
 # Large tensors in large pages (Linux), for which the system makes room several times faster. PyTorch reads it when it
@@ -25,6 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __all__ = [
     "DrawOptions",
     "DrawSettings",
+    "LoraOptions",
     "MergeOptions",
     "ModelOptions",
     "ModelSpec",
@@ -37,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "DrawOptions": "dsdiff.options",
+    "LoraOptions": "dsdiff.options",
     "DrawSettings": "dsdiff.pipeline",
     "MergeOptions": "dsdiff.options",
     "ModelOptions": "dsdiff.options",

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tomesd.options import MergeOptions
 
-__all__ = ["DrawOptions", "MergeOptions", "ModelOptions", "QuantizationOptions"]
+__all__ = ["DrawOptions", "LoraOptions", "MergeOptions", "ModelOptions", "QuantizationOptions"]
 
 SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "dpmpp_2m_karras", "unipc", "lcm", "tcd")
 STOCHASTIC = ("ddim", "euler_a", "tcd")  # those for which eta has a meaning
 FEW_STEP = ("lcm", "tcd")  # those of models distilled to few steps, and of LoRAs that make such models
 PRECISIONS = ("autocast", "full")
-VAES = ("float32", "bf16", "int8")
+VAES = ("float32", "bf16", "int8", "tiny")
 ENGINES = ("int8", "simulate")
 CALIBRATION_ENGINE = "calibration"  # the layers that calibration knows, not lowered; for measuring, not for drawing
 QUANT_MODES = ("qdiff", "linear")
@@ -39,6 +39,40 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """A LoRA to apply: its file, and the scale of its changes, which may be negative. 0 is none of them.
+
+    Raises ValueError for a scale that is no finite number.
+    """
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not number or not math.isfinite(self.scale):
+            raise ValueError(f"the scale of LoRA {str(self.path)!r} is {self.scale!r}: it must be a finite number")
+
+    @classmethod
+    def parse(cls, text: str) -> "LoraOptions":
+        """Return what FILE or FILE:SCALE means. Only a number after the last colon is a scale, and no file's name."""
+        path, colon, end = text.rpartition(":")
+        try:
+            scale = float(end) if colon and path and not Path(text).exists() else None
+        except ValueError:
+            scale = None
+        return cls(path=Path(text)) if scale is None else cls(path=Path(path), scale=scale)
+
+    @classmethod
+    def of(cls, lora: "LoraOptions | str | Path | tuple[str | Path, float]") -> "LoraOptions":
+        """Return the options that a file, or a file and its scale, mean."""
+        if isinstance(lora, LoraOptions):
+            return lora
+        path, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
+        return cls(path=Path(path), scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawOptions:
     """How to draw pictures. None stands for the model's default.
 
@@ -53,10 +87,15 @@ class DrawOptions:
     negative_prompt: the text that guidance leads away from.
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, 0 <= start <= stop <= 1:
         step i of n is guided if start <= i / n < stop. The others take one sample of the UNet in place of two.
+    cache: the UNet is computed as a whole in every cache-th step, else its ends alone, on deep features of the last
+        whole step (DeepCache). 1 keeps nothing.
+    cache_depth: how many input and output blocks are computed in the other steps, 1 or more.
     precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
     vae: the decoder of the autoencoder. "float32", "bf16" (bfloat16, the last norm and convolution in float32) or
-        "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest that the CPU and the model have.
+        "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest of these that the CPU and the
+        model have. "tiny" is a small decoder of its own, much faster and a little coarser (TAESD).
     vae_tiling: decode in overlapping stripes, for large pictures on little memory; slower.
+    tiny_decoder: the file of the tiny decoder. None takes the one that comes with the model.
     merge: the token merging; None merges none.
     Raises ValueError for a value that no model can have, and for one that would have no effect.
     """
@@ -70,9 +109,12 @@ class DrawOptions:
     negative_prompt: str = ""
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    cache: int = 1
+    cache_depth: int = 1
     precision: str | None = None
     vae: str | None = None
     vae_tiling: bool = False
+    tiny_decoder: Path | None = None
     merge: MergeOptions | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +123,10 @@ class DrawOptions:
             _check_choice("precision", self.precision, PRECISIONS)
         if self.vae is not None:
             _check_choice("vae", self.vae, VAES)
+        if self.tiny_decoder is not None and self.vae != "tiny":
+            raise ValueError("tiny_decoder has no effect without vae tiny: leave it out, or give both")
+        if self.vae_tiling and self.vae == "tiny":
+            raise ValueError("vae_tiling has no effect with vae tiny, which takes little memory: leave it out")
         for name in ("height", "width", "steps"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -98,6 +144,12 @@ class DrawOptions:
                 f"guidance_start is {self.guidance_start!r} and guidance_stop {self.guidance_stop!r}: they must lie in "
                 "[0, 1], in this order"
             )
+        for name in ("cache", "cache_depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of 1 or more")
+        if self.cache == 1 and self.cache_depth != 1:
+            raise ValueError("cache_depth has no effect without cache: leave it out, or give a cache of 2 or more")
         if self.scale == 1:
             self.check_guidance("with scale 1, which is no guidance: use a larger scale")
 

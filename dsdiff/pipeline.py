@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,23 @@ import tomesd
 from dsdiff.environment import choose_device, precision_context
 from dsdiff.images.png import to_pictures
 from dsdiff.models.bundle import decoder_ranges, load_bundle
-from dsdiff.models.decoder import FLOAT32, choose_vae, decode, fast_decoder
+from dsdiff.models.decoder import (
+    FLOAT32,
+    TINY,
+    TinyFile,
+    choose_vae,
+    decode,
+    decode_tiny,
+    fast_decoder,
+    find_tiny,
+    load_tiny,
+)
 from dsdiff.models.float_model import load_float_model
+from dsdiff.models.lora import BranchSites, LoraRecord, Loras, merge_loras, resolve_loras
 from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
-from dsdiff.options import FEW_STEP, DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
+from dsdiff.options import FEW_STEP, DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
 from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -32,6 +43,8 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler, seeded_generators
 from ldm.models.diffusion.tcd import TCDSampler
 from ldm.models.diffusion.unipc import UniPCSampler
+from ldm.models.tiny_decoder import TinyDecoder
+from ldm.modules.diffusionmodules.feature_cache import cached_features, every
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.decoder.network import FastDecoder
@@ -55,6 +68,8 @@ FEW_STEPS = 4  # of samplers of FEW_STEP, where none are asked for
 CONTEXTS = 8  # batches of prompts whose contexts a pipeline keeps
 FIRST_SEED = 42  # of pictures whose seeds are not given
 
+Lora = LoraOptions | str | Path | tuple[str | Path, float]  # a LoRA's file, or file and scale
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
@@ -62,7 +77,9 @@ class DrawSettings:
 
     steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
+    cache, cache_depth: how deep features are kept from step to step, see DrawOptions.
     quantization: how the model is quantized; None for a float model.
+    lora: the LoRAs that change the model.
     """
 
     height: int
@@ -75,11 +92,15 @@ class DrawSettings:
     negative_prompt: str
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    cache: int = 1
+    cache_depth: int = 1
     precision: str
     vae: str
     vae_tiling: bool
+    tiny_decoder: TinyFile | None = None
     merge: MergeOptions | None
     quantization: Quantization | None = None
+    lora: tuple[LoraRecord, ...] = ()
 
     @property
     def guides(self) -> bool:
@@ -107,6 +128,7 @@ class Pipeline:
     tokenizer: the folder with the tokenizer's files. None looks beside the checkpoint.
     quantization: how to read a calibrated model. None draws with the float model, or with a bundle as it is.
     merge: the token merging for DrawOptions that have none.
+    lora: LoRAs that change the model, see `set_lora`.
     Raises ValueError or FileNotFoundError for files and options that cannot work together.
     """
 
@@ -118,6 +140,7 @@ class Pipeline:
         tokenizer: Path | None = None,
         quantization: QuantizationOptions | None = None,
         merge: MergeOptions | None = None,
+        lora: Sequence[Lora] = (),
     ):
         self.spec = spec
         self.device = choose_device(device) if isinstance(device, str) else device
@@ -125,14 +148,18 @@ class Pipeline:
         self.notes: list[str] = []  # lines to tell the user
         self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
+        self.loras = self._resolve_loras(lora)
+        self._sites: BranchSites | None = None  # of the loaded model
         self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
         self._kept_contexts: dict[tuple[str, ...], Tensor] = {}  # by precision and prompts, last used at the end
         self._decoders: dict[str, FastDecoder] = {}  # by DrawSettings.vae
+        self._tiny: dict[TinyFile, TinyDecoder] = {}
         self._model: LatentDiffusion | None = None
         self._merged: MergeOptions | None = None
 
     def __str__(self) -> str:
-        return str(self.spec) if self.quantization is None else f"{self.spec}, {self.quantization}"
+        parts = (self.spec, *([] if self.quantization is None else [self.quantization]), *self.lora)
+        return ", ".join(map(str, parts))
 
     # --- settings -----------------------------------------------------------------------------------------
 
@@ -154,11 +181,15 @@ class Pipeline:
             negative_prompt=options.negative_prompt,
             guidance_start=float(options.guidance_start),
             guidance_stop=float(options.guidance_stop),
+            cache=options.cache,
+            cache_depth=options.cache_depth,
             precision=options.precision or self.default_precision,
             vae=choose_vae(options.vae, self.decoder_ranges, self.device),
             vae_tiling=options.vae_tiling,
+            tiny_decoder=find_tiny(spec, options.tiny_decoder) if options.vae == TINY else None,
             merge=options.merge or self.merge,
             quantization=self.quantization,
+            lora=self.lora,
         )
 
     def _scale(self, options: DrawOptions) -> float:
@@ -187,6 +218,8 @@ class Pipeline:
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
         """Return the model, ready to draw with these settings: order of patches is quantize, lower, merge tokens."""
+        if settings.lora != self.lora:
+            raise ValueError("these settings are of other LoRAs than the pipeline has now: resolve the options again")
         model = self.model
         if settings.merge != self._merged:
             tomesd.remove_patch(model)
@@ -204,23 +237,59 @@ class Pipeline:
         return quantization is not None and quantization.engine is not None and fits_bytes(quantization.effective)
 
     def _load(self) -> LatentDiffusion:
-        self._model, self._merged = None, None
+        self._model, self._sites, self._merged = None, None, None
         self._decoders.clear()
         self._kept_contexts.clear()
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
             logger.debug("weights read")
+            sites = BranchSites(model, qnn.model)
+            branches = sites.read(self.loras)  # before the work, so that errors come early
             install(model, qnn, self.quantization, made=self._give_back)
             give_back_freed()
         else:
             model = load_float_model(self.spec, self.device, self.tokenizer)
             logger.debug("weights read")
+            sites = BranchSites(model, model.model.diffusion_model)
+            merge_loras(model, self.loras)
+            branches = sites.read(self.loras)
             if self.quantization is not None:
                 quantize(model, self.quantization)
+        if branches:
+            sites.set(model, branches)
         logger.debug("model ready")
-        self._model = model
+        self._model, self._sites = model, sites
         return model
+
+    # --- LoRAs --------------------------------------------------------------------------------------------
+
+    @property
+    def lora(self) -> tuple[LoraRecord, ...]:
+        """The records of the LoRAs that change the model."""
+        return self.loras.records
+
+    def set_lora(self, *lora: Lora) -> None:
+        """Change the model by these LoRAs, in place of those of before; by none, with no arguments.
+
+        lora: each a file, (file, scale), or LoraOptions. On a quantized model they are float branches beside its
+        layers, which come and go without a trace. Into a float model they are merged: it is read anew at the next use.
+        Settings must be resolved again afterwards. Raises ValueError or FileNotFoundError, and changes nothing, for
+        files that do not fit.
+        """
+        loras = self._resolve_loras(lora)
+        if self._model is not None and self._sites is not None:
+            if self.quantization is None:
+                self._sites.read(replace(loras, merged=0))  # checks them
+                self._model = None
+            else:
+                self._sites.set(self._model, self._sites.read(loras))
+        self.loras = loras
+        self._kept_contexts.clear()
+
+    def _resolve_loras(self, lora: Sequence[Lora]) -> Loras:
+        cali_ckpt = None if self.quantization is None else Path(self.quantization.cali_ckpt)
+        return resolve_loras([LoraOptions.of(each) for each in lora], cali_ckpt, bundle=self.spec.bundle)
 
     def _give_back(self) -> None:
         """Return to the system what was read of a bundle, and what is freed."""
@@ -285,7 +354,10 @@ class Pipeline:
         times = sampler.schedule(settings.steps, settings.eta)
         unet, factor = model.model.diffusion_model, self.spec.factor
         merging = nullcontext() if settings.merge is None else tomesd.walk(model, len(times))
-        with precision_context(self.device, settings.precision), step_cache.walk(unet, times), merging:
+        keeping = (
+            nullcontext() if settings.cache == 1 else cached_features(unet, every(settings.cache), settings.cache_depth)
+        )
+        with precision_context(self.device, settings.precision), step_cache.walk(unet, times), merging, keeping:
             latents, _ = sampler.sample(
                 settings.steps,
                 len(prompts),
@@ -336,13 +408,22 @@ class Pipeline:
         vae, tiling = (FLOAT32, False) if settings is None else (settings.vae, settings.vae_tiling)
         model = self.model
         with precision_context(self.device, "full"):
-            if vae == FLOAT32 and not tiling:
+            if settings is not None and settings.tiny_decoder is not None:
+                tiny = self._tiny_decoder(settings.tiny_decoder)
+                images = [decode_tiny(tiny, latent[None]).cpu() for latent in latents]
+            elif vae == FLOAT32 and not tiling:
                 images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
             else:
                 decoder = self._decoder(vae)
                 scaled = latents.float() / model.scale_factor
                 images = [decode(decoder, z[None], tiling=tiling).cpu() for z in scaled]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def _tiny_decoder(self, file: TinyFile) -> TinyDecoder:
+        """Return a tiny decoder, read at first use."""
+        if file not in self._tiny:
+            self._tiny[file] = load_tiny(file, self.spec.channels, self.device)
+        return self._tiny[file]
 
     def _decoder(self, vae: str) -> FastDecoder:
         """Return a decoder, made at first use."""
@@ -367,6 +448,7 @@ def load(
     quantization: QuantizationOptions | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    lora: Sequence[Lora] = (),
     device: torch.device | str = "auto",
 ) -> Pipeline:
     """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
@@ -374,7 +456,8 @@ def load(
     model: "embedded", "sd-v1", or the path of a checkpoint or a bundle. cali_ckpt: a calibration of it; with `engine`
     ("int8" or "simulate") alone it is the one that comes with the model. quantization: the same in full, in place of
     those two. ratio: the part of the tokens to merge, 0 for none. config: the yaml of a checkpoint that is not Stable
-    Diffusion v1's. tokenizer, device: see Pipeline.
+    Diffusion v1's. lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. tokenizer, device: see
+    Pipeline.
     Raises ValueError or FileNotFoundError, in one line, for what cannot work.
     """
     if quantization is not None and (cali_ckpt is not None or engine is not None):
@@ -393,6 +476,7 @@ def load(
         tokenizer=folder,
         quantization=quantization,
         merge=MergeOptions(ratio=ratio) if ratio else None,
+        lora=lora,
     )
     for note in pipeline.notes:
         logger.info("%s", note)

@@ -19,7 +19,16 @@ SETTINGS_FILE = "settings.yaml"
 # Entries that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
 # Entries that older versions did not write, and what they did.
-BEFORE = {"vae": "float32", "vae_tiling": False, "guidance_start": 0.0, "guidance_stop": 1.0}
+BEFORE = {
+    "vae": "float32",
+    "vae_tiling": False,
+    "lora": [],
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "cache": 1,
+    "cache_depth": 1,
+    "tiny_decoder": None,
+}
 # Entries that say nothing of a single picture.
 OF_THE_RUN = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
 # Names by which other tools know the samplers.
@@ -78,6 +87,7 @@ class RunRecord:
             "seed": self.seed,
             "fixed_code": self.fixed_code,
             **asdict(self.draw),  # the values of `merge` and `quantization` are plain as well
+            "lora": [asdict(record) for record in self.draw.lora],
             "device": self.device,
             "model": self.spec.description,
             "config": str(self.spec.config_path),
@@ -133,8 +143,12 @@ class RunRecord:
             facts["Eta"] = f"{draw.eta:g}"
         if (draw.guidance_start, draw.guidance_stop) != (0, 1):
             facts["Guidance interval"] = f"{draw.guidance_start:g} to {draw.guidance_stop:g}"
+        if draw.cache > 1:
+            facts["Feature cache"] = f"{draw.cache}, depth {draw.cache_depth}"
         if draw.quantization:
             facts["Quantization"] = draw.quantization.bits
+        if draw.lora:
+            facts["LoRA"] = " ".join(map(str, draw.lora))
         if draw.merge:
             facts["Token merging ratio"] = draw.merge.merge_schedule or f"{draw.merge.ratio:g}"
         lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))

@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--reader", type=Path, default=READER, metavar="FILE", help="the detector's weights (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/attributes"), metavar="DIR", help="default: %(default)s")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser, config="the embedded model's; no other knows the captions")
+    flags.add_model_arguments(parser, "the embedded model's; no other knows the captions", lora="a LoRA to draw with")
     flags.add_sampler_arguments(parser)
     flags.add_noise_arguments(parser)
     flags.add_decoder_arguments(parser)
@@ -78,7 +78,7 @@ def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawSettings"
     spec = find_model(model)
     options = flags.draw_options(args)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
-    pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization)
+    pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=args.lora)
     for line in (pipeline, *pipeline.notes):
         logger.info("%s", line)
     return pipeline, pipeline.resolve(options)

@@ -14,6 +14,7 @@ from dsdiff.options import (
     STOCHASTIC,
     VAES,
     DrawOptions,
+    LoraOptions,
     MergeOptions,
     ModelOptions,
     QuantizationOptions,
@@ -58,10 +59,12 @@ def add_model_arguments(
     config: str = "Stable Diffusion v1's if its checkpoint is there or --ckpt is given, else the embedded model's",
     *,
     precision: bool = True,
+    lora: str | None = None,
 ) -> None:
     """Add the flags that choose a model.
 
     config: the default config, in words. precision: whether the command computes, on a device and in a precision.
+    lora: what the command does with LoRAs, in words; None for a command that takes none.
     """
     group = parser.add_argument_group("model")
     group.add_argument("--config", type=Path, metavar="FILE", help=f"the model's yaml (default: {config})")
@@ -69,12 +72,21 @@ def add_model_arguments(
         "--ckpt",
         type=Path,
         metavar="FILE",
-        help="a model's weights; where pictures are drawn, a file of scripts/export.py as well "
+        help="a model's weights, or to draw with, a file of scripts/export.py "
         "(default: the config's, under models/ldm)",
     )
     group.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)"
     )
+    if lora is not None:
+        group.add_argument(
+            "--lora",
+            action="append",
+            default=[],
+            type=_lora,
+            metavar="FILE[:SCALE]",
+            help=f"{lora}: a file of kohya's scripts, diffusers or peft, and its scale (default: 1); several add up",
+        )
     if not precision:
         return
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -84,6 +96,13 @@ def add_model_arguments(
         help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
         "(default: autocast on a GPU, and of few-bit activations on a CPU that has bfloat16; else full)",
     )
+
+
+def _lora(text: str) -> LoraOptions:
+    try:
+        return LoraOptions.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +152,19 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the steps from which on there is no guidance, 0..1 (default: 1)",
     )
+    group.add_argument(
+        "--cache",
+        type=number(int, 1),
+        metavar="N",
+        help="compute all of the UNet in every N-th step only; in the others its ends, on deep features of the last "
+        "such step (default: 1)",
+    )
+    group.add_argument(
+        "--cache_depth",
+        type=number(int, 1),
+        metavar="N",
+        help="input blocks and output blocks of the UNet that are its ends (default: 1)",
+    )
     group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
 
 
@@ -143,7 +175,14 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--vae",
         choices=VAES,
         help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py "
-        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32)",
+        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32); tiny is TAESD's small "
+        "decoder, several times as fast and a little coarser",
+    )
+    group.add_argument(
+        "--tiny_decoder",
+        type=Path,
+        metavar="FILE",
+        help="for --vae tiny: TAESD's taesd_decoder, or diffusers' file of it (default: the model's, under models/ldm)",
     )
     group.add_argument(
         "--vae_tiling",
@@ -310,8 +349,9 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
         eta=args.ddim_eta,
         scale=args.scale,
         **guidance,
+        **given_flags(args, ("cache", "cache_depth")),
         precision=args.precision,
-        **given_flags(args, ("vae", "vae_tiling")),
+        **given_flags(args, ("vae", "vae_tiling", "tiny_decoder")),
         merge=merge_options(args) if "ratio" in args else None,
     )
 
