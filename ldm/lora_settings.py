@@ -53,9 +53,8 @@ class PeftSettings:
                 if name in config and not is_harmless(config[name]):
                     raise ValueError(f"LoRA {source} is not supported: {name} {config[name]!r} means {what}")
             patterns = config.get("alpha_pattern") or {}
-            odd = [name for name in patterns if not re.fullmatch(r"\^?[\w.]+", name)]
-            if odd or not isinstance(patterns, dict):
-                raise ValueError(f"LoRA {source} is not supported: its alpha_pattern has {odd or patterns!r}")
+            if not isinstance(patterns, dict) or not all(re.fullmatch(r"\^?[\w.]+", name) for name in patterns):
+                raise ValueError(f"LoRA {source} is not supported: its alpha_pattern is {patterns!r:.80}")
 
     @classmethod
     def read(cls, path: Path, keys: Iterable[str]) -> "PeftSettings":
