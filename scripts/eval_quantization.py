@@ -83,6 +83,7 @@ def run_eps(args: argparse.Namespace, device: str) -> None:
         raise ValueError("--eps is the work of one process: start it without torchrun")
     check_writable(args.outdir)
     rows = eps_rows(args.eps, n=args.n, seed=args.seed, batch_size=args.batch_size, device=device)
+    args.outdir.mkdir(parents=True, exist_ok=True)
     for name, text in {"json": json.dumps([asdict(row) for row in rows], indent=2), "md": eps_markdown(rows)}.items():
         content = text + "\n"
         write_atomically(args.outdir / f"eps.{name}", lambda path, content=content: path.write_text(content, "utf-8"))

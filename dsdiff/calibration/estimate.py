@@ -118,7 +118,7 @@ def _gptq_seconds(qnn: QuantModel, measured: Measured, samples: float) -> float:
     times = []
     for _ in range(3):  # the first call is slower
         began = time.perf_counter()
-        factor @ factor
+        torch.mm(factor, factor)
         _synchronize(factor.device)
         times.append(time.perf_counter() - began)
     layers = zip(measured.columns, measured.places, qnn.layers().values(), strict=True)

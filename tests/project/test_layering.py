@@ -15,7 +15,7 @@ ALLOWED = {
 # What makes quantized models. The engine runs them, and must do without.
 MAKERS = (
     *("adaptive_rounding", "calibrate", "calibration_set", "capture", "checkpoint", "checkpoint_qdiff"),
-    *("observers", "reconstruction", "resume"),
+    *("gptq", "observers", "reconstruction", "resume", "rounding_pass"),
 )
 CALIBRATION = tuple(f"qdiff.{name}" for name in MAKERS)
 # Package -> the only places that may import it, wherever in a file the import stands.

@@ -55,14 +55,15 @@ def test_bad_flags_are_one_line(capsys):
 def test_cali_ckpts_are_compared_by_the_error_of_eps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eps_error, "CALLS", 2)
     files = [str(CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]][bits]) for bits in (8, 4)]
-    flags = ["--n", "2", "--outdir", str(tmp_path), "--device", "cpu"]
+    outdir = tmp_path / "new"
+    flags = ["--n", "2", "--outdir", str(outdir), "--device", "cpu"]
     script.main(["--eps", *files, *flags])
-    eight, four = json.loads((tmp_path / "eps.json").read_text())
+    eight, four = json.loads((outdir / "eps.json").read_text())
     assert (eight["bits"], four["bits"]) == ("W8A8", "W4A8")
     for row in (eight, four):
         assert 0 < row["weights"] < row["all"] and 0 < row["weights_error"] < row["weights"]
     assert eight["weights"] < 0.1 * four["weights"]
-    assert (tmp_path / "eps.md").read_text().strip() in capsys.readouterr().out
+    assert (outdir / "eps.md").read_text().strip() in capsys.readouterr().out
     for more, says in ((["--ablation"], "choose one"), ([str(tmp_path / "none.pth")], "No such file")):
         with pytest.raises(SystemExit) as leaving:
             script.main(["--eps", *files, *more, *flags])
