@@ -1,7 +1,7 @@
 """Export: a calibrated model, or random weights of Stable Diffusion v1, in one file that draws alone (a bundle)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from dsdiff.benchmark.variants import fit
 from dsdiff.jobs import read_prompt_file
 from dsdiff.models.bundle import save_bundle
 from dsdiff.models.configs import read_config
+from dsdiff.models.lora import resolve_loras
 from dsdiff.models.quantized import cali_ckpt_of
 from dsdiff.models.registry import CALI_PROMPTS, STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model
-from dsdiff.options import DrawOptions, ModelOptions
+from dsdiff.options import DrawOptions, LoraOptions, ModelOptions
 from dsdiff.pipeline import Pipeline
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import for_inference, instantiate_from_config
@@ -43,11 +44,13 @@ def export_calibrated(
     cali_ckpt: Path | None = None,
     weight_bit: int | None = None,
     *,
+    lora: Sequence[LoraOptions] = (),
     vae_pictures: int = VAE_PICTURES,
 ) -> None:
     """Write the bundle of a model with a calibration of it.
 
     cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model).
+    lora: the LoRAs that the calibration was made with; they become part of the bundle.
     vae_pictures: from how many pictures the ranges of the decoder are fitted, 0 for a bundle without them.
     The checkpoint and the cali_ckpt are read, and not changed. Raises ValueError or FileNotFoundError for files that do
     not belong together, or where `file` is one of those that are read.
@@ -59,7 +62,13 @@ def export_calibrated(
             raise ValueError(f"{str(file)!r} is what is read: give another name to write to")
     header = read_cali_header(path, weight_bit=weight_bit)
     logger.info("%s, %s", spec, path)
-    pipeline = Pipeline(spec, device="cpu", tokenizer=model.tokenizer)
+    loras = resolve_loras(lora, path)
+    if loras.merged < len(loras.records):
+        raise ValueError(
+            f"LoRA {loras.records[loras.merged]} is not what {str(path)!r} was made with: calibrate with it, or "
+            "leave it out here and draw with it"
+        )
+    pipeline = Pipeline(spec, device="cpu", tokenizer=model.tokenizer, lora=loras.options)
     network = pipeline.model
     ranges = fit_to_pictures(pipeline, vae_pictures) if vae_pictures else None
     qnn = QuantModel(network.model.diffusion_model, header.config)

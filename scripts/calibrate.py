@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--cache_gb", type=number(float, 0), metavar="GB", help="activations kept in memory, the rest on disk")
     add("--seed", type=number(int, 0, 2**31 - 1), metavar="N", help=f"default: {CalibrationOptions.seed}")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser)
+    flags.add_model_arguments(parser, lora="a LoRA to merge first, which drawing then needs too")
     flags.add_sampler_arguments(parser)
     flags.add_tome_arguments(parser)
     return parser.parse_args(argv)
@@ -126,9 +126,10 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
     """Return the options that the flags mean. Raises ValueError for flags that would have no effect."""
     merge = flags.merge_options(args)  # of the calibration alone: the data is drawn without
     draw = replace(flags.draw_options(args), merge=None)
-    names = {field.name for field in fields(CalibrationOptions)} - {"model", "draw", "merge"}
+    names = {field.name for field in fields(CalibrationOptions)} - {"model", "lora", "draw", "merge"}
     given = flags.given_flags(args, sorted(names))
-    return CalibrationOptions(model=flags.model_options(args), draw=draw, merge=merge, **given)
+    lora = tuple(args.lora)
+    return CalibrationOptions(model=flags.model_options(args), lora=lora, draw=draw, merge=merge, **given)
 
 
 @command

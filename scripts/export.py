@@ -37,11 +37,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--random_weights", action="store_true", help="Stable Diffusion v1's shapes without a checkpoint, to measure")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    add_model_arguments(parser, precision=False)
+    add_model_arguments(parser, precision=False, lora="a LoRA that the calibration was made with")
     args = parser.parse_args(argv)
     if args.file.suffix != ".safetensors":
         parser.error(f"{str(args.file)!r} must end in .safetensors")
-    names = ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit", "vae_pictures")
+    names = ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit", "lora", "vae_pictures")
     given = [name for name in names if getattr(args, name) is not None]
     if args.random_weights and given:
         parser.error(f"--{given[0]} has no effect with --random_weights: leave it out")
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         else:
             model = model_options(args)
             own = {} if args.vae_pictures is None else {"vae_pictures": args.vae_pictures}
-            export_calibrated(args.file, model, args.cali_ckpt, args.weight_bit, **own)
+            export_calibrated(args.file, model, args.cali_ckpt, args.weight_bit, lora=args.lora, **own)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dsdiff.options import QUANT_MODES, DrawOptions, MergeOptions, ModelOptions
+from dsdiff.options import QUANT_MODES, DrawOptions, LoraOptions, MergeOptions, ModelOptions
 from qdiff.config import ROUNDINGS, MixConfig, QuantConfig, ReconConfig
 
 FORMATS = ("dsdiff", "qdiff")
@@ -55,6 +55,7 @@ class CalibrationOptions:
 
     The model and what is quantized:
         model: the float model.
+        lora: LoRAs that are merged into it before all else.
         merge: the token merging to calibrate with; None merges none.
         weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, and to how many bits; see QuantConfig.
         mixed_act: the amount of most sensitive inputs that get more bits, see MixConfig; None for none.
@@ -89,6 +90,7 @@ class CalibrationOptions:
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    lora: tuple[LoraOptions, ...] = ()
     draw: DrawOptions = field(default_factory=DrawOptions)
     merge: MergeOptions | None = None
 
@@ -216,6 +218,8 @@ class CalibrationOptions:
     # --- options without effect ---------------------------------------------------------------------------
 
     def _refuse_without_effect(self) -> None:
+        if self.lora and self.format == "qdiff":
+            raise ValueError("Q-Diffusion's format has no place for the LoRA's name: leave out --lora or --format")
         if self.quant_mode == "linear":
             self._refuse(QDIFF, "--quant_mode linear learns nothing")
         if self.data_path is not None:

@@ -15,6 +15,7 @@ from dsdiff.calibration.data import calibration_data
 from dsdiff.calibration.estimate import check_estimate, estimate
 from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.environment import choose_device, precision_context, versions
+from dsdiff.models.lora import SOURCE_ENTRY, lora_facts
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
@@ -40,11 +41,13 @@ COUNTED = {"weights": "it", "mixing": "sample", "ranges": "sample", "activations
 class Settings:
     """All that the result depends on. A calibration can be resumed only with the same settings.
 
-    fingerprint: of the float UNet's weights. data_sha256: of the calibration data. samples: how many it has.
+    fingerprint: of the float UNet's weights, with the LoRAs `lora` merged into them (None: none). data_sha256: of the
+    calibration data. samples: how many it has.
     processes: how many of torchrun share the work, in which sums are made in another order.
     """
 
     fingerprint: str
+    lora: list[dict[str, Any]] | None
     config: QuantConfig
     mix: MixConfig | None
     recon: ReconConfig | None
@@ -111,7 +114,7 @@ def ready_made(folder: Path, options: CalibrationOptions) -> Path:
 
 def _prepare(spec: ModelSpec, options: CalibrationOptions) -> tuple[QuantModel, CalibrationSet]:
     """Return the quantized UNet, not calibrated yet, and its data. The model around the UNet is let go."""
-    pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer)
+    pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer, lora=options.lora)
     data = calibration_data(pipeline, options)
     qnn = QuantModel(pipeline.model.model.diffusion_model, options.quant_config())
     if options.merge is not None:
@@ -141,6 +144,7 @@ def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions
             digest.update(tensor.contiguous().numpy().data)
     return Settings(
         fingerprint=fingerprint(qnn),
+        lora=lora_facts(options.lora) or None,
         config=qnn.config,
         mix=options.mix_config(),
         recon=options.recon_config(),
@@ -265,7 +269,9 @@ def _write(
         "data": data.facts,
         "versions": versions(),
     }
-    source = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes}
+    source: dict[str, Any] = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes}
+    if settings.lora:
+        source[SOURCE_ENTRY] = settings.lora
     save_cali_ckpt(qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source)
     content = json.dumps({"settings": facts, "units": [asdict(report) for report in reports]}, indent=2) + "\n"
     write_atomically(options.outdir / REPORT_FILE, lambda path: path.write_text(content, encoding="utf-8"))

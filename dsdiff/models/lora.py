@@ -99,10 +99,9 @@ def calibrated_with(cali_ckpt: Path) -> list[LoraRecord]:
         raise ValueError(f"cali_ckpt {str(cali_ckpt)!r} has a damaged header: {error}") from error
 
 
-def source_facts(loras: Loras) -> dict[str, Any]:
-    """Return the entry of a header's `source` for LoRAs that were merged; nothing without any."""
-    merged = [asdict(record) for record in loras.records[: loras.merged]]
-    return {SOURCE_ENTRY: merged} if merged else {}
+def lora_facts(options: Sequence[LoraOptions]) -> list[dict[str, Any]]:
+    """Return the records of LoRAs as plain values, as a header's `source` has them. Raises FileNotFoundError."""
+    return [asdict(record_of(each)) for each in options]
 
 
 # --- in a model --------------------------------------------------------------------------------------------
