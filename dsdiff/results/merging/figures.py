@@ -56,7 +56,7 @@ class Row:
 
     @property
     def loss(self) -> float | None:
-        """What is lost, for the frontier: the error of eps, or without that the negative PSNR."""
+        """The loss that the frontier shows: the error of eps, or without that the negative PSNR."""
         if self.eps is not None:
             return self.eps.mse
         return None if self.pictures is None or self.pictures.psnr is None else -self.pictures.psnr

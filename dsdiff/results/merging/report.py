@@ -31,9 +31,10 @@ def markdown(costs: MergingCosts) -> str:
         "|---|---|---|---|---|",
         *(f"| {_bold(row.name, row.name in best)} | {' | '.join(cells(row))} |" for row in costs.rows),
         "",
-        f"{costs.n} prompts, {costs.model}. Time: {costs.time_of}; {_where(costs)}.",
+        f"{costs.n} prompts, {costs.model}.",
     ]
-    return "\n".join(lines)
+    timed = any(row.time is not None for row in costs.rows)
+    return "\n".join(lines) + (f" Time: {costs.time_of}; {_where(costs)}." if timed else "")
 
 
 def cells(row: Row) -> list[str]:

@@ -72,7 +72,7 @@ def _prompts(options: MergingCostOptions, spec: ModelSpec) -> list[str]:
 
 
 class Comparison:
-    """What the measurements of all ways to merge share: the model, the prompts, the kept files."""
+    """The model, the prompts and the kept files, which the measurements of all ways to merge share."""
 
     def __init__(self, options: MergingCostOptions, spec: ModelSpec, prompts: Sequence[str]):
         self.options, self.prompts = options, prompts
