@@ -82,9 +82,16 @@ def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
 def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: CalibrationOptions) -> dict[str, Any]:
     """Return all that the data depends on, as plain values. Kept files are named by its hash: do not change it."""
     sampling = asdict(settings)
-    for name in ("merge", "quantization", "vae", "vae_tiling"):  # none, none, and without effect on the data
+    for name in (
+        "merge",
+        "quantization",
+        "vae",
+        "vae_tiling",
+        "tiny_decoder",
+    ):  # none, none, and without effect on the data
         del sampling[name]
-    for name, neutral in {"guidance_start": 0.0, "guidance_stop": 1.0, "lora": ()}.items():
+    neutral_values = {"guidance_start": 0.0, "guidance_stop": 1.0, "cache": 1, "cache_depth": 1, "lora": ()}
+    for name, neutral in neutral_values.items():
         if sampling.get(name) == neutral:  # older files do not know of them
             del sampling[name]
     return {

@@ -174,9 +174,9 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vae",
         choices=VAES,
-        help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py "
-        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32); tiny is TAESD's small "
-        "decoder, several times as fast and a little coarser",
+        help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py; tiny is another, "
+        "small decoder, several times as fast and a little coarser "
+        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32)",
     )
     group.add_argument(
         "--tiny_decoder",

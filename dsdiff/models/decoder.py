@@ -1,11 +1,18 @@
 """The decoder that pictures are made with: which one a model and a device have, and how it is run."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from dsdiff.models.registry import STABLE_DIFFUSION, TINY_DECODERS
+from dsdiff.models.spec import ModelSpec
 from dsdiff.options import VAES
+from ldm.fileio import file_sha256
 from ldm.half_storage import give_back_freed, reuse_freed
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.tiny_decoder import FACTOR, TinyDecoder, read_tiny_decoder
 from qdiff.decoder_ranges import Ranges
 from qdiff.engine.backends import onednn
 from qdiff.engine.cpu import has_bfloat16
@@ -13,7 +20,7 @@ from qdiff.engine.decoder import streamed, whole
 from qdiff.engine.decoder.layers import Convolution, FloatConvolution, IntegerConvolution, Kernel
 from qdiff.engine.decoder.network import FastDecoder
 
-FLOAT32, BF16, INT8 = VAES
+FLOAT32, BF16, INT8, TINY = VAES
 
 
 def choose_vae(wanted: str | None, ranges: Ranges, device: torch.device) -> str:
@@ -69,3 +76,49 @@ def decode(decoder: FastDecoder, z: Tensor, *, tiling: bool) -> Tensor:
     give_back_freed()  # what sampling has left
     with reuse_freed():
         return (streamed if tiling else whole).decode(decoder, z, between=give_back_freed)
+
+
+# --- tiny ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFile:
+    """The file of a tiny decoder, and its SHA-256."""
+
+    path: str
+    sha256: str
+
+
+def find_tiny(spec: ModelSpec, given: Path | None) -> TinyFile:
+    """Return the file of the tiny decoder: the one given, or the one that comes with the model.
+
+    A bundle has that of Stable Diffusion v1. Raises FileNotFoundError without one, and ValueError for a model whose
+    latents are of another kind.
+    """
+    path = given or TINY_DECODERS.get(STABLE_DIFFUSION if spec.bundle else spec.config_path.resolve())
+    if path is None or not path.is_file():
+        where = "" if path is None else f" at {str(path)!r}"
+        raise FileNotFoundError(f"no tiny decoder{where}: give TAESD's file, or another, with --tiny_decoder")
+    if spec.factor != FACTOR:
+        raise ValueError(
+            f"--vae tiny: a latent of this model stands for {spec.factor} pixels, a tiny one's for {FACTOR}"
+        )
+    return TinyFile(path=str(path), sha256=file_sha256(path))
+
+
+def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder:
+    """Return a tiny decoder, in bfloat16 on CPUs that compute in it. Raises ValueError for one of other latents."""
+    decoder = read_tiny_decoder(file.path)
+    own = next(decoder.parameters()).shape[1]
+    if own != channels:
+        raise ValueError(f"{file.path!r} decodes latents of {own} channels, the model's have {channels}")
+    dtype = torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32
+    decoder.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+    return decoder
+
+
+@torch.no_grad()
+def decode_tiny(decoder: TinyDecoder, z: Tensor) -> Tensor:
+    """Return the pictures [B, 3, H, W], float32, about [-1, 1] and not clamped, of scaled latents z [B, C, h, w]."""
+    dtype = next(decoder.parameters()).dtype
+    return decoder(z.to(dtype).contiguous(memory_format=torch.channels_last)).float()

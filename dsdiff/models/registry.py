@@ -23,6 +23,11 @@ CHECKPOINTS: Mapping[Path, tuple[Path, ...]] = {
 CALI_CKPTS: Mapping[Path, Mapping[int, Path]] = {
     CHECKPOINTS[EMBEDDED][0]: {bits: ROOT / f"models/ldm/shapes/cali_w{bits}a8.safetensors" for bits in (4, 8)},
 }
+# Config -> the place of a tiny decoder of its latents.
+TINY_DECODERS: Mapping[Path, Path] = {
+    STABLE_DIFFUSION: ROOT / "models/ldm/stable-diffusion-v1/taesd_decoder.safetensors",
+    EMBEDDED: ROOT / "models/ldm/shapes/tiny.safetensors",
+}
 # Config -> the prompts that its calibration data is drawn from.
 CALI_PROMPTS: Mapping[Path, Path] = {
     config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)

@@ -1,0 +1,73 @@
+"""--vae tiny: which file it takes, what it makes of latents, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dsdiff import DrawOptions, ModelOptions, Pipeline, find_model
+from dsdiff.models import decoder as decoders
+from dsdiff.models.registry import EMBEDDED, TINY_DECODERS
+from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+
+OPTIONS = DrawOptions(height=32, width=48, steps=2, precision="full", vae="tiny")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A tiny decoder whose pictures are of latents, although it has learnt nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_file({f"decoder.{name}": value for name, value in TinyDecoder(width=8).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline(find_model(ModelOptions(config=Path(EMBEDDED))), device="cpu")
+
+
+def test_pictures_are_those_of_the_tiny_decoder(pipeline, file):
+    settings = pipeline.resolve(replace(OPTIONS, tiny_decoder=file))
+    assert (settings.vae, settings.tiny_decoder.path) == ("tiny", str(file))
+    latents = pipeline.sample(["a red circle"], [3], settings)
+    with torch.no_grad():
+        expected = (read_tiny_decoder(file)(latents) / 2 + 0.5).clamp(0, 1)
+    got = pipeline.decode(latents, settings)
+    assert got.shape == (1, 3, 32, 48) and got.dtype == torch.float32 and expected.std() > 0
+    assert (got - expected).abs().max() < 0.02  # bfloat16 where the CPU computes in it
+    picture = next(iter(pipeline.draw("a red circle", seeds=[3], options=replace(OPTIONS, tiny_decoder=file))))
+    drawn = torch.from_numpy(np.asarray(picture.image).copy()).permute(2, 0, 1)[None] / 255
+    assert (drawn - expected).abs().max() < 0.03
+    other = replace(settings, vae="float32", tiny_decoder=None)
+    assert (pipeline.decode(latents, other) - got).abs().max() > 0.05
+
+
+def test_the_model_s_own_file_is_taken(pipeline, file, monkeypatch):
+    monkeypatch.setattr(decoders, "TINY_DECODERS", {EMBEDDED: file})
+    assert pipeline.resolve(OPTIONS).tiny_decoder.path == str(file)
+    monkeypatch.setattr(decoders, "TINY_DECODERS", {})
+    with pytest.raises(FileNotFoundError, match="no tiny decoder: give TAESD's file, or another, with --tiny_decoder"):
+        pipeline.resolve(OPTIONS)
+    assert EMBEDDED in TINY_DECODERS
+
+
+def test_what_cannot_be_is_refused(pipeline, file, tmp_path):
+    for options, says in (
+        ({"vae": "float32", "tiny_decoder": file}, "tiny_decoder has no effect without vae tiny"),
+        ({"vae_tiling": True}, "vae_tiling has no effect with vae tiny"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(OPTIONS, **options)
+    with pytest.raises(FileNotFoundError, match="no tiny decoder at"):
+        pipeline.resolve(replace(OPTIONS, tiny_decoder=tmp_path / "none.pth"))
+    wide = tmp_path / "wide.safetensors"
+    save_file(
+        {f"decoder.{name}": value for name, value in TinyDecoder(channels=16, width=8).state_dict().items()}, wide
+    )
+    settings = pipeline.resolve(replace(OPTIONS, tiny_decoder=wide))
+    with pytest.raises(ValueError, match="decodes latents of 16 channels, the model's have 4"):
+        pipeline.decode(torch.zeros(1, 4, 4, 6), settings)
