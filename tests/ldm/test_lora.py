@@ -99,6 +99,7 @@ def test_merged_files_give_what_diffusers_and_peft_compute(golden):
         assert unet <= set(changes), "convolutions, shortcuts and time embeddings included"
 
 
+@pytest.mark.slow
 def test_all_names_of_a_unet_are_those_of_diffusers(model):
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DConditionModel(
