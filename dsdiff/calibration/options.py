@@ -42,7 +42,7 @@ class Effort:
 
 # fast: minutes on a CPU for the embedded model. paper: Q-Diffusion's numbers (Li et al. 2023).
 PRESETS: Mapping[str, Effort] = {
-    "fast": Effort(cali_st=10, cali_n=12, rounding="gptq", iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3),
+    "fast": Effort(cali_st=10, cali_n=12, rounding="gptq", iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-2),
     "paper": Effort(
         cali_st=25, cali_n=128, rounding="adaround", iters_w=20000, iters_a=5000, batch_size=8, lr_w=1e-3, lr=4e-4
     ),

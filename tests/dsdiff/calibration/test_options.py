@@ -35,7 +35,7 @@ def test_the_configs_of_qdiff_hold_what_is_given():
         weight_bit=8, act_bit=6, sm_abit=12, quant_act=True, split=True, scale_method="mse", act_scale_method="mse"
     )
     assert options.recon_config() == ReconConfig(
-        rounding="gptq", iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-3, sym=True, seed=3
+        rounding="gptq", iters_w=300, iters_a=100, batch_size=16, lr_w=3e-2, lr=2e-2, sym=True, seed=3
     )
     learning = CalibrationOptions(
         rounding="adaround", quant_act=True, p=3.0, weight=0.5, b_start=9.0, b_end=3.0, warmup=0.1
