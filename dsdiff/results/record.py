@@ -77,8 +77,11 @@ class Results:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """The table's options of drawing; those that it leaves to the model are absent."""
-        return {name: value for name, value in asdict(self.drawing).items() if value}
+        """The sampler, and the table's other options of drawing; defaults are absent."""
+        plain = asdict(DrawOptions())
+        return {
+            name: value for name, value in asdict(self.drawing).items() if name == "sampler" or value != plain[name]
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
