@@ -1,48 +1,30 @@
-"""LoRA (Hu et al. 2021): low-rank changes to the layers of a model, read from a file, merged or run beside the layer.
+"""LoRA (Hu et al. 2021): low-rank changes to the layers of a model, read from a file and merged into weights.
 
 A file changes weights W of some layers by W + scale (alpha / rank) up down, with down [rank, inputs, *kernel] and
 up [outputs, rank]. Files of kohya's scripts, of diffusers and of peft are read (see `ldm.lora_names`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import is_plain, read_weights
 from ldm.lora_names import TEXT, UNET, context_kind, foreign_kind, names_in_files, split_key
 from ldm.lora_settings import PeftSettings
+from ldm.modules.low_rank import LowRank
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight", "label_emb.weight")
 SHOWN = 3  # names of keys in a message
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """The change to one layer: strength up down. down: [rank, inputs, *kernel], up: [outputs, rank], as in the file.
-
-    strength: alpha / rank.
-    """
-
-    down: Tensor
-    up: Tensor
-    strength: float
-
-    def delta(self) -> Tensor:
-        """Return the change to the weight, float32 [outputs, inputs, *kernel]."""
-        product = self.up.float() @ self.down.float().flatten(1)
-        return product.mul_(self.strength).view(len(self.up), *self.down.shape[1:])
-
-
 @dataclass(kw_only=True)
 class _Parts:
-    """What a file has on one layer. key: the file's name of the layer."""
+    """The tensors of a file for one layer. key: the file's name of the layer."""
 
     key: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -176,60 +158,3 @@ def merge_lora(model: nn.Module, changes: Mapping[str, LowRank], scale: float) -
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.data = (weight.float() + scale * change.delta().to(weight.device)).to(weight.dtype)
-
-
-# --- beside a layer ----------------------------------------------------------------------------------------
-
-
-class LowRankBranch(nn.Module):
-    """The changes of several LoRAs to one layer, as two thin products: up(strength down(x)).
-
-    down: [ranks, inputs, *kernel] and up: [outputs, ranks], those of all changes one after the other, in the dtype of
-    their files. strength: float32 [ranks], scale alpha / rank. options: a convolution's stride, padding and dilation.
-    """
-
-    down: Tensor
-    up: Tensor
-    strength: Tensor
-
-    def __init__(self, down: Tensor, up: Tensor, strength: Tensor, options: Mapping[str, Any] | None = None):
-        super().__init__()
-        self.register_buffer("down", down)
-        self.register_buffer("up", up)
-        self.register_buffer("strength", strength)
-        self.options = {name: options[name] for name in ("stride", "padding", "dilation")} if options else {}
-
-    @classmethod
-    def of(cls, changes: Sequence[tuple[LowRank, float]], options: Mapping[str, Any] | None = None) -> "LowRankBranch":
-        """Return the branch of changes, each with its scale."""
-        strengths = [torch.full([len(change.down)], scale * change.strength) for change, scale in changes]
-        only = changes[0][0] if len(changes) == 1 else None  # not copied: it stays in the mapped file
-        down = only.down if only else torch.cat([change.down.float() for change, _ in changes])
-        up = only.up if only else torch.cat([change.up.float() for change, _ in changes], dim=1)
-        return cls(down, up, torch.cat(strengths), options)
-
-    def part(self, inputs: slice) -> "LowRankBranch":
-        """Return the branch on some of the inputs alone; branches on all parts of the inputs add up to this one."""
-        return LowRankBranch(self.down[:, inputs], self.up, self.strength, self.options or None)
-
-    def forward(self, x: Tensor, step: float = 1.0) -> Tensor:
-        """Return the change to the layer's output for step x, in x's dtype (or autocast's)."""
-        down, up, strength = self.down.to(x.dtype), self.up.to(x.dtype), self.strength * step
-        if down.ndim == 2:
-            return F.linear((F.linear(x, down) * strength).to(x.dtype), up)
-        convolution = F.conv1d if down.ndim == 3 else F.conv2d
-        around = [1] * (down.ndim - 2)
-        inner = convolution(x, down, **self.options) * strength.view(-1, *around)
-        return convolution(inner.to(x.dtype), up.view(*up.shape, *around))
-
-
-class BranchedLayer(nn.Module):
-    """A float layer with a branch beside it: layer(x) + branch(x)."""
-
-    def __init__(self, layer: nn.Module, branch: LowRankBranch):
-        super().__init__()
-        self.layer, self.branch = layer, branch
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.layer(x)
-        return output + self.branch(x).to(output.dtype)

@@ -40,7 +40,7 @@ PEFT_SETTINGS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
 
 
 class PeftSettings:
-    """What peft's config, beside a file or in diffusers' header, says of alpha where no tensor does.
+    """The config of peft, beside a file or in diffusers' header: alpha where no tensor tells it.
 
     configs: the config by the prefix of the names that it is for. source: the file, for messages.
     Raises ValueError for a config of something else than a LoRA, and for one that cannot be read.

@@ -9,9 +9,10 @@ from torch import nn
 
 from dsdiff.options import LoraOptions
 from ldm.fileio import file_sha256
-from ldm.lora import LowRank, LowRankBranch, layer_shapes, merge_lora, read_lora
+from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.lora_names import TEXT, UNET
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.low_rank import LowRank, LowRankBranch
 from qdiff.checkpoint import read_cali_header
 from qdiff.engine.lora import convolutions, set_branches
 
@@ -20,7 +21,7 @@ SOURCE_ENTRY = "lora"  # of the `source` in the header of a cali_ckpt or a bundl
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRecord:
-    """What settings tell of a LoRA: the name and the SHA-256 of its file, and its scale."""
+    """A LoRA as settings record it: the name and the SHA-256 of its file, and its scale."""
 
     name: str
     sha256: str

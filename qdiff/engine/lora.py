@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.lora import BranchedLayer, LowRankBranch
+from ldm.modules.low_rank import BranchedLayer, LowRankBranch
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, SplitIntegerLayer
 from qdiff.engine.quant_params import QuantParams

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.lora import BranchedLayer, LowRankBranch, layer_shapes, merge_lora, read_lora
+from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.lora_names import TEXT, UNET, diffusers_names
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.low_rank import BranchedLayer, LowRankBranch
 from ldm.util import instantiate_from_config
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"

@@ -4,11 +4,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("ldm", "tomesd", "qdiff", "dsdiff", "scripts")
+BLOCKS = ("attention", "diffusionmodules", "low_rank")
 # What each package may import of the others. qdiff sees ldm's block types and nothing of the rest.
 ALLOWED = {
     "ldm": ("ldm",),
     "tomesd": ("tomesd",),
-    "qdiff": ("qdiff", "ldm.fileio", "ldm.modules.attention", "ldm.modules.diffusionmodules"),
+    "qdiff": (
+        "qdiff",
+        "ldm.fileio",
+        *(f"ldm.modules.{name}" for name in ("attention", "diffusionmodules", "low_rank")),
+    ),
     "dsdiff": ("ldm", "tomesd", "qdiff", "dsdiff"),
     "scripts": ("ldm", "tomesd", "qdiff", "dsdiff"),
 }

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from dsdiff import DrawOptions, LoraOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
 from dsdiff.models.lora import BranchSites
-from ldm.lora import BranchedLayer, layer_shapes
+from ldm.lora import layer_shapes
 from ldm.lora_names import TEXT, UNET
+from ldm.modules.low_rank import BranchedLayer
 from qdiff import QuantConfig, QuantModel
 from qdiff.calibrate import fit_activations
 from qdiff.calibration_set import CalibrationSet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.lora import LowRank, LowRankBranch
+from ldm.modules.low_rank import LowRank, LowRankBranch
 from qdiff import QuantConfig, QuantModel, load_cali_ckpt
 from qdiff.engine import step_cache
 from qdiff.engine.backends.expanding import expanding
