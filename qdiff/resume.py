@@ -37,15 +37,19 @@ class ProgressFolder:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the differences, unless the calibration here was begun with these settings."""
         try:
-            old = json.loads((self.folder / "settings.json").read_text())
-            differ = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
+            old = flat(json.loads((self.folder / "settings.json").read_text()))
+            new = flat(settings)
+            differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"the calibration in {str(self.folder)!r} cannot be resumed: {error}; remove it to begin anew"
             ) from error
         if differ:
-            what = ", ".join(f"{name} ({old.get(name)} there, {settings.get(name)} here)" for name in differ[:3])
-            raise ValueError(f"the calibration in {str(self.folder)!r} was begun with other settings: {what}")
+            what = ", ".join(f"{name} ({old.get(name)} there, {new.get(name)} here)" for name in differ[:3])
+            raise ValueError(
+                f"the calibration in {str(self.folder)!r} was begun with other settings: {what}; give the same, or "
+                "another --outdir"
+            )
 
     def save(self, number: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Write step `number`."""
@@ -84,3 +88,14 @@ class ProgressFolder:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"step-{number:04}.safetensors"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the entries of mappings within mappings side by side: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    entries: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            entries |= flat(value, f"{prefix}{name}.")
+        else:
+            entries[f"{prefix}{name}"] = value
+    return entries

@@ -69,13 +69,15 @@ def calibrate(options: CalibrationOptions) -> Path:
     Raises ValueError or OSError for what cannot work, such as an unfinished calibration in the folder that is not to be
     resumed. A KeyboardInterrupt leaves finished units there, and its text tells how to go on.
     """
+    progress = ProgressFolder(options.outdir / "progress")
+    if options.resume and not progress.begun and options.target.exists():
+        raise ValueError(f"{str(options.target)!r} is finished: leave out --resume to calibrate anew in its place")
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
     qnn, data = _prepare(spec, options)
     cache = Cache(options.cache_bytes, options.outdir / "cache")
     cache.clear()
-    progress = ProgressFolder(options.outdir / "progress")
     # Float targets are computed in whole float32, and with the same tokens merged as what is compared with them.
     with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
         _check_needs(qnn, data, cache, options)
@@ -212,8 +214,9 @@ def _learn(
                 elif step.phase == "mixing" and mix is not None:
                     logger.info("%s", describe_mixing(report["shares"], mix.bits))
     except KeyboardInterrupt:
-        finished = sum(bool(step.unit) for step, _ in work[: folder.finished()])
-        way_on = f"{finished} units finished in {options.outdir}; the same command with --resume goes on"
+        way_on = (
+            f"{folder.finished()} of {len(work)} steps done in {options.outdir}; the same command with --resume goes on"
+        )
         raise KeyboardInterrupt(way_on) from None
     finally:
         cache.clear()
