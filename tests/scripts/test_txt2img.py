@@ -294,6 +294,21 @@ def test_resume_refuses_other_settings(run, refused, monkeypatch):
     assert "no settings.yaml" in refused(*flags, outdir="out")
 
 
+def test_resume_of_an_older_run_that_merged_tokens(run, refused, capsys):
+    """It knew fewer options of merging, and did as the defaults of the others."""
+    outdir = run(*LONG, "--ratio", 0.5)
+    before, path = all_bytes(outdir), outdir / "settings.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for name in ("proportional", "merge_kv", "merge_schedule", "merge_levels", "merge_every", "merge_share"):
+        del settings["merge"][name]
+    path.write_text(yaml.safe_dump(settings))
+    (outdir / "samples/00003.png").unlink()
+    said = refused(*LONG, "--ratio", 0.5, "--proportional", "--resume", outdir=outdir)
+    assert "merge.proportional (False there, True here)" in said
+    run(*LONG, "--ratio", 0.5, "--resume")
+    assert all_bytes(outdir) == before
+
+
 def test_resume_of_an_older_run_goes_by_what_its_version_did(run, refused, capsys):
     outdir = run(*LONG)
     before, path = all_bytes(outdir), outdir / "settings.yaml"

@@ -137,6 +137,10 @@ def test_values_out_of_range_are_refused():
         ({"seed": 2**31}, "in 0..2147483647"),
         ({"cache_gb": -1.0}, "cache_gb is -1.0"),
         ({"draw": DrawOptions(merge=MergeOptions())}, "drawn without merging"),
+        *(
+            ({"merge": MergeOptions(**options)}, "it cannot merge by merge_schedule, merge_every or merge_share")
+            for options in ({"merge_schedule": "0:0.5"}, {"merge_every": 2}, {"merge_share": True})
+        ),
     ]
     for values, says in cases:
         with pytest.raises(ValueError) as error:
