@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.file.suffix != ".safetensors":
         parser.error(f"{str(args.file)!r} must end in .safetensors")
     names = ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit", "lora", "vae_pictures")
-    given = [name for name in names if getattr(args, name) is not None]
+    given = [name for name in names if getattr(args, name) not in (None, [])]
     if args.random_weights and given:
         parser.error(f"--{given[0]} has no effect with --random_weights: leave it out")
     return args
