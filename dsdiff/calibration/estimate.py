@@ -61,9 +61,9 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
     gptq = recon is not None and recon.rounding == "gptq"
     steps = calibration_steps(qnn, recon)
     learned = [step for step in steps if step.phase == "activations" or (step.phase == "weights" and not gptq)]
-    # Ranges take a pass. A unit that learns is reached twice, on average half way through the UNet; its own passes, over
-    # all units, make whole ones: two evaluations in each of two phases, and iterations of forward and backward, which
-    # take three times a forward.
+    # Ranges take a pass. A unit that learns is reached twice, on average half way through the UNet. Its own passes,
+    # over all units, make whole ones: two evaluations in each of two phases, and iterations of forward and backward,
+    # which take three times a forward.
     passes = len(data) * ((len(learned) + 4 if learned else 0) + qnn.config.quant_act)
     if recon is not None:
         iterations = 0 if gptq or recon.rounding == "nearest" else recon.iters_w
