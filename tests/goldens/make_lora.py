@@ -106,12 +106,15 @@ def write_adapters(pipe: StableDiffusionPipeline) -> None:
         "unet": {name: tensor.half() for name, tensor in get_peft_model_state_dict(pipe.unet).items()},
         "text_encoder": {name: tensor.half() for name, tensor in get_peft_model_state_dict(pipe.text_encoder).items()},
     }
+    metadata = _collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    for config in metadata.values():
+        config["target_modules"] = sorted(config["target_modules"])  # a set, in whatever order
     StableDiffusionPipeline.save_lora_weights(
         GOLDENS,
         unet_lora_layers=factors["unet"],
         text_encoder_lora_layers=factors["text_encoder"],
         weight_name="lora_diffusers.safetensors",
-        **_collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}),
+        **metadata,
     )
     named = {f"{part}.{name}": tensor for part, tensors in factors.items() for name, tensor in tensors.items()}
     kohya = convert_state_dict_to_kohya(named)
