@@ -14,9 +14,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsdiff.draw_settings import DrawSettings
     from dsdiff.models.spec import ModelSpec, find_model
     from dsdiff.options import DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
-    from dsdiff.pipeline import DrawSettings, Picture, Pipeline, load
+    from dsdiff.pipeline import Picture, Pipeline, load
 
 # Large tensors in large pages (Linux), for which the system makes room several times faster. PyTorch reads it when it
 # makes the first tensor.
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "DrawOptions": "dsdiff.options",
     "LoraOptions": "dsdiff.options",
-    "DrawSettings": "dsdiff.pipeline",
+    "DrawSettings": "dsdiff.draw_settings",
     "MergeOptions": "dsdiff.options",
     "ModelOptions": "dsdiff.options",
     "ModelSpec": "dsdiff.models.spec",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.png import to_pictures, write_png
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from dsdiff.record import RunRecord
 from qdiff.distributed import rank, world_size
 

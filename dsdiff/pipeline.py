@@ -12,100 +12,33 @@ from PIL import Image
 from torch import Tensor
 
 import tomesd
+from dsdiff.draw_settings import SAMPLERS, DrawSettings, resolve_settings
 from dsdiff.environment import choose_device, precision_context
 from dsdiff.images.png import to_pictures
 from dsdiff.models.bundle import decoder_ranges, load_bundle
-from dsdiff.models.decoder import (
-    FLOAT32,
-    TINY,
-    TinyFile,
-    choose_vae,
-    decode,
-    decode_tiny,
-    fast_decoder,
-    find_tiny,
-    load_tiny,
-)
+from dsdiff.models.decoder import FLOAT32, Decoders, choose_vae
 from dsdiff.models.float_model import load_float_model
 from dsdiff.models.lora import BranchSites, LoraRecord, Loras, merge_loras, resolve_loras
-from dsdiff.models.quantized import Quantization, install, quantize, resolve_quantization
+from dsdiff.models.quantized import install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
-from dsdiff.options import FEW_STEP, DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
+from dsdiff.options import DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
 from ldm.half_storage import drop_mapped, give_back_freed
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
-from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
-from ldm.models.diffusion.guidance import Conditioning, guided_steps
-from ldm.models.diffusion.lcm import LCMSampler
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import Sampler, seeded_generators
-from ldm.models.diffusion.tcd import TCDSampler
-from ldm.models.diffusion.unipc import UniPCSampler
-from ldm.models.tiny_decoder import TinyDecoder
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.sampler import seeded_generators
 from ldm.modules.diffusionmodules.feature_cache import cached_features, every
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
-from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.lower import fits_bytes
 from qdiff.engine.matching import nearest
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: Mapping[str, type[Sampler]] = {
-    "ddim": DDIMSampler,
-    "plms": PLMSSampler,
-    "dpm_solver": DPMSolverSampler,
-    "euler": EulerSampler,
-    "euler_a": EulerAncestralSampler,
-    "dpmpp_2m_karras": DPMSolverKarrasSampler,
-    "unipc": UniPCSampler,
-    "lcm": LCMSampler,
-    "tcd": TCDSampler,
-}
-FEW_STEPS = 4  # of samplers of FEW_STEP, where none are asked for
 CONTEXTS = 8  # batches of prompts whose contexts a pipeline keeps
 FIRST_SEED = 42  # of pictures whose seeds are not given
 
 Lora = LoraOptions | str | Path | tuple[str | Path, float]  # a LoRA's file, or file and scale
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawSettings:
-    """How pictures are drawn, with all defaults of DrawOptions resolved.
-
-    steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
-    guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
-    cache, cache_depth: how deep features are kept from step to step, see DrawOptions.
-    quantization: how the model is quantized; None for a float model.
-    lora: the LoRAs that change the model.
-    """
-
-    height: int
-    width: int
-    sampler: str
-    steps: int
-    steps_taken: int
-    eta: float
-    scale: float
-    negative_prompt: str
-    guidance_start: float = 0.0
-    guidance_stop: float = 1.0
-    cache: int = 1
-    cache_depth: int = 1
-    precision: str
-    vae: str
-    vae_tiling: bool
-    tiny_decoder: TinyFile | None = None
-    merge: MergeOptions | None
-    quantization: Quantization | None = None
-    lora: tuple[LoraRecord, ...] = ()
-
-    @property
-    def guides(self) -> bool:
-        """True if any step is guided by a second sample of the UNet, or by the scale as its input."""
-        return self.scale != 1 and any(guided_steps(self.steps_taken, (self.guidance_start, self.guidance_stop)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +85,7 @@ class Pipeline:
         self._sites: BranchSites | None = None  # of the loaded model
         self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
         self._kept_contexts: dict[tuple[str, ...], Tensor] = {}  # by precision and prompts, last used at the end
-        self._decoders: dict[str, FastDecoder] = {}  # by DrawSettings.vae
-        self._tiny: dict[TinyFile, TinyDecoder] = {}
+        self._decoders = Decoders(spec.channels, self.decoder_ranges, self._give_back)
         self._model: LatentDiffusion | None = None
         self._merged: MergeOptions | None = None
 
@@ -168,40 +100,15 @@ class Pipeline:
 
         Raises ValueError for a value that the model cannot have and for options that would have no effect.
         """
-        spec = self.spec
-        steps = options.steps or (FEW_STEPS if options.sampler in FEW_STEP else spec.steps)
-        return DrawSettings(
-            height=_side("height", options.height or spec.height, spec.factor),
-            width=_side("width", options.width or spec.width, spec.factor),
-            sampler=options.sampler,
-            steps=steps,
-            steps_taken=_steps_taken(options.sampler, steps, spec.timesteps),
-            eta=(SAMPLERS[options.sampler].default_eta or 0.0) if options.eta is None else options.eta,
-            scale=self._scale(options),
-            negative_prompt=options.negative_prompt,
-            guidance_start=float(options.guidance_start),
-            guidance_stop=float(options.guidance_stop),
-            cache=options.cache,
-            cache_depth=options.cache_depth,
-            precision=options.precision or self.default_precision,
+        return resolve_settings(
+            options,
+            self.spec,
+            precision=self.default_precision,
             vae=choose_vae(options.vae, self.decoder_ranges, self.device),
-            vae_tiling=options.vae_tiling,
-            tiny_decoder=find_tiny(spec, options.tiny_decoder) if options.vae == TINY else None,
-            merge=options.merge or self.merge,
+            merge=self.merge,
             quantization=self.quantization,
             lora=self.lora,
         )
-
-    def _scale(self, options: DrawOptions) -> float:
-        """Return the scale of guidance. Raises ValueError for options of guidance that would have no effect."""
-        if self.spec.embeds_guidance:
-            options.check_guidance("on a model that takes the scale as an input: leave it out")
-        elif options.scale is None and options.sampler in FEW_STEP:
-            options.check_guidance(f"with {options.sampler}, which draws without guidance: give a scale as well")
-            return 1.0
-        elif options.scale is None and self.spec.scale == 1:
-            options.check_guidance("with scale 1, which is no guidance: use a larger scale")
-        return float(self.spec.scale if options.scale is None else options.scale)
 
     @property
     def default_precision(self) -> str:
@@ -405,32 +312,12 @@ class Pipeline:
 
         settings: which decoder, see DrawOptions; None: float32. One picture at a time, which needs little memory.
         """
-        vae, tiling = (FLOAT32, False) if settings is None else (settings.vae, settings.vae_tiling)
-        model = self.model
+        kinds = (
+            (FLOAT32, False, None) if settings is None else (settings.vae, settings.vae_tiling, settings.tiny_decoder)
+        )
         with precision_context(self.device, "full"):
-            if settings is not None and settings.tiny_decoder is not None:
-                tiny = self._tiny_decoder(settings.tiny_decoder)
-                images = [decode_tiny(tiny, latent[None]).cpu() for latent in latents]
-            elif vae == FLOAT32 and not tiling:
-                images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
-            else:
-                decoder = self._decoder(vae)
-                scaled = latents.float() / model.scale_factor
-                images = [decode(decoder, z[None], tiling=tiling).cpu() for z in scaled]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
-    def _tiny_decoder(self, file: TinyFile) -> TinyDecoder:
-        """Return a tiny decoder, read at first use."""
-        if file not in self._tiny:
-            self._tiny[file] = load_tiny(file, self.spec.channels, self.device)
-        return self._tiny[file]
-
-    def _decoder(self, vae: str) -> FastDecoder:
-        """Return a decoder, made at first use."""
-        if vae not in self._decoders:
-            self._decoders[vae] = fast_decoder(self.model.first_stage_model, vae, self.decoder_ranges)
-            self._give_back()
-        return self._decoders[vae]
+            images = self._decoders.decode(self.model, latents, *kinds)
+        return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -482,18 +369,3 @@ def load(
         logger.info("%s", note)
     pipeline.prepare(pipeline.resolve(DrawOptions()))
     return pipeline
-
-
-def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
-    taken = SAMPLERS[sampler].steps_taken(steps, timesteps)
-    if taken != steps:
-        logger.info("%d steps do not divide the model's %d: %d are taken", steps, timesteps, taken)
-    return taken
-
-
-def _side(name: str, pixels: int, factor: int) -> int:
-    if pixels % factor:
-        below, above = pixels // factor * factor, (pixels // factor + 1) * factor
-        nearest = f"{below} or {above}" if below else str(above)
-        raise ValueError(f"{name} {pixels} is not a multiple of {factor}: use {nearest}")
-    return pixels

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import MergeOptions
-from dsdiff.pipeline import DrawSettings
 
 logger = logging.getLogger(__name__)
 

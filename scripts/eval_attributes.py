@@ -27,8 +27,9 @@ from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
 from dsdiff.models.registry import EMBEDDED, READER
 
 if TYPE_CHECKING:
+    from dsdiff.draw_settings import DrawSettings
     from dsdiff.metrics.attributes import Judged
-    from dsdiff.pipeline import DrawSettings, Pipeline
+    from dsdiff.pipeline import Pipeline
     from ldm.data.reader import ShapesReader
 
 WITH_IMAGES = ("images", "outdir", "reader", "device", "batch_size", "verbose")  # flags that --images leaves a meaning

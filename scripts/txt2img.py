@@ -22,7 +22,7 @@ from dsdiff.cli import flags
 from dsdiff.cli.console import ArgumentParser, Log, command, logger, logs, number
 
 if TYPE_CHECKING:
-    from dsdiff.pipeline import DrawSettings, Pipeline
+    from dsdiff import DrawSettings, Pipeline
     from dsdiff.record import RunRecord
 
 

@@ -16,9 +16,10 @@ from dsdiff.benchmark.figures import Spread
 from dsdiff.benchmark.report import write_text
 from dsdiff.benchmark.source import TIMESTEP, inputs_of
 from dsdiff.benchmark.timing import seconds_per_call
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import machine, precision_context, usable_cores, versions
 from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from qdiff.checkpoint import quantized_bytes
 from qdiff.engine import step_cache
 from qdiff.quant_model import QuantModel

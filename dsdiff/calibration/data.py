@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.jobs import read_prompt_file
 from dsdiff.models.quantized import check_quantizable
 from dsdiff.models.registry import CALI_PROMPTS
 from dsdiff.models.spec import ModelSpec
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from ldm.fileio import file_sha256
 from qdiff.calibration_set import CalibrationSet, chosen_calls, recorded_inputs
 from qdiff.distributed import barrier, rank

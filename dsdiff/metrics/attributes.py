@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.png import to_pictures, write_png
 from dsdiff.metrics.intervals import wilson
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from ldm.data.reader import ShapesReader, judge
 from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
 from ldm.fileio import write_atomically

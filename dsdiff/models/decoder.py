@@ -1,5 +1,6 @@
 """The decoder that pictures are made with: which one a model and a device have, and how it is run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dsdiff.options import VAES
 from ldm.fileio import file_sha256
 from ldm.half_storage import give_back_freed, reuse_freed
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.tiny_decoder import FACTOR, TinyDecoder, read_tiny_decoder
 from qdiff.decoder_ranges import Ranges
 from qdiff.engine.backends import onednn
@@ -122,3 +124,43 @@ def decode_tiny(decoder: TinyDecoder, z: Tensor) -> Tensor:
     """Return the pictures [B, 3, H, W], float32, about [-1, 1] and not clamped, of scaled latents z [B, C, h, w]."""
     dtype = next(decoder.parameters()).dtype
     return decoder(z.to(dtype).contiguous(memory_format=torch.channels_last)).float()
+
+
+# --- all of a model ------------------------------------------------------------------------------------------
+
+
+class Decoders:
+    """The decoders of a model, each made at first use.
+
+    channels: of its latents. ranges: of its decoder, for int8. made: called when a fast decoder was made, which holds
+    weights of its own.
+    """
+
+    def __init__(self, channels: int, ranges: Ranges, made: Callable[[], object]):
+        self.channels, self.ranges, self.made = channels, ranges, made
+        self._fast: dict[str, FastDecoder] = {}  # by the name of what it computes in
+        self._tiny: dict[TinyFile, TinyDecoder] = {}
+
+    def clear(self) -> None:
+        """Drop those that were made of a model, as another one is loaded."""
+        self._fast.clear()
+
+    @torch.no_grad()
+    def decode(self, model: LatentDiffusion, latents: Tensor, vae: str, tiling: bool, tiny: TinyFile | None) -> Tensor:
+        """Return the pictures [B, 3, H, W], float32, about [-1, 1], on the CPU, of scaled latents [B, C, h, w].
+
+        vae, tiling, tiny: see DrawSettings. One picture at a time, which needs little memory.
+        """
+        if tiny is not None:
+            if tiny not in self._tiny:
+                self._tiny[tiny] = load_tiny(tiny, self.channels, model.device)
+            images = [decode_tiny(self._tiny[tiny], latent[None]).cpu() for latent in latents]
+        elif vae == FLOAT32 and not tiling:
+            images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
+        else:
+            if vae not in self._fast:
+                self._fast[vae] = fast_decoder(model.first_stage_model, vae, self.ranges)
+                self.made()
+            scaled = latents.float() / model.scale_factor
+            images = [decode(self._fast[vae], z[None], tiling=tiling).cpu() for z in scaled]
+        return torch.cat(images)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, versions
 from dsdiff.jobs import draw_missing
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import DrawOptions, QuantizationOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

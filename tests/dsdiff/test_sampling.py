@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 import dsdiff
 from dsdiff import DrawOptions, MergeOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
+from dsdiff.draw_settings import SAMPLERS as CLASSES
 from dsdiff.options import FEW_STEP, SAMPLERS, STOCHASTIC
-from dsdiff.pipeline import SAMPLERS as CLASSES
 from dsdiff.record import BEFORE, USUAL_NAMES
 from ldm.checkpoint import save_checkpoint
 from ldm.util import instantiate_from_config

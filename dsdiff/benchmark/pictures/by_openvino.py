@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dsdiff.benchmark import peers_openvino
 from dsdiff.benchmark.pictures.by_us import draw_with
 from dsdiff.benchmark.pictures.request import Clock, PictureRequest
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, ModelOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import for_inference, instantiate_from_config, without_weights

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from dsdiff.benchmark.pictures.request import PROMPT, SEED, Clock, PictureRequest
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.png import to_pictures, write_png
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 
 PRECISIONS = {"float32": "full", "bf16": "autocast", "int8-float32": "full"}  # of the UNet; others take the default
 

@@ -25,11 +25,11 @@ from dsdiff.benchmark.pictures.files import Files, ModelFiles
 from dsdiff.benchmark.pictures.request import PictureRequest, PictureTold
 from dsdiff.benchmark.process import WorkerError, python_command, python_environment
 from dsdiff.benchmark.source import Source
+from dsdiff.draw_settings import SAMPLERS
 from dsdiff.environment import choose_device, machine
 from dsdiff.models.configs import read_config
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
 from dsdiff.options import FEW_STEP
-from dsdiff.pipeline import SAMPLERS
 
 logger = logging.getLogger(__name__)
 

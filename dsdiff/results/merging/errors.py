@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.options import MergeOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 
 
 @dataclass(kw_only=True)

@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdiff.benchmark.comparison import all_cores
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, machine, versions
 from dsdiff.jobs import check_text, read_prompt_file
 from dsdiff.metrics.pair_scores import psnr, squared_errors
 from dsdiff.models.registry import EMBEDDED
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import MergeOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.merging import timing
 from dsdiff.results.merging.errors import EpsErrors

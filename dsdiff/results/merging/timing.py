@@ -11,10 +11,11 @@ import torch
 import tomesd
 from dsdiff.benchmark.source import GUIDED, TIMESTEP, Source, inputs_of
 from dsdiff.benchmark.variants import build, quant_config, why_not
+from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import precision_context
 from dsdiff.models.registry import CONFIGS
 from dsdiff.options import MergeOptions
-from dsdiff.pipeline import DrawSettings, Pipeline
+from dsdiff.pipeline import Pipeline
 from qdiff.engine import step_cache
 
 WEIGHT_BIT = 4  # of the engine int8

@@ -1,0 +1,138 @@
+"""How pictures are drawn: the settings that options mean for a model, with all defaults filled in."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsdiff.models.decoder import TINY, TinyFile, find_tiny
+from dsdiff.models.lora import LoraRecord
+from dsdiff.models.quantized import Quantization
+from dsdiff.models.spec import ModelSpec
+from dsdiff.options import FEW_STEP, DrawOptions, MergeOptions
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
+from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
+from ldm.models.diffusion.guidance import guided_steps
+from ldm.models.diffusion.lcm import LCMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.tcd import TCDSampler
+from ldm.models.diffusion.unipc import UniPCSampler
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS: Mapping[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "plms": PLMSSampler,
+    "dpm_solver": DPMSolverSampler,
+    "euler": EulerSampler,
+    "euler_a": EulerAncestralSampler,
+    "dpmpp_2m_karras": DPMSolverKarrasSampler,
+    "unipc": UniPCSampler,
+    "lcm": LCMSampler,
+    "tcd": TCDSampler,
+}
+FEW_STEPS = 4  # of samplers of FEW_STEP, where none are asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How pictures are drawn, with all defaults of DrawOptions resolved.
+
+    steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
+    guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
+    cache, cache_depth: how deep features are kept from step to step, see DrawOptions.
+    quantization: how the model is quantized; None for a float model.
+    lora: the LoRAs that change the model.
+    """
+
+    height: int
+    width: int
+    sampler: str
+    steps: int
+    steps_taken: int
+    eta: float
+    scale: float
+    negative_prompt: str
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+    cache: int = 1
+    cache_depth: int = 1
+    precision: str
+    vae: str
+    vae_tiling: bool
+    tiny_decoder: TinyFile | None = None
+    merge: MergeOptions | None
+    quantization: Quantization | None = None
+    lora: tuple[LoraRecord, ...] = ()
+
+    @property
+    def guides(self) -> bool:
+        """True if any step is guided by a second sample of the UNet, or by the scale as its input."""
+        return self.scale != 1 and any(guided_steps(self.steps_taken, (self.guidance_start, self.guidance_stop)))
+
+
+def resolve_settings(
+    options: DrawOptions,
+    spec: ModelSpec,
+    *,
+    precision: str,
+    vae: str,
+    merge: MergeOptions | None = None,
+    quantization: Quantization | None = None,
+    lora: tuple[LoraRecord, ...] = (),
+) -> DrawSettings:
+    """Return the settings that options mean for a model. Reads no weights.
+
+    precision, merge: where the options have none. vae: the decoder chosen. quantization, lora: of the model. Raises
+    ValueError for a value that the model cannot have and for options that would have no effect.
+    """
+    steps = options.steps or (FEW_STEPS if options.sampler in FEW_STEP else spec.steps)
+    return DrawSettings(
+        height=_side("height", options.height or spec.height, spec.factor),
+        width=_side("width", options.width or spec.width, spec.factor),
+        sampler=options.sampler,
+        steps=steps,
+        steps_taken=_steps_taken(options.sampler, steps, spec.timesteps),
+        eta=(SAMPLERS[options.sampler].default_eta or 0.0) if options.eta is None else options.eta,
+        scale=_scale(options, spec),
+        negative_prompt=options.negative_prompt,
+        guidance_start=float(options.guidance_start),
+        guidance_stop=float(options.guidance_stop),
+        cache=options.cache,
+        cache_depth=options.cache_depth,
+        precision=options.precision or precision,
+        vae=vae,
+        vae_tiling=options.vae_tiling,
+        tiny_decoder=find_tiny(spec, options.tiny_decoder) if options.vae == TINY else None,
+        merge=options.merge or merge,
+        quantization=quantization,
+        lora=lora,
+    )
+
+
+def _scale(options: DrawOptions, spec: ModelSpec) -> float:
+    """Return the scale of guidance. Raises ValueError for options of guidance that would have no effect."""
+    if spec.embeds_guidance:
+        options.check_guidance("on a model that takes the scale as an input: leave it out")
+    elif options.scale is None and options.sampler in FEW_STEP:
+        options.check_guidance(f"with {options.sampler}, which draws without guidance: give a scale as well")
+        return 1.0
+    elif options.scale is None and spec.scale == 1:
+        options.check_guidance("with scale 1, which is no guidance: use a larger scale")
+    return float(spec.scale if options.scale is None else options.scale)
+
+
+def _steps_taken(sampler: str, steps: int, timesteps: int) -> int:
+    taken = SAMPLERS[sampler].steps_taken(steps, timesteps)
+    if taken != steps:
+        logger.info("%d steps do not divide the model's %d: %d are taken", steps, timesteps, taken)
+    return taken
+
+
+def _side(name: str, pixels: int, factor: int) -> int:
+    if pixels % factor:
+        below, above = pixels // factor * factor, (pixels // factor + 1) * factor
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ValueError(f"{name} {pixels} is not a multiple of {factor}: use {nearest}")
+    return pixels
