@@ -87,6 +87,11 @@ def resolve_settings(
     precision, merge: where the options have none. vae: the decoder chosen. quantization, lora: of the model. Raises
     ValueError for a value that the model cannot have and for options that would have no effect.
     """
+    if options.cache > 1 and options.cache_depth >= spec.output_blocks:
+        raise ValueError(
+            f"cache_depth is {options.cache_depth}: this model's UNet has {spec.output_blocks} output blocks, so "
+            f"{spec.output_blocks - 1} at most"
+        )
     steps = options.steps or (FEW_STEPS if options.sampler in FEW_STEP else spec.steps)
     return DrawSettings(
         height=_side("height", options.height or spec.height, spec.factor),

@@ -12,6 +12,7 @@ import yaml
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import MergeOptions
+from qdiff.resume import flat
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def resumed(record: RunRecord, outdir: Path) -> RunRecord:
         raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
     if isinstance(old.get("merge"), dict):  # older versions knew fewer options, and did as the defaults of the others
         old["merge"] = asdict(MergeOptions()) | old["merge"]
-    _check_same(_flat(BEFORE | old), _flat(record.to_dict()), outdir)
+    _check_same(flat(BEFORE | old), flat(record.to_dict()), outdir)
     if old.get("versions") != dict(record.versions):
         logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))
     return replace(record, **numbers)
@@ -191,14 +192,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], outdir: Path)
     if changed:
         what = ", ".join(_difference(name, before.get(name), now.get(name)) for name in changed[:3])
         raise ValueError(f"--resume: the run in {str(outdir)!r} has other settings: {what}; use its flags")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings with those of groups such as `merge` under their whole names, `merge.ratio`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

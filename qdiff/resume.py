@@ -91,11 +91,11 @@ class ProgressFolder:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the entries of mappings within mappings side by side: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    """Return the entries of mappings within mappings under their whole names: {"a": {"b": 1}} becomes {"a.b": 1}.
+
+    An empty mapping is left out, as if it were not there.
+    """
     entries: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            entries |= flat(value, f"{prefix}{name}.")
-        else:
-            entries[f"{prefix}{name}"] = value
+        entries |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return entries

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
 from dsdiff.calibration.options import FORMATS, PRESETS, CalibrationOptions
-from dsdiff.cli import flags
+from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser, command, logs, number
 from dsdiff.options import QUANT_MODES
 from qdiff.config import ROUNDINGS
@@ -47,15 +47,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--cache_gb", type=number(float, 0), metavar="GB", help="activations kept in memory, the rest on disk")
     add("--seed", type=number(int, 0, 2**31 - 1), metavar="N", help=f"default: {CalibrationOptions.seed}")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser, lora="a LoRA to merge first, which drawing then needs too")
-    flags.add_sampler_arguments(parser)
-    flags.add_tome_arguments(parser)
+    arguments.add_model_arguments(parser, lora="a LoRA to merge first, which drawing then needs too")
+    arguments.add_sampler_arguments(parser)
+    arguments.add_tome_arguments(parser)
     return parser.parse_args(argv)
 
 
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization (default: 4-bit weights)")
-    flags.add_bit_arguments(group)
+    arguments.add_bit_arguments(group)
     group.add_argument(
         "--quant_mode",
         choices=QUANT_MODES,

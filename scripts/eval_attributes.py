@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
-from dsdiff.cli import flags
+from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
 from dsdiff.models.registry import EMBEDDED, READER
 
@@ -44,12 +44,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--reader", type=Path, default=READER, metavar="FILE", help="the detector's weights (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/attributes"), metavar="DIR", help="default: %(default)s")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser, "the embedded model's; no other knows the captions", lora="a LoRA to draw with")
-    flags.add_sampler_arguments(parser)
-    flags.add_noise_arguments(parser)
-    flags.add_decoder_arguments(parser)
-    flags.add_tome_arguments(parser)
-    flags.add_quantization_arguments(parser)
+    config = "the embedded model's; no other knows the captions"
+    arguments.add_model_arguments(parser, config, lora="a LoRA to draw with")
+    arguments.add_sampler_arguments(parser)
+    arguments.add_noise_arguments(parser)
+    arguments.add_decoder_arguments(parser)
+    arguments.add_tome_arguments(parser)
+    arguments.add_quantization_arguments(parser)
     parser.set_defaults(seed=0, batch_size=16)
     args = parser.parse_args(argv)
     if args.images is not None:

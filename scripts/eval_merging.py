@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
-from dsdiff.cli import flags
+from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser, command, logs, number
 from dsdiff.models.registry import ROOT
 from dsdiff.results.merging.options import ENGINES, PARTS, SETTINGS, TIME_OF, MergingCostOptions
@@ -46,9 +46,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--outdir", type=Path, default=Path("outputs/merging"), metavar="DIR", help="default: %(default)s")
     add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser)
-    flags.add_sampler_arguments(parser)
-    flags.add_quantization_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_sampler_arguments(parser)
+    arguments.add_quantization_arguments(parser)
     args = parser.parse_args(argv)
     if args.time_engine is not None and args.time_of == "model":
         parser.error("--time_engine has no effect with --time_of model, which computes as the other flags say")

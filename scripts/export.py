@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
+from dsdiff.cli.arguments import add_model_arguments
 from dsdiff.cli.console import ArgumentParser, command, logs, number
-from dsdiff.cli.flags import add_model_arguments, model_options
+from dsdiff.cli.flags import model_options
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path
 
-from dsdiff.cli import flags
+from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser, Log, command, logger, logs, number
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--n_rows", type=number(int, 1), metavar="N", help="pictures in a row of the grid (default: --n_samples)")
     add("--resume", action="store_true", help="go on with the last, interrupted run in --outdir, of the same flags")
     add("--verbose", action="store_true", help="tell details, and where errors come from")
-    flags.add_model_arguments(parser, lora="a LoRA that changes the model")
-    flags.add_sampler_arguments(parser)
-    flags.add_noise_arguments(parser, batch="--n_samples")
-    flags.add_size_arguments(parser)
-    flags.add_decoder_arguments(parser)
-    flags.add_tome_arguments(parser)
-    flags.add_quantization_arguments(parser)
+    arguments.add_model_arguments(parser, lora="a LoRA that changes the model")
+    arguments.add_sampler_arguments(parser)
+    arguments.add_noise_arguments(parser, batch="--n_samples")
+    arguments.add_size_arguments(parser)
+    arguments.add_decoder_arguments(parser)
+    arguments.add_tome_arguments(parser)
+    arguments.add_quantization_arguments(parser)
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.from_file is None):
         parser.error("give either --prompt TEXT or --from-file FILE")

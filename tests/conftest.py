@@ -37,12 +37,22 @@ def random_ckpt(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory):
+def small_model(make_small_model):
     """(config, checkpoint) of the same kind of model with a small UNet, random weights: its calibration is short."""
+    return make_small_model("small")
+
+
+@pytest.fixture(scope="session")
+def make_small_model(tmp_path_factory):
+    """(name, **more of the UNet's parameters) -> (config, checkpoint) of such a model."""
+    return lambda name, **unet: _write_small_model(tmp_path_factory.mktemp(name), name, unet)
+
+
+def _write_small_model(folder, name, unet):
     config = OmegaConf.load(EMBEDDED)
-    config.model.params.unet_config.params |= {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
-    folder = tmp_path_factory.mktemp("small")
-    OmegaConf.save(config, folder / "small.yaml")
+    small = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
+    config.model.params.unet_config.params |= small | unet
+    OmegaConf.save(config, folder / f"{name}.yaml")
     built = OmegaConf.create(OmegaConf.to_container(config.model))
     built.params.use_ema = False
     del built.params.cond_stage_config.params["tokenizer"]
@@ -52,5 +62,5 @@ def small_model(tmp_path_factory):
         for parameter in [*model.model.parameters(), *model.cond_stage_model.parameters()]:
             if not parameter.any() or parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.1)
-    save_checkpoint(model, folder / "small.safetensors")
-    return folder / "small.yaml", folder / "small.safetensors"
+    save_checkpoint(model, folder / f"{name}.safetensors")
+    return folder / f"{name}.yaml", folder / f"{name}.safetensors"

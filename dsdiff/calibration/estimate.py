@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dsdiff.calibration.options import GIB
 from qdiff.calibrate import calibration_steps
 from qdiff.calibration_set import CalibrationSet
-from qdiff.config import ReconConfig
+from qdiff.config import MixConfig, ReconConfig
 from qdiff.distributed import world_size
 from qdiff.gptq import EXACT
 from qdiff.quant_block import MAX_SCORES
@@ -50,10 +50,18 @@ class Estimate:
 # --- what is needed ----------------------------------------------------------------------------------------
 
 
-def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, batch_size: int, cache: int) -> Estimate:
+def estimate(
+    qnn: QuantModel,
+    data: CalibrationSet,
+    recon: ReconConfig | None,
+    batch_size: int,
+    cache: int,
+    mix: MixConfig | None = None,
+) -> Estimate:
     """Return the needs of a calibration, estimated from one timed forward pass of one batch.
 
-    batch_size: samples per forward pass. cache: bytes of activations that are kept in memory.
+    batch_size: samples per forward pass. cache: bytes of activations that are kept in memory. mix: which inputs get
+    more bits, None for none.
     """
     device = next(qnn.parameters()).device
     measured = _measure(qnn, data, batch_size)
@@ -75,6 +83,8 @@ def estimate(qnn: QuantModel, data: CalibrationSet, recon: ReconConfig | None, b
     largest = max(sum(4 * p.numel() for p in unit.parameters()) for unit in qnn.units().values())
     working = 12 * largest + 24 * max(sizes) * batch_size + 16 * MAX_SCORES if learned else 0
     seconds = measured.seconds * passes / world_size()
+    if mix is not None:  # a pass to fit ranges, and for each probe one forward and backward; processes share none
+        seconds += measured.seconds * min(mix.samples, len(data)) * (1 + 3 * mix.probes)
     if gptq and recon is not None:
         samples = min(recon.samples_w, len(data)) / world_size() * (1 if recon.sym else 2)
         seconds += measured.seconds * samples + _gptq_seconds(qnn, measured, samples / (1 if recon.sym else 2))

@@ -135,7 +135,7 @@ def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]
 
 
 def _check_needs(qnn: QuantModel, data: CalibrationSet, cache: Cache, options: CalibrationOptions) -> None:
-    needs = estimate(qnn, data, options.recon_config(), options.effort.batch_size, cache.limit)
+    needs = estimate(qnn, data, options.recon_config(), options.effort.batch_size, cache.limit, options.mix_config())
     check_estimate(needs, cache.limit, options.outdir, choose_device(options.device))
 
 

@@ -153,6 +153,12 @@ def judge_batch(images: Tensor, specs: Sequence[SceneSpec], reader: ShapesReader
     return [judge(spec, objects) for spec, objects in zip(specs, seen, strict=True)]
 
 
+def answers(images: Tensor, captions: Sequence[str], reader: ShapesReader) -> list[bool]:
+    """Tell for each attribute that the captions ask for if it is right. images: uint8 [B, 3, H, W]."""
+    verdicts = judge_batch(images.float() / 255, [parse_caption(text) for text in captions], reader)
+    return [right for verdict in verdicts for right in verdict.values()]
+
+
 def judge_sources(
     split: str, specs: Sequence[SceneSpec], sources: Mapping[str, Source], reader: ShapesReader, batch_size: int
 ) -> Judged:

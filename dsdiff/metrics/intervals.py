@@ -2,11 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 GROUPS = 10  # parts of the pictures that the jackknife leaves out in turn
 T_QUANTILE = 2.262  # 97.5% of Student's t with GROUPS - 1 degrees of freedom
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """Return the mean of two values or more, and its standard error. values: an array or a tensor [n]."""
+    numbers = np.asarray(values, dtype=np.float64)
+    return float(numbers.mean()), float(numbers.std(ddof=1) / math.sqrt(len(numbers)))
 
 
 # --- jackknife ---------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The decoder that pictures are made with: which one a model and a device have, and how it is run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsdiff.models.registry import STABLE_DIFFUSION, TINY_DECODERS
+from dsdiff.models.configs import config_for_drawing, look_up, read_config
+from dsdiff.models.registry import TINY_DECODERS
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import VAES
 from ldm.fileio import file_sha256
@@ -92,12 +94,13 @@ class TinyFile:
 
 
 def find_tiny(spec: ModelSpec, given: Path | None) -> TinyFile:
-    """Return the file of the tiny decoder: the one given, or the one that comes with the model.
+    """Return the file of the tiny decoder: the one given, or the one of models with the same autoencoder.
 
-    A bundle has that of Stable Diffusion v1. Raises FileNotFoundError without one, and ValueError for a model whose
-    latents are of another kind.
+    Raises FileNotFoundError without one, and ValueError for a model whose latents are of another size.
     """
-    path = given or TINY_DECODERS.get(STABLE_DIFFUSION if spec.bundle else spec.config_path.resolve())
+    own = _autoencoder(spec.config)
+    known = [file for config, file in TINY_DECODERS.items() if _autoencoder(read_config(config)) == own]
+    path = given or (known[0] if known else None)
     if path is None or not path.is_file():
         where = "" if path is None else f" at {str(path)!r}"
         raise FileNotFoundError(f"no tiny decoder{where}: give TAESD's file, or another, with --tiny_decoder")
@@ -106,6 +109,11 @@ def find_tiny(spec: ModelSpec, given: Path | None) -> TinyFile:
             f"--vae tiny: a latent of this model stands for {spec.factor} pixels, a tiny one's for {FACTOR}"
         )
     return TinyFile(path=str(path), sha256=file_sha256(path))
+
+
+def _autoencoder(config: Mapping[str, Any]) -> Any:
+    """Return how a config describes the autoencoder, whose latents a tiny decoder knows."""
+    return look_up(config_for_drawing(config), "model.params.first_stage_config.params")
 
 
 def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder:

@@ -45,6 +45,12 @@ class ModelSpec:
         return look_up(self.config, "model.params.unet_config.params.time_cond_proj_dim") is not None
 
     @property
+    def output_blocks(self) -> int:
+        """How many output blocks the UNet has, and as many input blocks."""
+        unet = look_up(self.config, "model.params.unet_config.params")
+        return len(unet.get("channel_mult", (1, 2, 4, 8))) * (unet["num_res_blocks"] + 1)
+
+    @property
     def cali_ckpts(self) -> Mapping[int, Path]:
         """The cali_ckpts that come with the checkpoint, by the bits of its weights."""
         return CALI_CKPTS.get(self.ckpt.resolve(), {})

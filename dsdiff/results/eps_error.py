@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dsdiff.metrics.intervals import mean_and_error
 from dsdiff.models.spec import find_model
 from dsdiff.pipeline import Pipeline
 from dsdiff.results.quantization_cost import captions_of
 from dsdiff.results.variants import DRAWING, MODEL
+from ldm.models.diffusion.guidance import guide
 from qdiff.calibration_set import chosen_calls, recorded_inputs
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header
 from qdiff.quant_model import QuantModel
@@ -67,7 +69,7 @@ def eps_rows(files: Sequence[Path], *, n: int, seed: int, batch_size: int, devic
         for act in (False, True) if header.config.quant_act else (False,):
             qnn.set_quant_state(True, act)
             each = (_guided(qnn, batches, settings.scale, pipeline.device) - exact).square().mean(1)  # a picture each
-            errors[act] = (float(each.mean()), float(each.std() / n**0.5))
+            errors[act] = mean_and_error(each)
         unet = qnn.restore()
         name, rounding = str(file), _rounding(header)
         bits = f"W{header.config.weight_bit}" + (f"A{header.config.act_bit}" if header.config.quant_act else "A32")
@@ -85,8 +87,8 @@ def _guided(
     pictures = []
     for steps in batches:
         outputs = [unet(*(value.to(device) for value in values)).double().cpu() for values in steps]
-        halves = [output.chunk(2) for output in outputs] if scale != 1 else [(output, output) for output in outputs]
-        pictures.append(torch.cat([(eps_u + scale * (eps_c - eps_u)).flatten(1) for eps_u, eps_c in halves], dim=1))
+        eps = outputs if scale == 1 else [guide(output, scale) for output in outputs]
+        pictures.append(torch.cat([each.flatten(1) for each in eps], dim=1))
     return torch.cat(pictures)
 
 

@@ -8,43 +8,45 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dsdiff.metrics.attributes import judge_batch
+from dsdiff.metrics.attributes import answers
 from dsdiff.metrics.clip_scores import build_shapes_clip
 from dsdiff.metrics.intervals import wilson
 from dsdiff.metrics.pair_scores import add_mean
 from dsdiff.metrics.scores import Score, Scores
 from dsdiff.models.registry import READER
 from ldm.data.reader import ShapesReader
-from ldm.data.shapes import parse_caption
-
-RESAMPLES = 2000  # of the bootstrap over prompts
 
 
 def add_shapes_scores(
-    scores: Scores, paths: Sequence[Path], prompts: Sequence[str], *, device: torch.device, batch_size: int, seed: int
+    scores: Scores,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    *,
+    device: torch.device,
+    batch_size: int,
+    resamples: int,
+    seed: int,
 ) -> None:
     """Add the CLIP score by the embedded model's own CLIP, and the share of attributes that are right, in percent.
 
     paths: of the pictures; prompts: their captions. The share has Wilson's interval, the CLIP score one by a bootstrap
-    over prompts.
+    over prompts with `resamples` and `seed`.
     """
     clip = build_shapes_clip(device)
     reader = ShapesReader.from_file(READER).to(device)
     values: list[torch.Tensor] = []
-    answers: list[bool] = []
+    told: list[bool] = []
     for start in tqdm(range(0, len(paths), batch_size), "prompt scores", unit="batch"):
         part = slice(start, start + batch_size)
         images = torch.stack([_read(path) for path in paths[part]])
         values.append(clip(images, prompts[part]))
-        specs = [parse_caption(text) for text in prompts[part]]
-        verdicts = judge_batch(images.float() / 255, specs, reader)
-        answers += [right for verdict in verdicts for right in verdict.values()]
-    add_mean(scores, "shapes_clip_score", torch.cat(values).double().numpy(), prompts, RESAMPLES, seed)
-    low, high = wilson(sum(answers), len(answers))
+        told += answers(images, prompts[part], reader)
+    add_mean(scores, "shapes_clip_score", torch.cat(values).double().numpy(), prompts, resamples, seed)
+    low, high = wilson(sum(told), len(told))
     scores.by_key["attributes"] = Score(
         name="attributes right, %",
-        value=100 * sum(answers) / len(answers),
-        n=len(answers),
+        value=100 * sum(told) / len(told),
+        n=len(told),
         better="higher",
         low=100 * low,
         high=100 * high,

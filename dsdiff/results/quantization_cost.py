@@ -17,7 +17,7 @@ from torch import Tensor
 from dsdiff.benchmark.comparison import weight_bytes
 from dsdiff.calibration import PRESETS, ready_made
 from dsdiff.environment import versions
-from dsdiff.metrics.attributes import judge_batch
+from dsdiff.metrics.attributes import answers
 from dsdiff.metrics.intervals import wilson
 from dsdiff.metrics.pair_scores import psnr, psnr_interval, squared_errors
 from dsdiff.models.registry import READER
@@ -26,7 +26,7 @@ from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.variants import DRAWING, MODEL, SHIPPED, Variant
 from ldm.data.reader import ShapesReader
-from ldm.data.shapes import ShapesDataset, caption, parse_caption
+from ldm.data.shapes import ShapesDataset, caption
 from ldm.fileio import file_sha256
 from qdiff.distributed import barrier
 
@@ -162,12 +162,11 @@ def costs(variants: Sequence[Variant], options: CostOptions) -> Iterator[tuple[C
 
 def attributes_right(pictures: Tensor, captions: Sequence[str], reader: ShapesReader, batch: int) -> tuple[int, int]:
     """Return how many attributes are right, and how many the captions ask for. pictures: uint8 [N, H, W, 3]."""
-    answers: list[bool] = []
+    told: list[bool] = []
     for start in range(0, len(pictures), batch):
-        images = pictures[start : start + batch].permute(0, 3, 1, 2).float() / 255
-        specs = [parse_caption(text) for text in captions[start : start + batch]]
-        answers += [right for verdict in judge_batch(images, specs, reader) for right in verdict.values()]
-    return sum(answers), len(answers)
+        part = slice(start, start + batch)
+        told += answers(pictures[part].permute(0, 3, 1, 2), captions[part], reader)
+    return sum(told), len(told)
 
 
 def bytes_of(cali_ckpt: Path | None, device: str) -> int:

@@ -217,7 +217,8 @@ def measure(
             pictures.prompts,
             device=choose_device(options.device),
             batch_size=options.batch_size,
-            seed=protocol.seed,
+            resamples=scoring.resamples,
+            seed=scoring.seed,
         )
     own = task.pictures.model.open()
     other = own if task is base else base.pictures.model.open()

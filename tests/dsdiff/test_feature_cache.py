@@ -82,6 +82,7 @@ def test_what_cannot_be_is_refused(pipeline):
     ):
         with pytest.raises(ValueError, match=says):
             replace(OPTIONS, **changes)
-    with pytest.raises(ValueError, match="6 output blocks, so 5 at most"):
-        drawn(pipeline, cache=2, cache_depth=6)
+    with pytest.raises(ValueError, match="6 output blocks, so 5 at most"):  # before anything is read or drawn
+        pipeline.resolve(replace(OPTIONS, cache=2, cache_depth=6))
+    assert pipeline.spec.output_blocks == 6
     assert (BEFORE["cache"], BEFORE["cache_depth"]) == (1, 1)

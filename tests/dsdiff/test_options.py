@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsdiff.cli import flags
+from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser
 from dsdiff.options import SAMPLERS, DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
 
@@ -40,11 +40,11 @@ def test_options_are_frozen_and_refuse_typos():
 
 def parse(*argv):
     parser = ArgumentParser("a command")
-    flags.add_model_arguments(parser)
-    flags.add_sampler_arguments(parser)
-    flags.add_size_arguments(parser)
-    flags.add_tome_arguments(parser)
-    flags.add_quantization_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_sampler_arguments(parser)
+    arguments.add_size_arguments(parser)
+    arguments.add_tome_arguments(parser)
+    arguments.add_quantization_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -5,24 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 
 import dsdiff
 from dsdiff import DrawOptions, MergeOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
 from dsdiff.draw_settings import SAMPLERS as CLASSES
 from dsdiff.options import FEW_STEP, SAMPLERS, STOCHASTIC
 from dsdiff.record import BEFORE, USUAL_NAMES
-from ldm.checkpoint import save_checkpoint
-from ldm.util import instantiate_from_config
 
 TINY = DrawOptions(height=32, width=48, steps=4, vae="float32", precision="full")
-
-
-@pytest.fixture(scope="module")
-def spec(small_model):
-    config, ckpt = small_model
-    return find_model(ModelOptions(config=config, ckpt=ckpt))
 
 
 @pytest.fixture(scope="module")
@@ -141,21 +131,10 @@ def test_lowered_models_embed_each_time_of_a_schedule_once(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def lcm(small_model, tmp_path_factory):
-    """(config, checkpoint) of a full LCM: the small model with an embedding of guidance."""
-    config, folder = OmegaConf.load(small_model[0]), tmp_path_factory.mktemp("lcm")
-    config.model.params.unet_config.params.time_cond_proj_dim = 16
-    OmegaConf.save(config, folder / "lcm.yaml")
-    built = OmegaConf.create(OmegaConf.to_container(config.model))
-    built.params.use_ema = False
-    del built.params.cond_stage_config.params["tokenizer"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = instantiate_from_config(built)
-        for parameter in [*model.model.parameters(), *model.cond_stage_model.parameters()]:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_checkpoint(model, folder / "lcm.safetensors")
-    return ModelOptions(config=folder / "lcm.yaml", ckpt=folder / "lcm.safetensors")
+def lcm(make_small_model):
+    """The options of a full LCM: the small model with an embedding of guidance."""
+    config, ckpt = make_small_model("lcm", time_cond_proj_dim=16)
+    return ModelOptions(config=config, ckpt=ckpt)
 
 
 def test_a_full_lcm_draws_at_any_scale_with_one_sample_a_step(lcm):

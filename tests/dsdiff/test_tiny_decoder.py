@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dsdiff import DrawOptions, ModelOptions, Pipeline, find_model
 from dsdiff.models import decoder as decoders
-from dsdiff.models.registry import EMBEDDED, TINY_DECODERS
+from dsdiff.models.registry import EMBEDDED, STABLE_DIFFUSION, TINY_DECODERS
 from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
 
 OPTIONS = DrawOptions(height=32, width=48, steps=2, precision="full", vae="tiny")
@@ -53,6 +53,16 @@ def test_the_model_s_own_file_is_taken(pipeline, file, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no tiny decoder: give TAESD's file, or another, with --tiny_decoder"):
         pipeline.resolve(OPTIONS)
     assert EMBEDDED in TINY_DECODERS
+
+
+def test_a_bundle_has_the_file_of_its_own_autoencoder(pipeline, file, monkeypatch):
+    """Not that of Stable Diffusion v1, which a model of shapes would be decoded by to noise."""
+    bundle = replace(pipeline.spec, config_path=Path("bundle.safetensors"), bundle=True)
+    monkeypatch.setattr(decoders, "TINY_DECODERS", {STABLE_DIFFUSION: Path(__file__), EMBEDDED: file})
+    assert decoders.find_tiny(bundle, None).path == str(file)
+    monkeypatch.setattr(decoders, "TINY_DECODERS", {STABLE_DIFFUSION: Path(__file__)})
+    with pytest.raises(FileNotFoundError, match="no tiny decoder: give"):
+        decoders.find_tiny(bundle, None)
 
 
 def test_what_cannot_be_is_refused(pipeline, file, tmp_path):

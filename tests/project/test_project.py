@@ -132,7 +132,7 @@ def test_links_and_anchors_of_documents_exist():
 
 
 def test_flags_in_documents_exist():
-    shared = (ROOT / "dsdiff/cli/flags.py").read_text(encoding="utf-8")
+    shared = (ROOT / "dsdiff/cli/arguments.py").read_text(encoding="utf-8")
     count = 0
     for document in DOCUMENTS:
         for script, flags in commands(document.read_text(encoding="utf-8")):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
+from ldm.models.diffusion.guidance import guide
 
 
 @dataclass(kw_only=True)
@@ -82,8 +83,5 @@ class EpsErrors:
         return (self._guided(own, pictures) - self._guided(other, pictures)).square().flatten(1).mean(1)
 
     def _guided(self, output: Tensor, pictures: int) -> Tensor:
-        scale, output = self.settings.scale, output.double()
-        if len(output) == pictures:  # of a step without guidance
-            return output
-        eps_u, eps_c = output.chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
+        output = output.double()
+        return output if len(output) == pictures else guide(output, self.settings.scale)  # a step may have no guidance

@@ -7,7 +7,6 @@ added is measured alone.
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from dsdiff.benchmark.comparison import all_cores
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, machine, versions
 from dsdiff.jobs import check_text, read_prompt_file
+from dsdiff.metrics.intervals import mean_and_error
 from dsdiff.metrics.pair_scores import psnr, squared_errors
 from dsdiff.models.registry import EMBEDDED
 from dsdiff.models.spec import ModelSpec, find_model
@@ -100,7 +100,7 @@ class Comparison:
     def _eps(self, candidate: Candidate) -> Eps:
         def measure() -> dict[str, Any]:
             errors = self._eps_errors.of(candidate.merge, candidate.name)
-            mean, error = _mean_and_error(errors.mean(1))
+            mean, error = mean_and_error(errors.mean(1))
             return {"mse": mean, "error": error, "by_call": errors.mean(0).tolist()}
 
         return Eps(**self._kept("eps", candidate.name, self._facts(candidate.merge), measure))
@@ -114,7 +114,7 @@ class Comparison:
         def measure() -> dict[str, Any]:
             errors = squared_errors(self._drawn(candidate.merge, candidate.name), self._unmerged)
             each = torch.tensor([psnr(error) for error in errors if error > 0], dtype=torch.float64)
-            mean, error = _mean_and_error(each) if len(each) > 1 else (None, None)
+            mean, error = mean_and_error(each) if len(each) > 1 else (None, None)
             return {"psnr": psnr(errors) if errors.any() else None, "mean": mean, "error": error, "pairs": len(each)}
 
         return Pictures(**self._kept("pictures", candidate.name, self._facts(candidate.merge), measure))
@@ -190,11 +190,6 @@ class Comparison:
         content = json.dumps(figures) + "\n"
         write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
         return figures
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean of two values or more, and its standard error."""
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
 def _slug(name: str) -> str:

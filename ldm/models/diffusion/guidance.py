@@ -78,10 +78,15 @@ def guided(
     both = _join(unconditional, conditioning)
 
     def predict_eps(x: Tensor, t: int | float) -> Tensor:
-        eps_u, eps_c = call_model(torch.cat([x, x]), t, both).chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
+        return guide(call_model(torch.cat([x, x]), t, both), scale)
 
     return predict_eps
+
+
+def guide(eps: Tensor, scale: float) -> Tensor:
+    """Return eps_u + scale (eps_c - eps_u), [B, ...], of the batch [eps_u; eps_c], [2 B, ...]."""
+    eps_u, eps_c = eps.chunk(2)
+    return eps_u + scale * (eps_c - eps_u)
 
 
 # --- guidance in some of the steps ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dsdiff.calibration.estimate import Estimate, Measured, available_memory, ch
 from dsdiff.models.spec import find_model
 from dsdiff.pipeline import Pipeline
 from qdiff.calibration_set import CalibrationSet
-from qdiff.config import ReconConfig
+from qdiff.config import MixConfig, ReconConfig
 from qdiff.gptq import EXACT
 from qdiff.quant_model import QuantModel
 
@@ -70,16 +70,23 @@ def test_gptq_needs_memory_for_its_samples_and_its_largest_hessian():
     assert wide.gptq_bytes(7) == 7 * (1000 + 2 * 10**9) + 20 * 9
 
 
-def test_gptq_is_estimated_to_be_much_faster_than_adaround(options):
+def test_the_estimate_counts_each_phase(options, monkeypatch):
+    """With one measurement for all, so that nothing depends on the machine's load but the speed of GPTQ's products."""
     pipeline = Pipeline(find_model(options.model), device="cpu")
     qnn = QuantModel(pipeline.model.model.diffusion_model, options.quant_config())
     unet = qnn.model
     x, context = torch.randn(8, unet.in_channels, 8, 8), torch.randn(8, 5, unet.context_dim)
     data = CalibrationSet(x, torch.arange(8.0), context)
+    measured = module._measure(qnn, data, 4)
+    monkeypatch.setattr(module, "_measure", lambda *_: measured)
     needs = {
         rounding: estimate(qnn, data, ReconConfig(rounding=rounding, iters_w=50, iters_a=0), 4, 10**9)
         for rounding in ("adaround", "gptq", "nearest")
     }
-    assert needs["gptq"].seconds < 0.5 * needs["adaround"].seconds
+    mixed = estimate(qnn, data, ReconConfig(rounding="nearest", iters_a=0), 4, 10**9, MixConfig(samples=3, probes=2))
+    extra = mixed.seconds - needs["nearest"].seconds
+    assert extra == pytest.approx(measured.seconds * 3 * (1 + 3 * 2)) and mixed.memory == needs["nearest"].memory
+    assert needs["nearest"].seconds < needs["adaround"].seconds
+    assert needs["nearest"].seconds < needs["gptq"].seconds
     assert needs["gptq"].activations == needs["nearest"].activations == 0 < needs["adaround"].activations
     assert needs["gptq"].memory > needs["nearest"].memory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dsdiff import DrawOptions, LoraOptions, ModelOptions, Pipeline, QuantizationOptions, find_model
+from dsdiff import DrawOptions, LoraOptions, Pipeline, QuantizationOptions
 from dsdiff.models.lora import BranchSites
 from ldm.lora import layer_shapes
 from ldm.lora_names import TEXT, UNET
@@ -20,12 +20,6 @@ from qdiff.checkpoint import save_cali_ckpt
 from qdiff.engine.lora import BranchedCodesLayer
 
 TINY = DrawOptions(height=32, width=48, steps=2, precision="full", vae="float32")
-
-
-@pytest.fixture(scope="module")
-def spec(small_model):
-    config, ckpt = small_model
-    return find_model(ModelOptions(config=config, ckpt=ckpt))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,278 @@
+"""The flags that several commands share, by subject, as arguments of a parser. `flags` makes options of them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dsdiff.cli.console import number
+from dsdiff.options import ENGINES, PRECISIONS, QUANT_MODES, SAMPLERS, VAES, LoraOptions
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    config: str = "Stable Diffusion v1's if its checkpoint is there or --ckpt is given, else the embedded model's",
+    *,
+    precision: bool = True,
+    lora: str | None = None,
+) -> None:
+    """Add the flags that choose a model.
+
+    config: the default config, in words. precision: whether the command computes, on a device and in a precision.
+    lora: what the command does with LoRAs, in words; None for a command that takes none.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", type=Path, metavar="FILE", help=f"the model's yaml (default: {config})")
+    group.add_argument(
+        "--ckpt",
+        type=Path,
+        metavar="FILE",
+        help="a model's weights, or to draw with, a file of scripts/export.py "
+        "(default: the config's, under models/ldm)",
+    )
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)"
+    )
+    if lora is not None:
+        group.add_argument(
+            "--lora",
+            action="append",
+            default=[],
+            type=_lora,
+            metavar="FILE[:SCALE]",
+            help=f"{lora}: a file of kohya's scripts, diffusers or peft, and its scale (default: 1); several add up",
+        )
+    if not precision:
+        return
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
+        "(default: autocast on a GPU, and of few-bit activations on a CPU that has bfloat16; else full)",
+    )
+
+
+def _lora(text: str) -> LoraOptions:
+    try:
+        return LoraOptions.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the sampler and of guidance."""
+    group = parser.add_argument_group("sampling")
+    sampler = group.add_mutually_exclusive_group()
+    sampler.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)} (default: ddim); lcm and tcd are for models and LoRAs of few steps",
+    )
+    sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    sampler.add_argument(
+        "--dpm_solver", action="store_true", help="the same as --sampler dpm_solver, DPM-Solver++ (2M)"
+    )
+    group.add_argument(
+        "--ddim_steps",
+        type=number(int, 1),
+        metavar="N",
+        help="steps, of whatever sampler; an N that does not divide the model's 1000 makes DDIM and PLMS take more, "
+        "up to twice as many (default: the model's; 4 with lcm and tcd, which take up to 50)",
+    )
+    group.add_argument(
+        "--ddim_eta",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="noise in each step of ddim, euler_a and tcd, 0..1; 0 is deterministic (default: 0, 1 and 0.3)",
+    )
+    _add_guidance(group)
+    _add_cache(group)
+
+
+def _add_guidance(group: Any) -> None:
+    group.add_argument(
+        "--scale",
+        type=number(float, 0),
+        metavar="X",
+        help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's; 1 with lcm and "
+        "tcd, unless the model takes the scale as an input)",
+    )
+    share = number(float, 0, 1)
+    group.add_argument(
+        "--guidance_start",
+        type=share,
+        metavar="X",
+        help="share of the steps before which there is no guidance, which halves their time, 0..1 (default: 0)",
+    )
+    group.add_argument(
+        "--guidance_stop",
+        type=share,
+        metavar="X",
+        help="share of the steps from which on there is no guidance, 0..1 (default: 1)",
+    )
+    group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
+
+
+def _add_cache(group: Any) -> None:
+    group.add_argument(
+        "--cache",
+        type=number(int, 1),
+        metavar="N",
+        help="compute all of the UNet in every N-th step only; in the others its ends, on deep features of the last "
+        "such step (default: 1)",
+    )
+    group.add_argument(
+        "--cache_depth",
+        type=number(int, 1),
+        metavar="N",
+        help="input blocks and output blocks of the UNet that are its ends (default: 1)",
+    )
+
+
+def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the decoder, for commands that make pictures of latents."""
+    group = parser.add_argument_group("decoder")
+    group.add_argument(
+        "--vae",
+        choices=VAES,
+        help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py; tiny is another, "
+        "small decoder, several times as fast and a little coarser "
+        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32)",
+    )
+    group.add_argument(
+        "--tiny_decoder",
+        type=Path,
+        metavar="FILE",
+        help="for --vae tiny: TAESD's taesd_decoder, or diffusers' file of it (default: the model's, under models/ldm)",
+    )
+    group.add_argument(
+        "--vae_tiling",
+        action="store_true",
+        default=None,
+        help="decode in overlapping stripes, without seams: less memory for large pictures, slower",
+    )
+
+
+def add_noise_arguments(parser: argparse.ArgumentParser, *, batch: str = "--batch_size") -> None:
+    """Add --seed and the flag of the batch size, which only txt2img.py calls --n_samples."""
+    group = parser.add_argument_group("noise and batches")
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=42,
+        metavar="N",
+        help="picture i starts from the noise of seed + i (default: %(default)s)",
+    )
+    group.add_argument(
+        batch, type=number(int, 1), default=3, metavar="N", help="pictures per batch (default: %(default)s)"
+    )
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the size of pictures and latents."""
+    group = parser.add_argument_group("size")
+    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height (default: the model's)")
+    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width (default: the model's)")
+    group.add_argument("--C", type=number(int, 1), metavar="N", help="channels of the latents; must be the model's")
+    group.add_argument("--f", type=number(int, 1), metavar="N", help="pixels per latent; must be the model's")
+
+
+def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of token merging."""
+    group = parser.add_argument_group("token merging (only with a --ratio above 0 or a --merge_schedule)")
+    group.add_argument(
+        "--ratio",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="X",
+        help="part of the tokens to merge, up to 1 - 1/(sx*sy); 0 merges none, 0.5 is wise (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_downsample",
+        type=int,
+        choices=[1, 2, 4, 8],
+        help="merge in blocks at 1/N of the latents' size or larger (default: 1)",
+    )
+    group.add_argument("--sx", type=number(int, 1), metavar="N", help="width of a tile (default: 2)")
+    group.add_argument("--sy", type=number(int, 1), metavar="N", help="height of a tile (default: 2)")
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--use_rand", action=switch, help="draw the token that a tile keeps (default: yes)")
+    group.add_argument("--merge_attn", action=switch, help="merge around self-attention (default: yes)")
+    group.add_argument("--merge_crossattn", action=switch, help="merge around cross-attention (default: no)")
+    group.add_argument("--merge_mlp", action=switch, help="merge around the feed-forward layers (default: no)")
+    group.add_argument(
+        "--proportional",
+        action=switch,
+        help="a key counts in self-attention as often as tokens were merged into it: far nearer to the picture without "
+        "merging, in the same time (default: no, as in PyPI's tomesd)",
+    )
+    group.add_argument(
+        "--merge_kv",
+        action=switch,
+        help="in self-attention, merge keys and values alone, and keep every query (default: no)",
+    )
+    group.add_argument(
+        "--merge_schedule",
+        metavar="TEXT",
+        help="the ratio by step: PLACE:RATIO,... with places as shares of the steps, such as 0:0.7,0.5:0.3 "
+        "(before the first place, --ratio), or linear:FIRST:LAST (default: --ratio in all steps)",
+    )
+    group.add_argument(
+        "--merge_levels",
+        metavar="TEXT",
+        help="the largest ratio by level, LEVEL:RATIO,... such as 1:0.6,2:0.3; level N sees the latents at 1/N of "
+        "their size (default: --max_downsample)",
+    )
+    group.add_argument(
+        "--merge_every",
+        type=number(int, 1),
+        metavar="N",
+        help="match tokens in every Nth step only, and merge as before in between (default: 1)",
+    )
+    group.add_argument(
+        "--merge_share",
+        action=switch,
+        help="match tokens in the first block of a level only, for all its blocks (default: no)",
+    )
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that take a calibrated model. They have no defaults: the file says what they do not."""
+    group = parser.add_argument_group("quantization (with --ptq alone all is as the cali_ckpt says)")
+    group.add_argument("--ptq", action="store_true", default=None, help="draw with the quantized model")
+    group.add_argument(
+        "--cali_ckpt",
+        type=Path,
+        metavar="FILE",
+        help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
+    )
+    add_bit_arguments(group, "quantize activations; without it, once bits, split or mode are named, they stay float")
+    group.add_argument("--quant_mode", choices=QUANT_MODES, help="how the cali_ckpt was made")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="int8 computes in whole numbers, simulate with floats that hold them (default: int8 where it can)",
+    )
+    group.add_argument(
+        "--low_memory",
+        action="store_true",
+        default=None,
+        help="keep weights at their bits while drawing, and expand a layer's when it runs: less memory, slower",
+    )
+    group.add_argument("--cond", action="store_true", default=None, help="the model must be a conditional one")
+    group.add_argument(
+        "--no_grad_ckpt", action="store_true", default=None, help="build the UNet without gradient checkpointing"
+    )
+
+
+def add_bit_arguments(group: Any, quant_act: str = "quantize activations as well") -> None:
+    """Add the flags that say what is quantized to how many bits, without defaults. quant_act: the help of that flag."""
+    bits = number(int, 2, 16)
+    group.add_argument("--weight_bit", type=bits, metavar="BITS", help="of weights, 2..16")
+    group.add_argument("--quant_act", action=argparse.BooleanOptionalAction, help=quant_act)
+    group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
+    group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
+    group.add_argument(
+        "--split", action="store_true", default=None, help="the halves of shortcuts are quantized by themselves"
+    )
