@@ -5,9 +5,10 @@
  *     scale (sum_d (c_q - 128) c_k + (128 - Z_q) sum_d c_k) + the key's bias
  *
  * up to terms that are the same for all keys of a query, which drop out of the softmax. The parentheses hold a whole
- * number, the score; the bias is rounded to such numbers. The probability of a key is 2^(logit - the highest logit), a whole number of 16 bits in units of
- * 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the sums over PART keys; float32 adds
- * these up. The sum of the probabilities divides the result, and 128 - Z_v is added to it.
+ * number, the score; the bias is rounded to such numbers. The probability of a key is 2^(logit - the highest logit), a
+ * whole number of 16 bits in units of 1 / UNIT. It is multiplied by c_v - 128, which has 8 bits. So 32 bits hold the
+ * sums over PART keys; float32 adds these up. The sum of the probabilities divides the result, and 128 - Z_v is added
+ * to it.
  *
  * Keys are processed in parts. A running maximum and a running sum combine the parts (Milakov and Gimelshein
  * 2018, online softmax). A quantizer of the softmax whose step is coarser than the unit, or whose range ends below a
