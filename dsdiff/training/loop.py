@@ -3,19 +3,17 @@
 import json
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from dsdiff.environment import choose_device
@@ -31,11 +29,11 @@ from dsdiff.training.options import (
 from dsdiff.training.samples import SampleGrids
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
 from ldm.fileio import write_atomically
+from ldm.lora import save_lora
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.consistency_distillation import ConsistencyDistillation
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
-
-PLAIN_ATTENTION_TOKENS = 512  # up to which plain products train faster than the fused kernel, on CPUs
 
 
 def run(options: TrainingOptions) -> Path | None:
@@ -74,9 +72,8 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
         start = torch.load(options.last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     # Each process, and each resumed part, draws other noise and another order, so that no batch is repeated.
     torch.manual_seed(options.seed + 1000 * start + int(os.environ.get("LOCAL_RANK", 0)))
-    with attention_kernels(model, on_cpu=isinstance(trainer.accelerator, CPUAccelerator)):
-        module = training_module(model, config.learning_rate)
-        trainer.fit(module, batches, validation, ckpt_path=options.last if start else None)
+    module = training_module(model, config.learning_rate)
+    trainer.fit(module, batches, validation, ckpt_path=options.last if start else None)
     trainer.save_checkpoint(options.last)  # also where max_steps is no multiple of checkpoint_every
     return trainer
 
@@ -102,16 +99,6 @@ def check_same_run(config: TrainingConfig, options: TrainingOptions) -> None:
             )
     options.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda to: to.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8"))
-
-
-def attention_kernels(model: nn.Module, on_cpu: bool) -> AbstractContextManager[Any]:
-    """Return a context in which attention is trained by the faster kernel.
-
-    On CPUs the fused kernel's backward is slower than plain matrix products for few tokens; with the 1,024 of 32x32
-    latents a whole step is 1.8 times as fast with it. On GPUs the fused kernels are always faster.
-    """
-    many_tokens = isinstance(model, LatentDiffusion) and model.image_size**2 > PLAIN_ATTENTION_TOKENS
-    return sdpa_kernel(SDPBackend.MATH) if on_cpu and not many_tokens else nullcontext()
 
 
 def loader(data: DataConfig, dataset: Mapping[str, Any], shuffle: bool, devices: int = 1) -> DataLoader:
@@ -177,9 +164,13 @@ def initialise(model: nn.Module, init_from: Mapping[str, InitialWeights]) -> Non
 def export(model: nn.Module, path: Path, facts: Mapping[str, Any], pictures: DataLoader) -> None:
     """Write a model's weights for inference, in float16, with `facts` in the file's header.
 
-    A latent diffusion model is written with its averaged weights. The latents of an autoencoder are first normalised
-    over `pictures`, so that a model on top of it has the scale factor 1.
+    A latent diffusion model is written with its averaged weights, and so is a LoRA, in kohya's format. The latents of
+    an autoencoder are first normalised over `pictures`, so that a model on top of it has the scale factor 1.
     """
+    if isinstance(model, ConsistencyDistillation):
+        with model.average.average_parameters(model.factors):
+            save_lora(model.changes(), path, model.layers, metadata=facts)
+        return
     if isinstance(model, AutoencoderKL):
         model.eval().normalise_latents(torch.cat([model.get_input(batch) for batch in pictures]))
     with model.ema_scope() if isinstance(model, LatentDiffusion) else nullcontext():

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsdiff.training.loop import attention_kernels, initialise, run
+from dsdiff.training.loop import initialise, run
 from dsdiff.training.options import InitialWeights, TrainingOptions
 from ldm.data.reader import ShapesReader
 from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
@@ -147,14 +147,6 @@ def test_a_part_is_filled_by_its_whole_file_only(tmp_path):
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(ValueError, match=r"bad\.pt does not fit the part 'a\.' of ModuleDict"):
             initialise(model, {"a.": InitialWeights(file=tmp_path / "bad.pt")})
-
-
-def test_attention_of_many_tokens_is_trained_by_the_fused_kernel(configs):
-    config = OmegaConf.load("txt2img.yaml").model
-    for image_size, on_cpu, fused in ((16, True, False), (32, True, True), (16, False, True)):
-        config.params.image_size = image_size
-        with attention_kernels(instantiate_from_config(config), on_cpu):
-            assert torch.backends.cuda.flash_sdp_enabled() == fused, (image_size, on_cpu)
 
 
 @pytest.mark.slow
