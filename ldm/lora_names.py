@@ -8,30 +8,10 @@ change in several ways (PARTS). So all names that a layer may have are listed, a
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
+from ldm.diffusers_names import PREFIXES, TEXT_PREFIX, unet_names
 
-# CompVis's names -> diffusers'. First where a block stands in the UNet; those of the two paths depend on its depth
-# and are listed by `_places`.
-PLACES = {
-    "input_blocks.0.0": "conv_in",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-# Then the layers of a block. Those of transformers have the same names.
-LAYERS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-    "op": "conv",
-}
+UNET, TEXT = PREFIXES["unet"], PREFIXES["text_encoder"] + TEXT_PREFIX
+
 # How a file spells the name of a layer of each network. "_" stands for names whose dots are underscores.
 FILE_NAMES = {
     UNET: (
@@ -80,46 +60,12 @@ FOREIGN = (
 )
 
 
-def diffusers_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return CompVis's name -> diffusers' for modules of a UNet; `modules` must hold all its convolutions."""
-    modules = list(modules)
-    places = PLACES | _places(set(modules))
-    found = {}
-    for name in modules:
-        parts = name.split(".")
-        for size in (3, 2):
-            place = ".".join(parts[:size])
-            if place in places:
-                rest = ".".join(parts[size:])
-                found[name] = ".".join(filter(None, (places[place], LAYERS.get(rest, rest))))
-                break
-    return found
-
-
-def _places(modules: set[str]) -> dict[str, str]:
-    """Return the place in CompVis's two paths -> diffusers', which counts blocks by level. A sampler ends a level."""
-    places = {}
-    for path, short, sampler in (("input_blocks", "down", "op"), ("output_blocks", "up", "conv")):
-        level = number = 0
-        blocks = {int(name.split(".")[1]) for name in modules if name.startswith(f"{path}.")}
-        for i in sorted(blocks - ({0} if short == "down" else set())):
-            samplers = [k for k in range(3) if f"{path}.{i}.{k}.{sampler}" in modules]
-            if samplers != [0]:
-                places[f"{path}.{i}.0"] = f"{short}_blocks.{level}.resnets.{number}"
-                places[f"{path}.{i}.1"] = f"{short}_blocks.{level}.attentions.{number}"
-                number += 1
-            if samplers:
-                places[f"{path}.{i}.{samplers[0]}"] = f"{short}_blocks.{level}.{short}samplers.0"
-                level, number = level + 1, 0
-    return places
-
-
 def names_in_files(layers: Iterable[str]) -> dict[str, str]:
     """Return every name that a file may give a layer -> our name of it. layers: our names of all of them."""
     layers = list(layers)
     unet = [name.removeprefix(UNET) for name in layers if name.startswith(UNET)]
     text = [name.removeprefix(TEXT) for name in layers if name.startswith(TEXT)]
-    theirs = diffusers_names(unet)
+    theirs = unet_names(unet)
     other_names = {UNET + name: (name, theirs.get(name, name)) for name in unet}
     other_names |= {TEXT + name: _text_names(name) for name in text}
     found: dict[str, str] = {}
@@ -128,6 +74,14 @@ def names_in_files(layers: Iterable[str]) -> dict[str, str]:
             for prefix, dot in spellings:
                 found |= {prefix + name.replace(".", dot): ours for name in other_names[ours]}
     return found
+
+
+def kohya_names(layers: Iterable[str]) -> dict[str, str]:
+    """Return our names of the UNet's layers -> kohya's. layers: our names of all of them; others are left out."""
+    unet = [name.removeprefix(UNET) for name in layers if name.startswith(UNET)]
+    prefix, dot = FILE_NAMES[UNET][0]
+    theirs = unet_names(unet)
+    return {UNET + name: prefix + theirs.get(name, name).replace(".", dot) for name in unet}
 
 
 def _text_names(name: str) -> tuple[str, ...]:

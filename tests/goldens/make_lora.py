@@ -24,7 +24,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya  # noqa
 from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
-from ldm.lora_names import diffusers_names  # noqa: E402
+from ldm.diffusers_names import unet_names  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
 SCALE = 0.7
@@ -43,7 +43,7 @@ def diffusers_unet() -> UNet2DConditionModel:
     weights = torch.load(GOLDENS / "q_cali_w4a8.pth", weights_only=True)
     weights = {name: weights[f"model.{name}"] for name in ours.state_dict()}
     modules = {name: name.rpartition(".")[0] for name in weights}
-    theirs = diffusers_names(set(modules.values()))
+    theirs = unet_names(set(modules.values()))
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.lora import layer_shapes, merge_lora, read_lora
-from ldm.lora_names import TEXT, UNET, diffusers_names
+from ldm.diffusers_names import unet_names
+from ldm.lora_names import TEXT, UNET
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.low_rank import BranchedLayer, LowRankBranch
 from ldm.util import instantiate_from_config
@@ -112,13 +113,13 @@ def test_all_names_of_a_unet_are_those_of_diffusers(model):
     )
     ours = {name.rpartition(".")[0] for name in model.model.diffusion_model.state_dict()}
     theirs = {name.rpartition(".")[0] for name in unet.state_dict()}
-    assert sorted(diffusers_names(ours).values()) == sorted(theirs)
+    assert sorted(unet_names(ours).values()) == sorted(theirs)
 
 
 def test_names_of_stable_diffusion_v1():
     keys = json.loads((GOLDENS / "sd_v1_state_dict.json").read_text())["keys"]
     modules = {key.removeprefix(UNET).rpartition(".")[0] for key in keys if key.startswith(UNET)}
-    names = diffusers_names(modules)
+    names = unet_names(modules)
     assert len(set(names.values())) == len(modules)
     expected = {
         "input_blocks.1.1.transformer_blocks.0.ff.net.2": "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
