@@ -17,6 +17,7 @@ from ldm.models.diffusion.sampler import (
     KeepKnown,
     Sampler,
     Step,
+    diffuse,
     draw_noise,
     keep_known,
     make_ddim_sampling_parameters,
@@ -68,6 +69,12 @@ class DDIMSampler(Sampler):
     def _prepare(self, S: int, eta: float) -> int:
         self.make_schedule(S, ddim_eta=eta, verbose=False)
         return len(self.ddim_timesteps)
+
+    def _skip(self, n_steps: int) -> None:
+        """Do nothing: `_steps` finds the last steps in the tables itself."""
+
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        return diffuse(x0, noise, float(self.ddim_alphas[n_steps - 1]))
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown

@@ -18,6 +18,7 @@ from ldm.models.diffusion.sampler import (
     Sampler,
     Step,
     check_steps,
+    diffuse,
 )
 
 FEW_STEPS = 15  # below this, the last step falls back to first order, which is steadier for large steps
@@ -58,7 +59,15 @@ class DPMSolverSampler(Sampler):
         self.alphas = np.exp(log_alpha)
         self.sigmas = np.sqrt(-np.expm1(2 * log_alpha))  # alpha² + sigma² = 1
         self.lambdas = log_alpha - np.log(self.sigmas)  # half the log signal-to-noise ratio
+        self.first_order_end = S < FEW_STEPS
         return S
+
+    def _skip(self, n_steps: int) -> None:
+        self.model_times = self.model_times[n_steps:]
+        self.alphas, self.sigmas, self.lambdas = (table[n_steps:] for table in (self.alphas, self.sigmas, self.lambdas))
+
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        return diffuse(x0, noise, float(self.alphas[0]) ** 2)
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
@@ -71,7 +80,7 @@ class DPMSolverSampler(Sampler):
             eps = predict_eps(x, self.model_times[i - 1])
             x0, x0_before = (x - sigma[i - 1] * eps) / alpha[i - 1], x0
             h = lam[i] - lam[i - 1]
-            if i == 1 or (i == n_steps and self._ends_in_first_order(n_steps)):
+            if i == 1 or (i == n_steps and self.first_order_end):
                 D = x0
             else:
                 r = h_before / h
@@ -79,9 +88,6 @@ class DPMSolverSampler(Sampler):
             x = sigma[i] / sigma[i - 1] * x - alpha[i] * expm1(-h) * D
             h_before = h
             yield x, x0
-
-    def _ends_in_first_order(self, n_steps: int) -> bool:
-        return n_steps < FEW_STEPS
 
 
 class DPMSolverKarrasSampler(DPMSolverSampler):
@@ -122,7 +128,5 @@ class DPMSolverKarrasSampler(DPMSolverSampler):
         self.alphas = 1 / np.sqrt(1 + s**2)
         self.sigmas = s * self.alphas
         self.lambdas = np.append(-np.log(levels), np.inf)
+        self.first_order_end = True
         return S
-
-    def _ends_in_first_order(self, n_steps: int) -> bool:
-        return True

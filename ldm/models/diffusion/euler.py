@@ -43,6 +43,12 @@ class EulerSampler(Sampler):
         self.levels: list[float] = [*levels.tolist(), 0.0]
         return S
 
+    def _skip(self, n_steps: int) -> None:
+        self.model_times, self.levels = self.model_times[n_steps:], self.levels[n_steps:]
+
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        return x0 / self.levels[0] + noise  # which `_steps` multiplies by that level
+
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
     ) -> Iterator[Step]:

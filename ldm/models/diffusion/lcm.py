@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import PredictEps
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Sampler, Step, check_steps
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Sampler, Step, check_steps, diffuse
 
 TEACHER_STEPS = 50  # of the solver from which the published models were distilled: they know no other times
 SIGMA_DATA = 0.5  # the data's standard deviation in the boundary condition
@@ -17,6 +17,8 @@ TIME_SCALING = 10.0  # of the timestep in the boundary condition
 
 class ConsistencySampler(Sampler):
     """The times of samplers for distilled models: S of the teacher's 50, evenly spread, from N - 1 down."""
+
+    alpha_bars: list[float]  # at the times of the walk
 
     @classmethod
     def steps_taken(cls, S: int, num_timesteps: int) -> int:
@@ -32,6 +34,9 @@ class ConsistencySampler(Sampler):
         teacher = np.arange(min(TEACHER_STEPS, N), 0, -1) * (N // min(TEACHER_STEPS, N)) - 1
         return teacher[np.linspace(0, len(teacher), S, endpoint=False).astype(np.int64)].tolist()
 
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        return diffuse(x0, noise, self.alpha_bars[0])
+
 
 class LCMSampler(ConsistencySampler):
     """Multistep consistency sampling: predict x_0, and put it back to the next, lower noise.
@@ -44,8 +49,11 @@ class LCMSampler(ConsistencySampler):
 
     def _prepare(self, S: int, eta: float) -> int:
         self.model_times = self.schedule(S)
-        self.alpha_bars: list[float] = self.alphas_cumprod.double()[self.model_times].tolist()
+        self.alpha_bars = self.alphas_cumprod.double()[self.model_times].tolist()
         return S
+
+    def _skip(self, n_steps: int) -> None:
+        self.model_times, self.alpha_bars = self.model_times[n_steps:], self.alpha_bars[n_steps:]
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import PredictEps
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Step
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Step, steps_from
 
 # Number of noise predictions -> their Adams-Bashforth weights, the newest first.
 ADAMS_BASHFORTH = {
@@ -41,8 +41,12 @@ class PLMSSampler(DDIMSampler):
 
     def schedule(self, S: int, eta: float | None = None) -> list[int | float]:
         """Return DDIM's times, where the end of the first step comes twice: n + 1 times for n steps."""
-        first, *others = super().schedule(S, eta)
-        return [first, others[0] if others else first, *others]
+        return _first_twice(super().schedule(S, eta))
+
+    def schedule_from(self, S: int, eta: float | None = None, strength: float = 1.0) -> list[int | float]:
+        """Return the times of the walk at a strength; it, too, calls the model twice in its first step."""
+        times = super().schedule(S, eta)
+        return _first_twice(times[len(times) - steps_from(len(times), strength) :])
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown
@@ -58,3 +62,9 @@ class PLMSSampler(DDIMSampler):
                 e_prime = sum(w * e_k for w, e_k in zip(ADAMS_BASHFORTH[len(e)], e, strict=True))
             x, pred_x0 = self._update(x, e_prime, i, noise)
             yield x, pred_x0
+
+
+def _first_twice(times: list[int | float]) -> list[int | float]:
+    """Return descending times with those of the two calls in the first step."""
+    first, *others = times
+    return [first, others[0] if others else first, *others]

@@ -10,6 +10,7 @@ beside their only users.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -129,6 +130,49 @@ def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int
     return keep
 
 
+# --- starting from latents ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Latents from which a walk starts, in the middle of its schedule.
+
+    x0: the latents [B, C, H, W], or broadcastable to it. strength: the share of the steps that are taken, in (0, 1],
+    see `steps_from`. drawn: for inpainting, 1 where latents are drawn anew and 0 where they stay x0, broadcastable to
+    [B, C, H, W]; None draws all of them.
+    """
+
+    x0: Tensor
+    strength: float
+    drawn: Tensor | None = None
+
+
+def steps_from(n_steps: int, strength: float) -> int:
+    """Return how many of n steps are taken at a strength: the last int(n strength), as in diffusers.
+
+    Raises ValueError for a strength outside of (0, 1], and for one that leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and 1 at most, got {strength}")
+    taken = min(int(n_steps * strength), n_steps)
+    if taken == 0:
+        raise ValueError(f"strength {strength:g} takes none of {n_steps} steps: use {1 / n_steps:.2g} or more")
+    return taken
+
+
+def diffuse(x0: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """Return x_t of x_0 and its noise (DDPM eq. 4)."""
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
+
+
+def put_back(init: Init, noise: Tensor) -> KeepKnown:
+    """Return the function that puts x0 with the same `noise` in each step back where nothing is drawn."""
+    drawn = init.drawn
+    if drawn is None:
+        return lambda x, alpha_bar: x
+    return lambda x, alpha_bar: drawn * x + (1 - drawn) * diffuse(init.x0, noise, alpha_bar)
+
+
 # --- the walk ----------------------------------------------------------------------------------------------
 
 
@@ -169,6 +213,11 @@ class Sampler:
         """
         raise NotImplementedError
 
+    def schedule_from(self, S: int, eta: float | None = None, strength: float = 1.0) -> list[int | float]:
+        """Return the times of `schedule` that a walk at a strength takes, see `Init`."""
+        times = self.schedule(S, eta)
+        return times[len(times) - steps_from(len(times), strength) :]
+
     def _eta(self, eta: float | None) -> float:
         """Return eta, or the sampler's default for None. Raise ValueError for one out of range or without effect."""
         if eta is None:
@@ -182,6 +231,14 @@ class Sampler:
 
     def _prepare(self, S: int, eta: float) -> int:
         """Compute the tables for S steps; return how many steps the walk takes."""
+        raise NotImplementedError
+
+    def _skip(self, n_steps: int) -> None:
+        """Leave the first `n_steps` steps out of the tables."""
+        raise NotImplementedError
+
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        """Return x from which `_steps` walks the last `n_steps` steps, of x_0 and its noise."""
         raise NotImplementedError
 
     def _steps(
@@ -207,6 +264,7 @@ class Sampler:
         generator: Generators = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        init: Init | None = None,
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
         log_every_t: int = 100,
@@ -221,7 +279,9 @@ class Sampler:
         x_T: standard normal noise [B, C, H, W] to start from; drawn from `generator` if None.
         generator: the source of noise. A sequence of one CPU generator per picture (`seeded_generators`) makes each
             picture independent of its batch; None is torch's global generator.
-        mask, x0: for inpainting, both broadcastable to [B, C, H, W]; x0 is kept where mask is 1.
+        mask, x0: for inpainting, both broadcastable to [B, C, H, W]; x0 is kept where mask is 1. CompVis's way: the
+            noise of what is kept is fresh in each step.
+        init: latents to start from in the middle of the schedule, see `Init`; `mask` and `x0` are not for it.
         callback(i), img_callback(pred_x0, i): called once per step, i = 0, 1, ...
         verbose: show a progress bar.
 
@@ -232,7 +292,10 @@ class Sampler:
         batch_shape = check_batch_shape(batch_size, shape, x_T)
         if log_every_t < 1:
             raise ValueError(f"log_every_t must be 1 or more, got {log_every_t}")
-        n_steps = self._prepare(S, self._eta(eta))
+        if init is not None and (mask is not None or x0 is not None):
+            raise ValueError("give either init, which has a mask of its own, or mask and x0")
+        n_all = self._prepare(S, self._eta(eta))
+        n_steps = n_all if init is None else steps_from(n_all, init.strength)
         scale = unconditional_guidance_scale
         predict_eps = LimitedGuidance(
             inside=guided(self.model, batch_size, conditioning, unconditional_conditioning, scale),
@@ -242,6 +305,11 @@ class Sampler:
         noise = partial(draw_noise, batch_shape, generator, self.model.device)
         keep = keep_known(mask, x0, batch_shape, noise)
         x = noise() if x_T is None else x_T.to(self.model.device)
+        if init is not None:
+            keep = put_back(init, x)
+            self._skip(n_all - n_steps)
+            if init.drawn is None or n_steps < n_all:  # else what is drawn begins as noise alone
+                x = self._noised(init.x0, x, n_steps)
 
         inter: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         steps = self._steps(predict_eps, x, n_steps, noise, keep)
@@ -254,7 +322,7 @@ class Sampler:
                 inter["x_inter"].append(x)
                 inter["pred_x0"].append(pred_x0)
             predict_eps.step = i + 1  # the walk goes on only when the next step is asked for
-        return x, inter
+        return (x if init is None else put_back(init, x)(x, 1.0)), inter
 
     def _progress(self, steps: Iterator[Step], n_steps: int, verbose: bool) -> Iterator[Step]:
         """Yield the steps and show a bar, which stays on the screen unless it is inside another bar."""

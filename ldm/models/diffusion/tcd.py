@@ -29,10 +29,14 @@ class TCDSampler(ConsistencySampler):
         # In float32, whose rounding decides where (1 - gamma) t_next is nearly whole.
         below = np.floor(np.float32(1 - eta) * following.astype(np.float32)).astype(np.int64)
         table = self.alphas_cumprod.double()
-        self.alpha_bars: list[float] = table[self.model_times].tolist()
+        self.alpha_bars = table[self.model_times].tolist()
         self.alpha_bars_s: list[float] = table[below.tolist()].tolist()
         self.alpha_bars_next: list[float] = table[following.tolist()].tolist()
         return S
+
+    def _skip(self, n_steps: int) -> None:
+        self.model_times, self.alpha_bars = self.model_times[n_steps:], self.alpha_bars[n_steps:]
+        self.alpha_bars_s, self.alpha_bars_next = self.alpha_bars_s[n_steps:], self.alpha_bars_next[n_steps:]
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown

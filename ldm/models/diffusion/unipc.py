@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import PredictEps
-from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Sampler, Step, check_steps
+from ldm.models.diffusion.sampler import DrawNoise, KeepKnown, Sampler, Step, check_steps, diffuse
 
 
 class Prediction(NamedTuple):
@@ -49,6 +49,13 @@ class UniPCSampler(Sampler):
         log_snr = np.log(alpha_bar[:-1] / (1 - alpha_bar[:-1])) / 2
         self.lambdas: list[float] = [*log_snr.tolist(), float("inf")]
         return S
+
+    def _skip(self, n_steps: int) -> None:
+        self.model_times = self.model_times[n_steps:]
+        self.alphas, self.sigmas, self.lambdas = self.alphas[n_steps:], self.sigmas[n_steps:], self.lambdas[n_steps:]
+
+    def _noised(self, x0: Tensor, noise: Tensor, n_steps: int) -> Tensor:
+        return diffuse(x0, noise, self.alphas[0] ** 2)
 
     def _steps(
         self, predict_eps: PredictEps, x: Tensor, n_steps: int, noise: DrawNoise, keep: KeepKnown

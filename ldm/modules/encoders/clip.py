@@ -119,7 +119,8 @@ def position_ids(length: int, device: torch.device | None = None) -> Tensor:
 class ClipTextEmbeddings(nn.Module):
     """Token ids [B, T] -> the sum of the token's and the position's embedding [B, T, C].
 
-    `position_ids` is in the state_dict, as it was in the checkpoints of 2022.
+    `added` [n, C] are embeddings of further tokens, whose ids follow the vocabulary's. `position_ids` is in the
+    state_dict, as it was in the checkpoints of 2022.
     """
 
     position_ids: Tensor
@@ -130,9 +131,16 @@ class ClipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.register_buffer("position_ids", position_ids(config.max_position_embeddings))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
         positions = self.position_ids[:, : input_ids.shape[1]]
-        return self.token_embedding(input_ids) + self.position_embedding(positions)
+        tokens = self.token_embedding(input_ids) if added is None else self._with_added(input_ids, added)
+        return tokens + self.position_embedding(positions)
+
+    def _with_added(self, input_ids: Tensor, added: Tensor) -> Tensor:
+        own = self.token_embedding.num_embeddings
+        tokens = self.token_embedding(input_ids.clamp(max=own - 1))
+        further = added[(input_ids - own).clamp(min=0)].to(tokens.dtype)
+        return torch.where((input_ids >= own)[..., None], further, tokens)
 
 
 class ClipAttention(nn.Module):
@@ -214,8 +222,8 @@ class ClipTextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         initialise_tower(self, config)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+    def forward(self, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids, added)))
 
 
 @torch.no_grad()
@@ -240,5 +248,6 @@ class ClipTextModel(nn.Module):
         super().__init__()
         self.text_model = ClipTextTransformer(config)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.text_model(input_ids)
+    def forward(self, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the last hidden states [B, T, C] of token ids [B, T]. added: see ClipTextEmbeddings."""
+        return self.text_model(input_ids, added)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.encoders.chunks import Chunk, Chunker, PromptStyle
 from ldm.modules.encoders.clip import ClipTextConfig, ClipTextModel, position_ids
 from ldm.modules.encoders.tokenizer import FILES_WANTED, ClipTokenizer, TokenizerSource, has_tokenizer_files
 
@@ -56,6 +57,7 @@ class FrozenCLIPEmbedder(nn.Module):
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         self._reported: set[str] = set()
+        self._added: dict[str, Tensor] = {}  # vectors by name
         with torch.device(device if device is not None else torch.get_default_device()):
             self.transformer = ClipTextModel(config)
         self.register_load_state_dict_pre_hook(_accept_other_names)
@@ -134,6 +136,55 @@ class FrozenCLIPEmbedder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return what `forward` returns. CompVis's code calls it by this name."""
         return self(prompts)
+
+    # --- weights, long prompts, added vectors -------------------------------------------------------------
+
+    def set_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        """Let names in prompts stand for vectors [n, hidden_size] in place of tokens, instead of those set before.
+
+        They are in no state_dict. Raises ValueError for vectors of another width, or for more than fit into a prompt.
+        """
+        width, room = self.transformer.text_model.config.hidden_size, self.max_length - 2
+        for name, rows in vectors.items():
+            if rows.ndim != 2 or rows.shape[1] != width:
+                raise ValueError(f"embedding {name!r} has vectors of width {rows.shape[-1]}, the text encoder {width}")
+            if not 1 <= len(rows) <= room:
+                raise ValueError(f"embedding {name!r} has {len(rows)} vectors: a prompt has room for 1..{room}")
+        self._added = dict(vectors)
+
+    def chunks(self, prompt: str, style: PromptStyle) -> list[Chunk]:
+        """Return the chunks of max_length tokens that a prompt is read as. What is cut off is told once, in full."""
+        end, added = self.transformer.text_model.config.vocab_size, {}
+        for name, rows in self._added.items():
+            added[name] = range(end, end + len(rows))
+            end += len(rows)
+        chunks, cut = Chunker(self.tokenizer, self.max_length, added).split(prompt, style)
+        if cut:
+            self._report_cut(prompt, cut)
+        return chunks
+
+    def encode_chunks(self, batch: Sequence[Sequence[Chunk]]) -> Tensor:
+        """Return the contexts [B, n max_length, hidden_size] of prompts [B] of n chunks each, float32.
+
+        Each chunk is encoded by itself. Weights multiply the hidden states, which are then scaled so that the chunk's
+        mean is what it was, as in stable-diffusion-webui. Raises ValueError for prompts of unlike numbers of chunks.
+        """
+        if len({len(chunks) for chunks in batch}) != 1:
+            raise ValueError(f"prompts of {[len(chunks) for chunks in batch]} chunks cannot be in one batch")
+        device = next(self.transformer.parameters()).device
+        flat = [chunk for chunks in batch for chunk in chunks]
+        added = torch.cat(list(self._added.values())).to(device) if self._added else None
+        states = self.transformer(torch.tensor([chunk.ids for chunk in flat], device=device), added).float()
+        weights = torch.tensor([chunk.weights for chunk in flat], device=device)
+        if (weights != 1).any():
+            states = _weighted(states, weights)
+        return states.reshape(len(batch), -1, states.shape[-1])
+
+
+def _weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """Return states [B, T, C] times weights [B, T], with the mean of each row as before."""
+    weighted = states * weights[..., None]
+    return weighted * (states.mean(dim=(1, 2), keepdim=True) / weighted.mean(dim=(1, 2), keepdim=True))
 
 
 def _text_config(version: str, given: Mapping[str, Any] | None) -> ClipTextConfig:
