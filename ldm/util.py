@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
+from ldm.diffusers_folder import is_diffusers_folder, read_folder, read_vae
+from ldm.diffusers_names import PREFIXES
+from ldm.weight_files import some
 
 T = TypeVar("T")
 
@@ -110,29 +113,37 @@ def load_model_from_config(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    vae_ckpt: str | Path | None = None,
     use_ema: bool = True,
     verbose: bool = False,
 ) -> nn.Module:
     """Return the LatentDiffusion of `config`, filled from the checkpoint `ckpt`, on `device`, in eval mode.
 
     config: a whole config, or its `model` node.
+    ckpt: a file in CompVis's layout, or a folder as diffusers saves it.
     dtype: type of the weights (None: float32). Tensors of that type are used where they are in the memory-mapped
         file; others are converted one by one. The noise schedule is computed from the config.
     tokenizer: directory of the tokenizer's files. None: the folder `tokenizer` beside the checkpoint, or the
         checkpoint's own, or else the hub's files for the text encoder's version.
-    use_ema: use the averaged weights (EMA) of a network if the file has all of them.
+    vae_ckpt: a file or folder whose autoencoder replaces the checkpoint's, see `ldm.diffusers_folder.read_vae`.
+    use_ema: use the averaged weights (EMA) of a network if the file has all of them. Those of a file without others are
+        used in any case.
     verbose: log the names of unused entries at INFO.
 
     Raises FileNotFoundError or ValueError, in one line, for a file that is missing, unreadable, hostile or of another
-    model; see `ldm.checkpoint`.
+    model, and for weights that are not finite; see `ldm.checkpoint`.
     """
     source = str(ckpt)
-    tensors = read_weights(ckpt)
+    tensors = {} if is_diffusers_folder(ckpt) else read_weights(ckpt)
     with without_weights():  # they come from the file; the noise schedule is computed
         model = instantiate_from_config(for_inference(config.get("model", config)))
     _place_tokenizer(model, Path(ckpt), tokenizer)
-    if use_ema:
-        tensors |= averaged_weights(tensors, source)
+    if is_diffusers_folder(ckpt):
+        tensors = read_folder(Path(ckpt), model)
+    averages = averaged_weights(tensors, source, model.state_dict())
+    tensors |= averages if use_ema else {name: averages[name] for name in averages if name not in tensors}
+    if vae_ckpt is not None:
+        tensors = _with_vae(tensors, Path(vae_ckpt), model)
     try:
         ignored = fill(model, tensors, source)
         _check_schedule(model, tensors, source)
@@ -141,7 +152,27 @@ def load_model_from_config(
     logger.log(logging.INFO if verbose else logging.DEBUG, "%s: ignored %s", source, ", ".join(ignored) or "nothing")
     for part in model.children():  # the networks alone, because the schedule stays float32
         part.to(device=device, dtype=dtype or torch.float32)
+    _check_finite(model, source)
     return model.to(device).eval()
+
+
+def _with_vae(tensors: dict[str, Tensor], path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights with the autoencoder of `path`. Raises ValueError if that does not fit the model."""
+    prefix = PREFIXES["vae"]
+    vae = read_vae(path, model)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+    lacking = [name for name in shapes if name not in vae]
+    if lacking:
+        raise ValueError(f"{str(path)!r} holds another autoencoder than the model's: {some(lacking)} is missing")
+    own = {name: tensor for name, tensor in vae.items() if name in shapes}  # the rest is training's
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)} | own
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    """Raise ValueError if a weight is NaN or infinite, which would make all pictures black. A sum tells both."""
+    bad = [name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float32).isfinite()]
+    if bad:
+        raise ValueError(f"checkpoint {source!r} is damaged: NaN or infinite numbers in {some(bad)}")
 
 
 def for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +185,8 @@ def for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
 def _place_tokenizer(model: nn.Module, ckpt: Path, directory: str | Path | None) -> None:
     encoder = model.cond_stage_model
     if hasattr(encoder, "set_tokenizer_candidates"):
-        encoder.set_tokenizer_candidates((ckpt.parent / "tokenizer", ckpt.parent))
+        folder = ckpt if ckpt.is_dir() else ckpt.parent
+        encoder.set_tokenizer_candidates((folder / "tokenizer", folder))
         if directory is not None:
             encoder.set_tokenizer(directory)
     elif directory is not None:

@@ -477,11 +477,11 @@ def test_file_without_named_tensors(config, tmp_path):
 
 
 def test_paths_that_are_no_checkpoint(config, tmp_path):
-    (tmp_path / "weights.bin").write_bytes(b"x")
+    (tmp_path / "weights.dat").write_bytes(b"x")
     (tmp_path / "folder.ckpt").mkdir()
     assert "no checkpoint at" in refused(config, tmp_path / "absent.ckpt", FileNotFoundError)
     assert "not a file" in refused(config, tmp_path / "folder.ckpt")
-    assert "must end in .ckpt, .pt, .pth, .safetensors" in refused(config, tmp_path / "weights.bin")
+    assert "must end in .ckpt, .pt, .pth, .bin, .safetensors" in refused(config, tmp_path / "weights.dat")
 
 
 # --- writing ----------------------------------------------------------------------------------------------
