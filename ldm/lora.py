@@ -1,19 +1,20 @@
-"""LoRA (Hu et al. 2021): low-rank changes to the layers of a model, read from a file and merged into weights.
+"""LoRA (Hu et al. 2021): low-rank changes to the layers of a model, read from a file, written, merged into weights.
 
 A file changes weights W of some layers by W + scale (alpha / rank) up down, with down [rank, inputs, *kernel] and
 up [outputs, rank]. Files of kohya's scripts, of diffusers and of peft are read (see `ldm.lora_names`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import is_plain, read_weights
-from ldm.lora_names import TEXT, UNET, context_kind, foreign_kind, names_in_files, split_key
+from ldm.checkpoint import is_plain, read_weights, save_checkpoint
+from ldm.lora_names import TEXT, UNET, context_kind, foreign_kind, kohya_names, names_in_files, split_key
 from ldm.lora_settings import PeftSettings
 from ldm.modules.low_rank import LowRank
 
@@ -146,6 +147,26 @@ def _as_of(down: Tensor, ndim: int) -> Tensor:
     if down.ndim > ndim and all(size == 1 for size in down.shape[ndim:]):
         return down.flatten(ndim - 1)
     return down
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save_lora(
+    changes: Mapping[str, LowRank], path: str | Path, modules: Iterable[str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write changes to a UNet as a LoRA file in kohya's format, float16, which diffusers reads as well.
+
+    changes: by our names of the layers. modules: our names of all of the UNet's layers, see `layer_shapes`.
+    metadata: facts for the header. Raises ValueError for another suffix than .safetensors.
+    """
+    names, tensors = kohya_names(modules), {}
+    for name, change in changes.items():
+        key, around = names[name], [1] * (change.down.ndim - 2)
+        tensors[f"{key}.lora_down.weight"] = change.down
+        tensors[f"{key}.lora_up.weight"] = change.up.reshape(*change.up.shape, *around)
+        tensors[f"{key}.alpha"] = torch.tensor(change.strength * len(change.down))
+    save_checkpoint(tensors, path, metadata=metadata)
 
 
 # --- merging -----------------------------------------------------------------------------------------------

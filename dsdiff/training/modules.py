@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ldm.data.reader import ShapesReader, reader_losses
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import Contrast, ContrastiveModel
+from ldm.models.consistency_distillation import ConsistencyDistillation
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.lcm import LCMSampler
 from ldm.models.tiny_distillation import TinyDistillation
 from ldm.util import instantiate_from_config
 
@@ -153,6 +155,45 @@ class DiffusionTraining(TrainingModule):
         return with_scheduler(optimizer, self.model.scheduler_config)
 
 
+class ConsistencyTraining(TrainingModule):
+    """Train the LoRA of a ConsistencyDistillation, and average its factors."""
+
+    model: ConsistencyDistillation
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.model(batch)
+        self.log("train/consistency", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.model.average(self.model.factors)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_idx)  # the same noise each time, so that losses can be compared
+            loss = self.model(batch)
+        self.log("val/consistency", loss, prog_bar=True, batch_size=len(batch[self.model.teacher.cond_stage_key]))
+
+    @torch.no_grad()
+    def sample_images(self, batch: Batch, n: int = 16, steps: int = 4) -> dict[str, Tensor]:
+        """Return pictures drawn from the batch's first n captions in a few steps, always from the same noise."""
+        with self.model.applied() as model:
+            captions = list(batch[model.cond_stage_key])[:n]
+            samples, _ = LCMSampler(model).sample(
+                steps,
+                len(captions),
+                tuple(model.get_input(batch).shape[1:]),
+                conditioning=model.get_learned_conditioning(captions),
+                generator=torch.Generator().manual_seed(0),
+                verbose=False,
+            )
+            return {"samples": model.decode_first_stage(samples)}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.model.factors.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
+        return with_scheduler(optimizer, self.model.scheduler_config)
+
+
 class ReaderTraining(TrainingModule):
     """Train a ShapesReader. The learning rate is the peak of a one-cycle schedule over all steps."""
 
@@ -217,6 +258,7 @@ KINDS: Mapping[type[nn.Module], type[TrainingModule]] = {
     ShapesReader: ReaderTraining,
     ContrastiveModel: ContrastTraining,
     TinyDistillation: TinyDecoderTraining,
+    ConsistencyDistillation: ConsistencyTraining,
 }
 
 

@@ -20,17 +20,25 @@ from ldm.util import instantiate_from_config
 class CachedLatents(Dataset):
     """Posterior moments [2C, h, w] and captions of the data set that the config `dataset` describes.
 
-    `autoencoder` is the config file of an AutoencoderKL and `ckpt` its weights. The cache, float16, lies in `folder`,
-    in parts of `part_size` items; after an interruption only the missing parts are encoded. The names of the files
-    begin with a hash of everything they depend on: the data set's config, some of its items, and the weights.
+    `autoencoder` is the config file of an AutoencoderKL and `ckpt` the file of its weights, whose names there begin
+    with `prefix`. The cache, float16, lies in `folder`, in parts of `part_size` items; after an interruption only the
+    missing parts are encoded. The names of the files begin with a hash of everything they depend on: the data set's
+    config, some of its items, and the weights.
     """
 
     def __init__(
-        self, dataset: dict, autoencoder: str, ckpt: str, folder: str, batch_size: int = 16, part_size: int = 2000
+        self,
+        dataset: dict,
+        autoencoder: str,
+        ckpt: str,
+        folder: str,
+        batch_size: int = 16,
+        part_size: int = 2000,
+        prefix: str = "",
     ):
         self.source = instantiate_from_config(dataset)
         self.part_size = part_size
-        digest = hashlib.sha256(file_sha256(ckpt).encode())
+        digest = hashlib.sha256((file_sha256(ckpt) + prefix).encode())
         digest.update(json.dumps(OmegaConf.to_container(OmegaConf.create(dict(dataset))), sort_keys=True).encode())
         for i in range(min(8, len(self.source))):  # these change with the code that draws them
             digest.update(self.source[i]["image"].numpy().tobytes() + self.source[i]["caption"].encode())
@@ -38,14 +46,12 @@ class CachedLatents(Dataset):
         paths = [Path(folder) / f"{name}-{start:07d}-{part_size}.npy" for start in starts]
         missing = {path: start for path, start in zip(paths, starts, strict=True) if not path.exists()}
         if missing:
-            self._encode(missing, autoencoder, ckpt, batch_size)
+            self._encode(missing, read_autoencoder(autoencoder, ckpt, prefix), batch_size)
         self.moments = [np.load(path, mmap_mode="r") for path in paths]
         self.captions = [caption for path in paths for caption in json.loads(path.with_suffix(".json").read_text())]
 
-    def _encode(self, missing: dict[Path, int], autoencoder: str, ckpt: str, batch_size: int) -> None:
+    def _encode(self, missing: dict[Path, int], model: AutoencoderKL, batch_size: int) -> None:
         """Write the missing parts; `missing` has the index of the first item of each."""
-        model = instantiate_from_config(OmegaConf.load(autoencoder).model)
-        model.load_state_dict({name: value.float() for name, value in read_weights(ckpt).items()})
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device, memory_format=torch.channels_last).eval()
         there = len(self.source) - sum(len(self._items(start)) for start in missing.values())
@@ -80,6 +86,14 @@ class CachedLatents(Dataset):
     def __getitem__(self, index: int) -> dict:
         part, place = divmod(index, self.part_size)
         return {"moments": torch.from_numpy(self.moments[part][place].copy()), "caption": self.captions[index]}
+
+
+def read_autoencoder(config: str, ckpt: str, prefix: str = "") -> AutoencoderKL:
+    """Return the autoencoder of a config file, with those weights of a file whose names begin with `prefix`."""
+    model = instantiate_from_config(OmegaConf.load(config).model)
+    weights = {name: value.float() for name, value in read_weights(ckpt).items() if name.startswith(prefix)}
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+    return model
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
