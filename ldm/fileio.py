@@ -1,10 +1,14 @@
 """Write files atomically, hash them, and check where they can be written."""
 
+import errno
 import functools
 import hashlib
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,13 +23,67 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise FileNotFoundError(2, "No such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files readable by the owner alone
-        os.replace(temporary, path)
+        with write_errors_naming(path, temporary):
+            write(temporary)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files readable by the owner alone
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors_naming(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raise what a library raises when it cannot write, on a full disk say, as an OSError that names `path`.
+
+    temporary: the name under which `path` is written. Errors about other files stay as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        number, reason = _write_failure(error, temporary)
+        if reason is None:
+            raise
+        raise OSError(number, reason, str(path)) from error
+
+
+def _write_failure(error: Exception, temporary: Path | None) -> tuple[int, str | None]:
+    """Return the number and the text of an error of writing; the text is None for an error that is none."""
+    if isinstance(error, OSError):
+        about_it = error.filename is None or (temporary is not None and str(error.filename) == str(temporary))
+        return error.errno or errno.EIO, (error.strerror or str(error)) if about_it else None
+    number = re.search(r"\(os error (\d+)\)", str(error))  # the errors of safetensors
+    if number is not None:
+        return int(number[1]), os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # those of torch.save, which tell no more
+        return errno.EIO, "cannot be written (is the disk full?)"
+    return 0, None
+
+
+def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` with a new folder, then rename it to `path`: complete or not there.
+
+    The temporary folder lies beside `path`, is hidden, and does not survive an error. Parents are created.
+    Raises ValueError if `path` is a file, or a folder with content.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        with write_errors_naming(path, temporary):
+            write(temporary)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError if `path` is a file, or a folder with content."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is there already: give the name of a new folder")
 
 
 def check_writable(directory: str | Path) -> None:

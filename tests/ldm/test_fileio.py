@@ -5,9 +5,13 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from ldm.fileio import check_writable, file_sha256, write_atomically
+from ldm.fileio import check_writable, file_sha256, write_atomically, write_errors_naming
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
@@ -23,6 +27,39 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     write_atomically(str(path), lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    """Each library has its own error for it; a limit on the size of files makes them as a full disk does."""
+    import resource
+
+    array = torch.arange(100_000.0)
+    writers = {
+        "text": lambda path: path.write_text("a" * 400_000),
+        "safetensors": lambda path: save_file({"a": array}, path),
+        "torch": lambda path: torch.save({"a": array}, path),
+        "numpy": lambda path: np.savez(path.open("wb"), array.numpy()),
+        "png": lambda path: Image.effect_noise((600, 600), 50).save(path, format="PNG"),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                write_atomically(tmp_path / name, write)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.filename == str(tmp_path / name) and caught.value.strerror, name
+        assert os.listdir(tmp_path) == [], name
+
+
+def test_errors_about_other_files_keep_their_names(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "file", lambda path: path.write_bytes((tmp_path / "missing").read_bytes()))
+    assert caught.value.filename == str(tmp_path / "missing")
+    with pytest.raises(RuntimeError, match="shapes"), write_errors_naming(tmp_path):
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
