@@ -8,9 +8,11 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
+
+from dsdiff.cli.steady import steady_streams, stop_signals
 
 PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
 logger = logging.getLogger("dsdiff")
@@ -57,24 +59,25 @@ class Command(Protocol):
 def command(main: Callable[[list[str]], None]) -> Command:
     """Make `main(argv)` a command: an error becomes one line on stderr and an exit status.
 
-    The status is 2 for bad input (with --verbose a traceback comes first) and 130 for Ctrl-C, whose line holds the text
-    of the KeyboardInterrupt.
+    The status is 2 for bad input (with --verbose a traceback comes first). Ctrl-C, SIGTERM and SIGHUP end it with 128
+    plus the number of the signal, and a line with the text of the KeyboardInterrupt.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else list(argv)
-        try:
-            main(argv)
-        except KeyboardInterrupt as interrupt:
-            _leave(130, f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
-        except (ValueError, OSError, NotImplementedError, MemoryError, RuntimeError) as error:
-            message = _describe(error)
-            if message is None:
-                raise
-            if "--verbose" in argv:
-                traceback.print_exc()
-            _leave(2, f"error: {message}")
+        with steady_streams(), stop_signals() as stop:
+            try:
+                main(argv)
+            except KeyboardInterrupt as interrupt:
+                _leave(stop.status, f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
+            except (ValueError, OSError, NotImplementedError, MemoryError, RuntimeError) as error:
+                message = _describe(error)
+                if message is None:
+                    raise
+                if "--verbose" in argv:
+                    traceback.print_exc()
+                _leave(2, f"error: {message}")
 
     return guarded
 
@@ -112,13 +115,27 @@ class Log:
 
     def open(self, path: Path) -> None:
         """Append all lines so far, and those to come, to the file `path`."""
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.handler = file
         logging.getLogger().addHandler(file)
         logging.getLogger().removeHandler(self._waiting)
         self._waiting.setTarget(file)
         self._waiting.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that ends the run when it cannot be written: what was not logged cannot be known later."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of logging)
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # told before, for the line that was being written
+            super().close()
 
 
 class _Console(logging.Handler):
