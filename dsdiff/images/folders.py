@@ -2,7 +2,10 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
+
+from PIL import Image
 
 from dsdiff.images.sets import FilePictures, PictureSet, ShapesPictures
 from dsdiff.images.sources import (
@@ -91,16 +94,29 @@ def _existing(folder: Path, what: str) -> Path:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the paths of all pictures in `folder` and below, sorted. Raises ValueError if there are none."""
-    found = [
-        Path(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+    """Return the paths of all pictures in `folder` and below, sorted. Raises ValueError if there are none.
+
+    Warns of pictures in other formats, and of links to folders, which are not followed.
+    """
+    places = list(os.walk(folder))
+    files = [Path(place, name) for place, _, names in places for name in names if not name.startswith(".")]
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not found:
         raise ValueError(f"no pictures in {str(folder)!r}: files must end in one of {', '.join(SUFFIXES)}")
+    other = Counter(path.suffix.lower() for path in files) & Counter(dict.fromkeys(_other_suffixes(), len(files)))
+    if other:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(other.items()))
+        logger.warning("%s: pictures in other formats are left out: %s", folder, kinds)
+    links = [Path(place, name) for place, names, _ in places for name in names if Path(place, name).is_symlink()]
+    if links:
+        logger.warning("%s: links to folders are not followed, as %r", folder, str(links[0]))
     return sorted(found, key=str)
+
+
+def _other_suffixes() -> set[str]:
+    """Return the suffixes of pictures that Pillow could read, but that are not scored."""
+    readable = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return readable - set(SUFFIXES)
 
 
 def imagenet_files(folder: Path, per_class: int) -> list[Path]:

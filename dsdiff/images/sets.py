@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from dsdiff.images.sources import (
 )
 from ldm.data import shapes
 from ldm.data.shapes import ShapesDataset
+
+logger = logging.getLogger(__name__)
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or less, which RGB can hold
 
@@ -91,18 +94,29 @@ class PictureSet(Dataset[Tensor], ABC):
 
 
 class FilePictures(PictureSet):
-    """The pictures in the files `paths`, in that order. All files are read once, for their hashes and sizes."""
+    """The pictures in the files `paths`, in that order. All files are read once, for their hashes and sizes.
+
+    Transparency is ignored, as torch-fidelity does: the colours of transparent pixels count. A warning tells of it.
+    """
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name = name
         self.paths = list(paths)
         self.hashes: list[str] = []
         sizes: dict[Size, str] = {}
+        transparent: list[Path] = []
         for path in tqdm(self.paths, desc="reading", unit="file", leave=False):
             content = path.read_bytes()
             self.hashes.append(hashlib.sha256(content).hexdigest())
             with open_picture(path, content) as picture:
                 sizes.setdefault(picture.size, path.name)
+                if picture.has_transparency_data:
+                    transparent.append(path)
+        if transparent:
+            logger.warning(
+                "%s: transparency is ignored in %d pictures, as %r: the colours of transparent pixels count",
+                name, len(transparent), transparent[0].name,
+            )  # fmt: skip
         self.sizes = sizes
         self.raw_content = text_sha256(*self.hashes)
 

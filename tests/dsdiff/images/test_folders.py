@@ -56,6 +56,27 @@ def test_a_folder_is_read_recursively_in_order(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in found.paths] == ["a/1.png", "b/2.JPEG", "b/c/3.webp", "c.PNG"]
 
 
+def test_what_is_left_out_or_ignored_is_told(tmp_path, caplog):
+    write_pictures(tmp_path / "pictures", {"a": 2})
+    for name in ("1.tiff", "2.tif", "3.TIFF", "4.gif", "note.txt"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name, format="TIFF")
+    (tmp_path / "pictures" / "more").symlink_to(tmp_path / "pictures" / "a")
+    assert len(open_source(str(tmp_path / "pictures"), what="pictures")) == 2
+    formats, links = (record.getMessage() for record in caplog.records)
+    assert "1 .gif, 1 .tif, 2 .tiff" in formats and "not followed" in links and "more" in links
+    caplog.clear()
+    clear = tmp_path / "clear"
+    clear.mkdir()
+    palette = Image.new("P", (8, 8))
+    palette.info["transparency"] = 0
+    for name, picture in {"a": Image.new("RGB", (8, 8)), "b": Image.new("RGBA", (8, 8)), "c": palette}.items():
+        picture.save(clear / f"{name}.png")
+    open_source(str(clear), what="pictures")
+    assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
+        "transparency is ignored in 2 pictures, as 'b.png': the colours of transparent pixels count"
+    ]
+
+
 def test_imagenet_is_the_first_of_each_class(tmp_path):
     expected = ["n01/0", "n01/1", "n01/2", "n02/0", "n02/1", "n02/2", "n03/0"]
     for case, place in (("plain", "."), ("with-val", "val")):
