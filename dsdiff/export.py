@@ -1,4 +1,7 @@
-"""Export: a calibrated model, or random weights of Stable Diffusion v1, in one file that draws alone (a bundle)."""
+"""Export: a calibrated model, or random weights of Stable Diffusion v1, in one file that draws alone (a bundle).
+
+A float model is exported as a folder of diffusers.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,13 +16,15 @@ from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.variants import fit
 from dsdiff.jobs import read_prompt_file
 from dsdiff.models.bundle import save_bundle
-from dsdiff.models.configs import read_config
+from dsdiff.models.configs import look_up, read_config
 from dsdiff.models.lora import resolve_loras
 from dsdiff.models.quantized import cali_ckpt_of
 from dsdiff.models.registry import CALI_PROMPTS, STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, LoraOptions, ModelOptions
 from dsdiff.pipeline import Pipeline
+from ldm.diffusers_save import save_folder
+from ldm.fileio import check_new_folder
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import for_inference, instantiate_from_config
 from qdiff.checkpoint import CaliHeader, load_cali_ckpt, read_cali_header, split_layers
@@ -78,12 +83,27 @@ def export_calibrated(
     _write(file, network, spec.config, replace(header, splits=split_layers(qnn), source=facts), ranges)
 
 
+def export_diffusers(folder: Path, model: ModelOptions, *, lora: Sequence[LoraOptions] = ()) -> None:
+    """Write a float model as a folder that diffusers loads, in float32, complete or not at all.
+
+    lora: LoRAs to merge into it. Raises ValueError or FileNotFoundError for a quantized model, for one that diffusers'
+    classes cannot hold, and where `folder` has content.
+    """
+    check_new_folder(folder)
+    spec = find_model(model, accept_bundle=False)
+    logger.info("%s", spec)
+    pipeline = Pipeline(spec, device="cpu", tokenizer=model.tokenizer, lora=lora)
+    save_folder(pipeline.model, look_up(spec.config, "model.params.first_stage_config.params.ddconfig"), folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    logger.info("written to %s (%.4g MB)", folder, size / 1e6)
+
+
 def fit_to_pictures(pipeline: Pipeline, count: int) -> Ranges:
     """Return the ranges of a float model's decoder, fitted to pictures of prompts that it draws.
 
     One in three is an ordinary picture. The others are drawn in few steps, so that these do not leave the ranges.
     """
-    path = CALI_PROMPTS.get(pipeline.spec.config_path.resolve(), CALI_PROMPTS[STABLE_DIFFUSION])
+    path = pipeline.spec.cali_prompts or CALI_PROMPTS[STABLE_DIFFUSION]
     prompts = read_prompt_file(path, "prompts")
     precision = "autocast" if has_bfloat16() else "full"
     network, autoencoder, latents = pipeline.model, pipeline.model.first_stage_model, []

@@ -4,6 +4,8 @@
 The file, a bundle, holds the UNet at its few bits, autoencoder and text encoder in float16, the config, the tokenizer
 and the record of its calibration. scripts/txt2img.py --ckpt FILE needs nothing else, and loads it without ever building
 the float UNet. The float model's checkpoint and the cali_ckpt are read, and not changed.
+
+--diffusers DIR writes the float model instead, as a folder that diffusers loads.
 """
 
 import argparse
@@ -21,7 +23,13 @@ from dsdiff.cli.flags import model_options
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="to write, a .safetensors")
+    add("file", type=Path, nargs="?", metavar="FILE", help="to write, a .safetensors")
+    add(
+        "--diffusers",
+        type=Path,
+        metavar="DIR",
+        help="write the float model, with its LoRAs merged, as a folder that diffusers loads, in place of FILE",
+    )
     add(
         "--cali_ckpt",
         type=Path,
@@ -40,12 +48,20 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--verbose", action="store_true", help="tell details, and where errors come from")
     add_model_arguments(parser, precision=False, lora="a LoRA that the calibration was made with")
     args = parser.parse_args(argv)
-    if args.file.suffix != ".safetensors":
+    if (args.file is None) == (args.diffusers is None):
+        parser.error("give the FILE to write, or --diffusers DIR, and not both")
+    if args.file is not None and args.file.suffix != ".safetensors":
         parser.error(f"{str(args.file)!r} must end in .safetensors")
-    names = ("config", "ckpt", "tokenizer", "cali_ckpt", "weight_bit", "lora", "vae_pictures")
-    given = [name for name in names if getattr(args, name) not in (None, [])]
-    if args.random_weights and given:
-        parser.error(f"--{given[0]} has no effect with --random_weights: leave it out")
+    of_models = ("config", "ckpt", "tokenizer", "lora", "vae_ckpt")
+    of_bundles = ("cali_ckpt", "weight_bit", "vae_pictures")
+    refused = {
+        "--random_weights": (*of_models, *of_bundles, "diffusers") if args.random_weights else (),
+        "--diffusers, which writes a float model": of_bundles if args.diffusers is not None else (),
+    }
+    for flag, names in refused.items():
+        given = [name for name in names if getattr(args, name) not in (None, [])]
+        if given:
+            parser.error(f"--{given[0]} has no effect with {flag}: leave it out")
     return args
 
 
@@ -53,10 +69,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose):
-        from dsdiff.export import export_calibrated, export_random
+        from dsdiff.export import export_calibrated, export_diffusers, export_random
         from ldm.fileio import check_writable
 
-        check_writable(args.file.parent)
+        check_writable((args.file or args.diffusers).parent)
+        if args.diffusers is not None:
+            export_diffusers(args.diffusers, model_options(args), lora=args.lora)
+            return
         if args.file.is_dir():
             raise ValueError(f"{str(args.file)!r} is a directory: give the name of a file")
         if args.random_weights:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdiff.models.configs import config_for_drawing, look_up, read_config
+from dsdiff.models.configs import look_up, read_config
 from dsdiff.models.registry import TINY_DECODERS
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import VAES
@@ -113,7 +113,7 @@ def find_tiny(spec: ModelSpec, given: Path | None) -> TinyFile:
 
 def _autoencoder(config: Mapping[str, Any]) -> Any:
     """Return how a config describes the autoencoder, whose latents a tiny decoder knows."""
-    return look_up(config_for_drawing(config), "model.params.first_stage_config.params")
+    return look_up(config, "model.params.first_stage_config.params.ddconfig")
 
 
 def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder:

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,20 @@ from typing import Any
 import yaml
 
 from dsdiff.models.configs import config_for_drawing, look_up, read_config
-from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, STABLE_DIFFUSION
+from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS, CHECKPOINTS, STABLE_DIFFUSION
 from dsdiff.options import ModelOptions
+
+# The prediction in a file's header, by the names of the modelspec standard -> `parameterization` of a config.
+PREDICTION_TYPES = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model's files and facts.
 
-    config: the whole config, plain. description: the model in words. height, width: of its pictures, in pixels.
-    steps, scale: its defaults of sampling. channels: of the latents. factor: pixels per latent. timesteps: of the noise
+    config: the whole config, plain. ckpt: the file of the weights, or a folder of diffusers. vae_ckpt: the file or
+    folder of another autoencoder. description: the model in words. height, width: of its pictures, in pixels. steps,
+    scale: its defaults of sampling. channels: of the latents. factor: pixels per latent. timesteps: of the noise
     process. bundle: whether `ckpt` is a bundle, quantized and with its config in it.
     """
 
@@ -35,9 +39,11 @@ class ModelSpec:
     factor: int
     timesteps: int
     bundle: bool = False
+    vae_ckpt: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.description} ({self.ckpt})"
+        autoencoder = "" if self.vae_ckpt is None else f", autoencoder of {self.vae_ckpt}"
+        return f"{self.description} ({self.ckpt}{autoencoder})"
 
     @property
     def embeds_guidance(self) -> bool:
@@ -55,13 +61,38 @@ class ModelSpec:
         """The cali_ckpts that come with the checkpoint, by the bits of its weights."""
         return CALI_CKPTS.get(self.ckpt.resolve(), {})
 
+    @property
+    def name(self) -> str:
+        """The model's name for records: that of the file without its ending, or of the folder of diffusers."""
+        return self.description if self.ckpt.is_dir() else self.ckpt.stem
+
+    @property
+    def cali_prompts(self) -> Path | None:
+        """The prompts for calibration data that come with the config; a folder of diffusers has Stable Diffusion's."""
+        return CALI_PROMPTS.get(STABLE_DIFFUSION if self.ckpt.is_dir() else self.config_path.resolve())
+
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights' file, and of what drawing needs of the config, wherever its tokenizer lies."""
-        from ldm.fileio import file_sha256
+        """SHA-256 of the weights, and of what drawing needs of the config, wherever its tokenizer lies.
+
+        That of a folder is the hash of the hashes of its files of weights.
+        """
+        from ldm.diffusers_folder import files_read
 
         architecture = yaml.safe_dump(config_for_drawing(self.config)).encode()
-        return {"ckpt_sha256": file_sha256(self.ckpt), "config_sha256": hashlib.sha256(architecture).hexdigest()}
+        vae = {} if self.vae_ckpt is None else {"vae_sha256": _joint_sha256(files_read(self.vae_ckpt, ("vae",)))}
+        return {
+            "ckpt_sha256": _joint_sha256(files_read(self.ckpt)),
+            "config_sha256": hashlib.sha256(architecture).hexdigest(),
+            **vae,
+        }
+
+
+def _joint_sha256(files: Sequence[Path]) -> str:
+    from ldm.fileio import file_sha256
+
+    hashes = [file_sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def find_model(options: ModelOptions, *, accept_bundle: bool = True) -> ModelSpec:
@@ -70,19 +101,65 @@ def find_model(options: ModelOptions, *, accept_bundle: bool = True) -> ModelSpe
     Raises FileNotFoundError or ValueError for files that are missing or no model's, and ValueError for a bundle where a
     float model is needed or another option contradicts it.
     """
+    from dsdiff.models.hub import from_hub
+
     bundled = _bundled_config(options, accept_bundle)
     if bundled is not None:
         assert options.ckpt is not None, "only a checkpoint can be a bundle"
         return ModelSpec(
             config_path=options.ckpt, config=bundled, ckpt=options.ckpt, bundle=True, **_facts(bundled, options.ckpt)
         )
-    config_path, ckpt = _choose_files(options.config, options.ckpt)
-    if not ckpt.exists():
-        raise FileNotFoundError(f"no checkpoint at {str(ckpt)!r}: give its path with --ckpt")
-    if not ckpt.is_file():
-        raise ValueError(f"{str(ckpt)!r} is not a file: give the path of a checkpoint with --ckpt")
-    config = read_config(config_path)
-    return ModelSpec(config_path=config_path, config=config, ckpt=ckpt, **_facts(config, config_path))
+    vae_ckpt = None if options.vae_ckpt is None else from_hub(options.vae_ckpt, ("vae",))
+    if vae_ckpt is not None and not vae_ckpt.exists():
+        raise FileNotFoundError(f"no autoencoder at {str(vae_ckpt)!r}: give its path with --vae_ckpt")
+    folder = None if options.ckpt is None else from_hub(options.ckpt)
+    if folder is not None and folder.is_dir():
+        config, config_path, ckpt = _folder_config(folder, options), folder, folder
+    else:
+        config_path, ckpt = _choose_files(options.config, options.ckpt)
+        if not ckpt.exists():
+            raise FileNotFoundError(f"no checkpoint at {str(ckpt)!r}: give its path with --ckpt")
+        config = _with_prediction(read_config(config_path), ckpt)
+    return ModelSpec(
+        config_path=config_path, config=config, ckpt=ckpt, vae_ckpt=vae_ckpt, **_facts(config, config_path)
+    )
+
+
+def _folder_config(folder: Path, options: ModelOptions) -> dict[str, Any]:
+    """Return the config of a folder of diffusers."""
+    from ldm.diffusers_config import config_of_folder
+    from ldm.diffusers_folder import is_diffusers_folder
+
+    if not is_diffusers_folder(folder):
+        raise ValueError(f"{str(folder)!r} is not a file, and no folder as diffusers saves it: give one with --ckpt")
+    if options.config is not None:
+        raise ValueError(f"--config has no effect: {str(folder)!r} brings its own; leave it out")
+    given = options.ckpt or folder  # a hub id stays the model's name
+    return config_of_folder(folder, folder.resolve().name if given == folder else given.as_posix())
+
+
+def _with_prediction(config: dict[str, Any], ckpt: Path) -> dict[str, Any]:
+    """Return the config with the prediction that the file names in its header or the yaml beside it, if any.
+
+    Of a yaml of the checkpoint's name, nothing else is read. A config that says what the UNet predicts is left alone.
+    """
+    from ldm.weight_files import read_metadata
+
+    params = look_up(config, "model.params")
+    if not isinstance(params, dict) or "parameterization" in params:
+        return config
+    try:
+        named = read_metadata(ckpt).get("modelspec.prediction_type", "epsilon")
+    except ValueError:  # loading the file will tell why
+        return config
+    beside = ckpt.with_suffix(".yaml")
+    own = look_up(read_config(beside), "model.params.parameterization") if beside.is_file() else None
+    if named not in PREDICTION_TYPES:
+        raise ValueError(f"{str(ckpt)!r} predicts {named!r} by its header: only epsilon and v are supported")
+    prediction = own or PREDICTION_TYPES[named]
+    if prediction == "eps":
+        return config
+    return {**config, "model": {**config["model"], "params": {**params, "parameterization": prediction}}}
 
 
 def _bundled_config(options: ModelOptions, accept: bool) -> dict[str, Any] | None:
@@ -96,7 +173,7 @@ def _bundled_config(options: ModelOptions, accept: bool) -> dict[str, Any] | Non
         raise ValueError(
             f"{str(options.ckpt)!r} holds a quantized model: this command needs the float one's checkpoint"
         )
-    for name in ("config", "tokenizer"):
+    for name in ("config", "tokenizer", "vae_ckpt"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} has no effect: {str(options.ckpt)!r} brings its own; leave it out")
     return config

@@ -70,6 +70,8 @@ class LatentDiffusion(nn.Module):
     The names and arguments are those of CompVis's configs. Notation is DDPM's (Ho et al. 2020): the model predicts
     eps in x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, for t in 0..timesteps-1.
 
+    parameterization: the output of the UNet, "eps" or "v" = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans
+        & Ho 2022). `apply_model` returns eps for both, so that samplers need not know.
     scale_factor: factor that brings latents to about unit variance.
     cond_stage_trainable: train the text encoder too.
     unconditional_rate: share of captions that training replaces by "", which guidance needs; in [0, 1].
@@ -81,7 +83,7 @@ class LatentDiffusion(nn.Module):
         attributes.
     neutral: the other arguments of CompVis's class, accepted only at the values that change nothing.
 
-    Only the noise prediction of Stable Diffusion v1 is implemented; values that ask for more raise ValueError.
+    Only what Stable Diffusion v1 and its fine-tunes need is implemented; values that ask for more raise ValueError.
     """
 
     betas: torch.Tensor
@@ -130,12 +132,14 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         check_neutral(type(self), neutral, NEUTRAL)
-        if parameterization != "eps":
-            raise ValueError(f"parameterization {parameterization!r} is not supported: this model predicts eps")
+        if parameterization not in ("eps", "v"):
+            raise ValueError(f"parameterization {parameterization!r} is not supported: a UNet predicts eps or v")
         if loss_type not in ("l1", "l2"):
             raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
         if loss_weight not in ("uniform", "min_snr", "debiased"):
             raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
+        if parameterization == "v" and loss_weight != "uniform":
+            raise ValueError(f"loss_weight {loss_weight!r} is for models that predict eps: use uniform for v")
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -216,6 +220,23 @@ class LatentDiffusion(nn.Module):
             - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.ndim) * noise
         )
 
+    def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 of x_0 [B, C, h, w], noise and t [B]."""
+        return (
+            extract_into_tensor(self.sqrt_alphas_cumprod, t, x.ndim) * noise
+            - extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x.ndim) * x
+        )
+
+    def predict_eps_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t; between timesteps, log alpha_bar is linear."""
+        log_alpha_bar = self.alphas_cumprod.double().log()
+        before = t.long().clamp(max=self.num_timesteps - 1)
+        after = (before + 1).clamp(max=self.num_timesteps - 1)
+        log_alpha_bar = torch.lerp(log_alpha_bar[before], log_alpha_bar[after], t.double() - before)
+        alpha, sigma = (log_alpha_bar / 2).exp(), (-log_alpha_bar.expm1()).sqrt()
+        alpha, sigma = (scale.to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1)) for scale in (alpha, sigma))
+        return alpha * v + sigma * x_t
+
     def q_posterior(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -235,6 +256,11 @@ class LatentDiffusion(nn.Module):
         The context may also be wrapped as in CompVis's code: a list of tensors, or {"c_crossattn": list}, to which
         "guidance" (scales [B]) is added for a UNet with `time_cond_proj_dim`.
         """
+        output = self._call_unet(x_noisy, t, cond)
+        return output if self.parameterization == "eps" else self.predict_eps_from_v(x_noisy, t, output)
+
+    def _call_unet(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        """Return the output of the UNet: eps or v. Arguments as in `apply_model`."""
         if isinstance(cond, dict):
             return self.model(x_noisy, t, **cond)
         return self.model(x_noisy, t, c_crossattn=cond if isinstance(cond, list | tuple) else [cond])
@@ -292,10 +318,11 @@ class LatentDiffusion(nn.Module):
         return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
 
     def p_losses(self, x_start: torch.Tensor, cond: Any, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return the weighted error of the predicted noise (DDPM eq. 14), averaged over the batch."""
-        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond).float()
+        """Return the weighted error of the UNet's output (DDPM eq. 14 for eps), averaged over the batch."""
+        prediction = self._call_unet(self.q_sample(x_start, t, noise), t, cond).float()
+        target = noise if self.parameterization == "eps" else self.get_v(x_start, noise, t)
         distance = F.l1_loss if self.loss_type == "l1" else F.mse_loss
-        error = distance(prediction, noise, reduction="none").mean(dim=[1, 2, 3])
+        error = distance(prediction, target, reduction="none").mean(dim=[1, 2, 3])
         return (error * self._loss_weight(t)).mean()
 
     def _loss_weight(self, t: torch.Tensor) -> torch.Tensor:
