@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -79,7 +79,7 @@ class ConsistencyDistillation(nn.Module):
         _check(rank, guidance, skip, huber, low_snr)
         self.guidance, self.skip, self.huber = tuple(guidance), skip, huber
         self.average_target, self.scheduler_config = average_target, scheduler_config
-        model = load_model_from_config(OmegaConf.load(teacher), ckpt)
+        model = cast(LatentDiffusion, load_model_from_config(OmegaConf.load(teacher).model, ckpt))
         self._teacher = (model.requires_grad_(False),)  # in a tuple: not a submodule
         shapes = layer_shapes(self.teacher.model.diffusion_model, self.teacher.cond_stage_model)
         self.layers = [name for name in shapes if name.startswith(UNET)]

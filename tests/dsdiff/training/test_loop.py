@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from dsdiff.training.loop import initialise, run
 from dsdiff.training.options import InitialWeights, TrainingOptions
 from ldm.data.reader import ShapesReader
+from ldm.lora import layer_shapes, read_lora
 from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
 from ldm.util import instantiate_from_config, load_model_from_config
 
-COMMAND = Path(__file__).resolve().parents[3] / "scripts/train.py"
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = ROOT / "scripts/train.py"
 
 
 def trained(config, **options):
@@ -81,6 +83,41 @@ def test_a_tiny_decoder_is_trained_on_the_latents_of_an_autoencoder(configs):
     assert any(not torch.equal(learnt[f"decoder.{name}"], value) for name, value in start.items())
     after = model.autoencoder.state_dict()
     assert all(torch.equal(after[name].half(), value) for name, value in before.items())  # the teacher stays as it was
+
+
+@pytest.mark.slow
+def test_a_lora_of_few_steps_is_distilled_and_drawn_with(configs):
+    """Also after an interruption, with the schedule of the config."""
+    trained("autoencoder.yaml")
+    trained("txt2img.yaml")
+    content = OmegaConf.merge(
+        OmegaConf.load(ROOT / "configs/shapes/lcm.yaml"), {"data": OmegaConf.load("txt2img.yaml").data}
+    )
+    content.model.params |= {"teacher": "txt2img.yaml", "ckpt": "model.safetensors", "rank": 2}
+    content.data.train.params |= {"ckpt": "model.safetensors", "prefix": "first_stage_model."}
+    content.trainer |= {"max_steps": 3, "precision": "32-true", "checkpoint_every": 1, "log_images_every": 1}
+    content.trainer.export = "lcm.safetensors"
+    OmegaConf.save(content, "lcm.yaml")
+    before = load_file("model.safetensors")
+    assert trained("lcm.yaml", max_steps=1, export="first.safetensors") == Path("first.safetensors")
+    first = last_checkpoint("runs/lcm")["state_dict"]
+    assert {name.split(".")[0] for name in first} == {"factors", "average"}
+    assert trained("lcm.yaml") == Path("lcm.safetensors")
+    state = last_checkpoint("runs/lcm")
+    assert state["global_step"] == 3 and state["state_dict"]["average.num_updates"] == 3
+    moved = max((state["state_dict"][name] - first[name]).abs().max() for name in first if name.startswith("factors"))
+    assert 0 < moved < 0.01  # some steps of Adam away, not begun anew
+    assert (configs / "runs/lcm/samples/000003-samples.png").exists()
+    assert all(torch.equal(value, before[name]) for name, value in load_file("model.safetensors").items())
+    model = load_model_from_config(OmegaConf.load("txt2img.yaml"), "model.safetensors")
+    changes = read_lora("lcm.safetensors", layer_shapes(model.model.diffusion_model, model.cond_stage_model))
+    with safe_open("lcm.safetensors", "pt") as file:
+        assert file.metadata() == {"config": "lcm.yaml", "steps": "3"}
+    for name, change in changes.items():
+        key = name.removeprefix("model.diffusion_model.").replace(".", "_")
+        average = {part: state["state_dict"][f"average.{key}{part}"] for part in ("down", "up")}
+        assert change.strength == 1 and torch.equal(change.up, average["up"].half()), name
+        assert torch.equal(change.down, average["down"].half()), name
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(configs):
