@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsdiff.draw_settings import DrawSettings
     from dsdiff.models.spec import ModelSpec, find_model
-    from dsdiff.options import DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
+    from dsdiff.options import (
+        DrawOptions,
+        EmbeddingOptions,
+        InitOptions,
+        LoraOptions,
+        MergeOptions,
+        ModelOptions,
+        QuantizationOptions,
+    )
     from dsdiff.pipeline import Picture, Pipeline, load
 
 # Large tensors in large pages (Linux), for which the system makes room several times faster. PyTorch reads it when it
@@ -26,6 +34,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 __all__ = [
     "DrawOptions",
     "DrawSettings",
+    "EmbeddingOptions",
+    "InitOptions",
     "LoraOptions",
     "MergeOptions",
     "ModelOptions",
@@ -39,6 +49,8 @@ __all__ = [
 
 _HOMES = {
     "DrawOptions": "dsdiff.options",
+    "EmbeddingOptions": "dsdiff.options",
+    "InitOptions": "dsdiff.options",
     "LoraOptions": "dsdiff.options",
     "DrawSettings": "dsdiff.draw_settings",
     "MergeOptions": "dsdiff.options",

@@ -1,4 +1,4 @@
-"""A run of scripts/txt2img.py: batches of jobs drawn into a folder, with grids, and the time kept."""
+"""A run of scripts/txt2img.py or img2img.py: batches of jobs drawn into a folder, with grids, and the time kept."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dsdiff.images.grids import Grids
+from dsdiff.images.init import InitPicture, init_picture, pasted, read_mask, read_picture
 from dsdiff.images.png import read_whole_picture, to_pictures, write_png
 from dsdiff.jobs import Job
 from dsdiff.pipeline import Pipeline
@@ -26,7 +27,6 @@ class DrawRun:
 
     def __init__(self, pipeline: Pipeline, record: RunRecord, *, keep: bool, save: bool):
         self.pipeline, self.record, self.keep, self.save = pipeline, record, keep, save
-        self.size = (record.draw.width, record.draw.height)
         self.pictures = self.steps = 0
         self.seconds = self.sampling_seconds = 0.0
 
@@ -62,15 +62,25 @@ class DrawRun:
 
     def _draw(self, batch: Batch) -> list[Image.Image]:
         start = time.perf_counter()
-        prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-        latents = self.pipeline.sample(prompts, seeds, self.record.draw, verbose=True, callback=self._count_step)
+        prompts, seeds, draw = [job.prompt for job in batch], [job.seed for job in batch], batch[0].draw
+        inits = [self._init(job) for job in batch] if draw.init is not None else []
+        init = self.pipeline.start_from(inits, draw) if inits else None
+        latents = self.pipeline.sample(prompts, seeds, draw, init=init, verbose=True, callback=self._count_step)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         self.sampling_seconds += time.perf_counter() - start
-        pictures = to_pictures(self.pipeline.decode(latents, self.record.draw))
+        pictures = to_pictures(self.pipeline.decode(latents, draw))
+        if draw.init is not None:
+            pictures = [pasted(*pair, draw.init) for pair in zip(pictures, inits, strict=True)]
         self.seconds += time.perf_counter() - start
         self.pictures += len(pictures)
         return pictures
+
+    def _init(self, job: Job) -> InitPicture:
+        assert job.init is not None and job.draw.init is not None, "a job that draws from a picture"
+        image = read_picture(job.init.path)
+        mask = None if self.record.mask is None else read_mask(self.record.mask.path)
+        return init_picture(image, mask, (job.draw.width, job.draw.height), job.draw.init)
 
     def _count_step(self, i: int) -> None:
         self.steps += 1
@@ -79,10 +89,10 @@ class DrawRun:
         for job, picture in zip(batch, pictures, strict=True):
             kept = self.keep and self._read(job) is not None
             if self.save and not kept:
-                write_png(job.path, picture, self.record.texts(job.prompt, job.seed))
+                write_png(job.path, picture, self.record.texts(job.prompt, job.seed, job.draw, job.init))
 
     def _read(self, job: Job) -> Image.Image | None:
-        return read_whole_picture(job.path, self.size)
+        return read_whole_picture(job.path, (job.draw.width, job.draw.height))
 
     def summary(self) -> str:
         """Return a line on what was drawn, and how fast."""

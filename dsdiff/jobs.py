@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dsdiff.draw_settings import DrawSettings
+from dsdiff.images.init import FileRecord
 from dsdiff.images.png import to_pictures, write_png
 from dsdiff.pipeline import Pipeline
 from dsdiff.record import RunRecord
@@ -15,11 +17,13 @@ from qdiff.distributed import rank, world_size
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One picture to draw; `path` is where it goes."""
+    """One picture to draw, and where it goes. init: the picture that it is drawn from; None for none."""
 
     prompt: str
     seed: int
     path: Path
+    draw: DrawSettings
+    init: FileRecord | None = None
 
 
 # --- prompts -----------------------------------------------------------------------------------------------
@@ -59,17 +63,31 @@ def next_number(folder: Path, prefix: str) -> int:
 
 
 def jobs_of(record: RunRecord, outdir: Path) -> list[list[Job]]:
-    """Return a run's pictures in batches. A resumed run has the same batches, so that rounding is the same too."""
-    step = 0 if record.fixed_code else 1
+    """Return a run's pictures in batches. A resumed run has the same batches, so that rounding is the same too.
+
+    Rows with settings of their own share a batch with neighbours of the same settings.
+    """
     jobs = [
         Job(
             prompt=record.prompts[i % len(record.prompts)],
-            seed=record.seed + i * step,
+            seed=_seed(record, i),
             path=outdir / "samples" / f"{record.first + i:05}.png",
+            draw=record.row_draws[i % len(record.row_draws)] if record.row_draws else record.draw,
+            init=record.inits[i % len(record.inits)] if record.inits else None,
         )
         for i in range(record.pictures)
     ]
-    return [jobs[start : start + record.n_samples] for start in range(0, len(jobs), record.n_samples)]
+    alike = [list(group) for _, group in groupby(jobs, key=lambda job: job.draw)]
+    return [
+        group[start : start + record.n_samples] for group in alike for start in range(0, len(group), record.n_samples)
+    ]
+
+
+def _seed(record: RunRecord, i: int) -> int:
+    """Return the seed of picture i: the run's plus i, or its row's own plus the number of the round."""
+    own = record.rows[i % len(record.rows)].seed if record.rows else None
+    start, count = (record.seed, i) if own is None else (own, i // len(record.rows))
+    return start if record.fixed_code else start + count
 
 
 def draw_missing(

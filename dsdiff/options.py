@@ -10,7 +10,15 @@ from pathlib import Path
 
 from tomesd.options import MergeOptions
 
-__all__ = ["DrawOptions", "LoraOptions", "MergeOptions", "ModelOptions", "QuantizationOptions"]
+__all__ = [
+    "DrawOptions",
+    "EmbeddingOptions",
+    "InitOptions",
+    "LoraOptions",
+    "MergeOptions",
+    "ModelOptions",
+    "QuantizationOptions",
+]
 
 SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "dpmpp_2m_karras", "unipc", "lcm", "tcd")
 STOCHASTIC = ("ddim", "euler_a", "tcd")  # those for which eta has a meaning
@@ -20,6 +28,8 @@ VAES = ("float32", "bf16", "int8", "tiny")
 ENGINES = ("int8", "simulate")
 CALIBRATION_ENGINE = "calibration"  # the layers that calibration knows, not lowered; for measuring, not for drawing
 QUANT_MODES = ("qdiff", "linear")
+LONG_PROMPTS = ("chunk", "cut")
+RESIZES = ("crop", "stretch")
 BITS = range(2, 17)
 
 
@@ -27,15 +37,18 @@ BITS = range(2, 17)
 class ModelOptions:
     """Which model to use, by its files.
 
-    ckpt: the model's weights, or a bundle. None takes those of the config, under models/ldm.
+    ckpt: the model's weights (a file, a folder as diffusers saves it, or owner/name[@revision] on the hub), or a bundle.
+        None takes those of the config, under models/ldm.
     config: the model's yaml. None takes Stable Diffusion v1's if its checkpoint is there or `ckpt` is given, else the
         embedded model's.
     tokenizer: the folder with the tokenizer's files. None looks beside the checkpoint.
+    vae_ckpt: another autoencoder for the model: a file, a folder or a hub id. None takes the checkpoint's.
     """
 
     ckpt: Path | None = None
     config: Path | None = None
     tokenizer: Path | None = None
+    vae_ckpt: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,63 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions:
+    """An embedding of textual inversion: its file, and the name that stands for it in prompts.
+
+    name: None takes the token that a file in diffusers' layout names, else the file's name without its ending.
+    Raises ValueError for a name with spaces, or an empty one.
+    """
+
+    path: Path
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or any(letter.isspace() for letter in self.name)):
+            raise ValueError(f"embedding {str(self.path)!r} cannot have the name {self.name!r}: use one word")
+
+    @classmethod
+    def parse(cls, text: str) -> "EmbeddingOptions":
+        """Return what FILE or FILE:NAME means. A file whose own name has the colon in it is taken as FILE."""
+        path, colon, name = text.rpartition(":")
+        whole = not colon or not path or Path(text).exists() or "/" in name or "\\" in name
+        return cls(path=Path(text)) if whole else cls(path=Path(path), name=name)
+
+    @classmethod
+    def of(cls, embedding: "EmbeddingOptions | str | Path | tuple[str | Path, str]") -> "EmbeddingOptions":
+        """Return the options that a file, or a file and its name, mean."""
+        if isinstance(embedding, EmbeddingOptions):
+            return embedding
+        path, name = embedding if isinstance(embedding, tuple) else (embedding, None)
+        return cls(path=Path(path), name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """How a picture is drawn from another one.
+
+    strength: the share of the steps that are taken, in (0, 1]; the picture gets as much noise as there is before them.
+        At 1 next to nothing of it is left.
+    resize: how a picture of another size comes to the size drawn. "crop" scales it until it covers that size, and cuts
+        off what stands over, on both sides alike; "stretch" scales width and height by themselves.
+    mask_blur: with a mask, the radius in pixels, 0 or more, over which the drawn part fades into the picture.
+    paste: with a mask, put the picture's own pixels back outside of it. False leaves those of the decoder.
+    Raises ValueError for a value out of range.
+    """
+
+    strength: float = 0.75
+    resize: str = "crop"
+    mask_blur: float = 4.0
+    paste: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength!r}: it must be above 0, and 1 at most")
+        _check_choice("resize", self.resize, RESIZES)
+        if not (math.isfinite(self.mask_blur) and self.mask_blur >= 0):
+            raise ValueError(f"mask_blur is {self.mask_blur!r}: it must be a number of pixels of 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawOptions:
     """How to draw pictures. None stands for the model's default.
 
@@ -85,11 +155,15 @@ class DrawOptions:
     scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance. None is 1 for samplers
         of FEW_STEP, except for models that take the scale as an input (full LCM checkpoints).
     negative_prompt: the text that guidance leads away from.
+    prompt_weights: brackets in prompts give weights, (word:1.2), (word), [word]; with False they are text.
+    long_prompts: a prompt of more tokens than the text encoder sees at once is read in chunks of 75 ("chunk"), or cut
+        with a warning ("cut").
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, 0 <= start <= stop <= 1:
         step i of n is guided if start <= i / n < stop. The others take one sample of the UNet in place of two.
     cache: the UNet is computed as a whole in every cache-th step, else its ends alone, on deep features of the last
-        whole step (DeepCache). 1 keeps nothing.
-    cache_depth: how many input and output blocks are computed in the other steps, 1 or more.
+        whole step (DeepCache). 1 keeps nothing. A path is a file of scripts/schedule_cache.py, which names the whole
+        steps for one sampler and number of steps.
+    cache_depth: how many input and output blocks are computed in the other steps, 1 or more; a file has its own.
     precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
     vae: the decoder of the autoencoder. "float32", "bf16" (bfloat16, the last norm and convolution in float32) or
         "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest of these that the CPU and the
@@ -97,6 +171,7 @@ class DrawOptions:
     vae_tiling: decode in overlapping stripes, for large pictures on little memory; slower.
     tiny_decoder: the file of the tiny decoder. None takes the one that comes with the model.
     merge: the token merging; None merges none.
+    init: how pictures are drawn from others; None draws them from noise alone.
     Raises ValueError for a value that no model can have, and for one that would have no effect.
     """
 
@@ -107,18 +182,22 @@ class DrawOptions:
     eta: float | None = None
     scale: float | None = None
     negative_prompt: str = ""
+    prompt_weights: bool = True
+    long_prompts: str = "chunk"
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
-    cache: int = 1
+    cache: int | Path = 1
     cache_depth: int = 1
     precision: str | None = None
     vae: str | None = None
     vae_tiling: bool = False
     tiny_decoder: Path | None = None
     merge: MergeOptions | None = None
+    init: InitOptions | None = None
 
     def __post_init__(self) -> None:
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
         if self.precision is not None:
             _check_choice("precision", self.precision, PRECISIONS)
         if self.vae is not None:
@@ -144,14 +223,20 @@ class DrawOptions:
                 f"guidance_start is {self.guidance_start!r} and guidance_stop {self.guidance_stop!r}: they must lie in "
                 "[0, 1], in this order"
             )
+        self._check_cache()
+        if self.scale == 1:
+            self.check_guidance("with scale 1, which is no guidance: use a larger scale")
+
+    def _check_cache(self) -> None:
         for name in ("cache", "cache_depth"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            file = name == "cache" and isinstance(value, Path)
+            if not file and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of 1 or more")
         if self.cache == 1 and self.cache_depth != 1:
             raise ValueError("cache_depth has no effect without cache: leave it out, or give a cache of 2 or more")
-        if self.scale == 1:
-            self.check_guidance("with scale 1, which is no guidance: use a larger scale")
+        if isinstance(self.cache, Path) and self.cache_depth != 1:
+            raise ValueError(f"cache_depth has no effect with {str(self.cache)!r}, which has its own: leave it out")
 
     def check_guidance(self, why: str) -> None:
         """Raise ValueError if there are options of guidance, which have no effect. why: the reason, and the way out."""

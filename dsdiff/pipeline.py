@@ -12,22 +12,33 @@ from PIL import Image
 from torch import Tensor
 
 import tomesd
+from dsdiff.conditioning import PromptContexts, rows_by_length
 from dsdiff.draw_settings import SAMPLERS, DrawSettings, resolve_settings
 from dsdiff.environment import choose_device, precision_context
+from dsdiff.images.init import InitPicture, drawn_latents, init_picture, pasted, to_tensor
 from dsdiff.images.png import to_pictures
 from dsdiff.models.bundle import decoder_ranges, load_bundle
 from dsdiff.models.decoder import FLOAT32, Decoders, choose_vae
+from dsdiff.models.embeddings import EmbeddingRecord, read_embeddings
 from dsdiff.models.float_model import load_float_model
 from dsdiff.models.lora import BranchSites, LoraRecord, Loras, merge_loras, resolve_loras
 from dsdiff.models.quantized import install, quantize, resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
-from dsdiff.options import DrawOptions, LoraOptions, MergeOptions, ModelOptions, QuantizationOptions
+from dsdiff.options import (
+    DrawOptions,
+    EmbeddingOptions,
+    InitOptions,
+    LoraOptions,
+    MergeOptions,
+    ModelOptions,
+    QuantizationOptions,
+)
 from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
-from ldm.models.diffusion.sampler import seeded_generators
-from ldm.modules.diffusionmodules.feature_cache import cached_features, every
+from ldm.models.diffusion.sampler import Init, seeded_generators
+from ldm.modules.diffusionmodules.feature_cache import cached_features, every, in_steps
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.lower import fits_bytes
@@ -35,10 +46,10 @@ from qdiff.engine.matching import nearest
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS = 8  # batches of prompts whose contexts a pipeline keeps
 FIRST_SEED = 42  # of pictures whose seeds are not given
 
 Lora = LoraOptions | str | Path | tuple[str | Path, float]  # a LoRA's file, or file and scale
+Embedding = EmbeddingOptions | str | Path | tuple[str | Path, str]  # an embedding's file, or file and name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,7 @@ class Pipeline:
     quantization: how to read a calibrated model. None draws with the float model, or with a bundle as it is.
     merge: the token merging for DrawOptions that have none.
     lora: LoRAs that change the model, see `set_lora`.
+    embeddings: embeddings of textual inversion, whose names prompts may use.
     Raises ValueError or FileNotFoundError for files and options that cannot work together.
     """
 
@@ -74,6 +86,7 @@ class Pipeline:
         quantization: QuantizationOptions | None = None,
         merge: MergeOptions | None = None,
         lora: Sequence[Lora] = (),
+        embeddings: Sequence[Embedding] = (),
     ):
         self.spec = spec
         self.device = choose_device(device) if isinstance(device, str) else device
@@ -82,15 +95,16 @@ class Pipeline:
         self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
         self.loras = self._resolve_loras(lora)
+        self._embeddings = read_embeddings([EmbeddingOptions.of(each) for each in embeddings], spec)
         self._sites: BranchSites | None = None  # of the loaded model
         self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
-        self._kept_contexts: dict[tuple[str, ...], Tensor] = {}  # by precision and prompts, last used at the end
+        self._contexts = PromptContexts(self.device)
         self._decoders = Decoders(spec.channels, self.decoder_ranges, self._give_back)
         self._model: LatentDiffusion | None = None
         self._merged: MergeOptions | None = None
 
     def __str__(self) -> str:
-        parts = (self.spec, *([] if self.quantization is None else [self.quantization]), *self.lora)
+        parts = (self.spec, *([] if self.quantization is None else [self.quantization]), *self.lora, *self.embeddings)
         return ", ".join(map(str, parts))
 
     # --- settings -----------------------------------------------------------------------------------------
@@ -108,6 +122,7 @@ class Pipeline:
             merge=self.merge,
             quantization=self.quantization,
             lora=self.lora,
+            embeddings=self.embeddings,
         )
 
     @property
@@ -146,7 +161,7 @@ class Pipeline:
     def _load(self) -> LatentDiffusion:
         self._model, self._sites, self._merged = None, None, None
         self._decoders.clear()
-        self._kept_contexts.clear()
+        self._contexts.clear()
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)
@@ -165,9 +180,16 @@ class Pipeline:
                 quantize(model, self.quantization)
         if branches:
             sites.set(model, branches)
+        if self._embeddings.vectors:
+            model.cond_stage_model.set_vectors(self._embeddings.vectors)
         logger.debug("model ready")
         self._model, self._sites = model, sites
         return model
+
+    @property
+    def embeddings(self) -> tuple[EmbeddingRecord, ...]:
+        """The records of the embeddings that prompts may name."""
+        return self._embeddings.records
 
     # --- LoRAs --------------------------------------------------------------------------------------------
 
@@ -192,7 +214,7 @@ class Pipeline:
             else:
                 self._sites.set(self._model, self._sites.read(loras))
         self.loras = loras
-        self._kept_contexts.clear()
+        self._contexts.clear()
 
     def _resolve_loras(self, lora: Sequence[Lora]) -> Loras:
         cali_ckpt = None if self.quantization is None else Path(self.quantization.cali_ckpt)
@@ -219,51 +241,106 @@ class Pipeline:
         seeds: one a prompt (None: 42, 43, ...). The same prompt, seed and options give the same picture, up to rounding
         whatever the batch. Raises ValueError for options that cannot be, before anything is drawn.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        numbers = list(range(FIRST_SEED, FIRST_SEED + len(texts))) if seeds is None else list(seeds)
-        if len(numbers) != len(texts):
-            raise ValueError(f"{len(numbers)} seeds for {len(texts)} prompts: give one seed a prompt")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+        texts, numbers = _texts_and_seeds(prompts, seeds, batch_size)
         settings = self.resolve(options or DrawOptions())
+        if settings.init is not None:
+            raise ValueError("options.init is for pictures that are drawn from others: call img2img, with the pictures")
         return self._draw(texts, numbers, settings, batch_size)
 
+    def img2img(
+        self,
+        prompts: str | Sequence[str],
+        pictures: Image.Image | Sequence[Image.Image],
+        *,
+        mask: Image.Image | None = None,
+        seeds: Sequence[int] | None = None,
+        options: DrawOptions | None = None,
+        batch_size: int = 1,
+    ) -> Iterator[Picture]:
+        """Yield a picture for each prompt, drawn from the picture of the same number, or from the only one.
+
+        mask: of the pictures' size; what is white is drawn anew, the rest stays. options.init: strength, and what
+        happens to pictures of another size than options have; None is InitOptions(). Else as `draw`.
+        """
+        texts, numbers = _texts_and_seeds(prompts, seeds, batch_size)
+        images = [pictures] * len(texts) if isinstance(pictures, Image.Image) else list(pictures)
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} pictures for {len(texts)} prompts: give one picture, or one a prompt")
+        options = options or DrawOptions()
+        settings = self.resolve(replace(options, init=options.init or InitOptions()))
+        assert settings.init is not None
+        inits = [init_picture(each, mask, (settings.width, settings.height), settings.init) for each in images]
+        return self._draw(texts, numbers, settings, batch_size, inits)
+
     def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, batch_size: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        batch_size: int,
+        inits: Sequence[InitPicture] = (),
     ) -> Iterator[Picture]:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            images = to_pictures(self.decode(self.sample(prompts[part], seeds[part], settings), settings))
+            init = self.start_from(inits[part], settings) if inits else None
+            images = to_pictures(self.decode(self.sample(prompts[part], seeds[part], settings, init=init), settings))
+            if inits and settings.init is not None:
+                images = [pasted(*pair, settings.init) for pair in zip(images, inits[part], strict=True)]
             for prompt, seed, image in zip(prompts[part], seeds[part], images, strict=True):
                 yield Picture(image=image, prompt=prompt, seed=seed, settings=settings)
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: DrawSettings,
         *,
+        init: Init | None = None,
         verbose: bool = False,
         callback: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Return latents [B, C, h, w] for `decode`, one a prompt, each from the noise of its own seed.
 
         A picture depends on its prompt, its seed and the settings alone; that of another batch differs by rounding.
-        (Only token merging without guidance treats even and odd batches differently.) verbose: show a bar of steps.
-        callback(i) is called after step i.
+        (Only token merging without guidance treats even and odd batches differently.) init: what `start_from` returns,
+        for settings that have an init. Prompts of other lengths than the first have a walk of their own.
+        verbose: show a bar of steps. callback(i) is called after step i of each walk.
         """
+        if (init is None) != (settings.init is None):
+            raise ValueError("settings with an init need pictures to start from, and others take none: see img2img")
         model = self.prepare(settings)
+        groups = rows_by_length(self._contexts.lengths(model, prompts, settings))
+        latents: list[Tensor] = [torch.empty(0)] * len(prompts)
+        for length, rows in groups.items():
+            part = init if init is None or len(groups) == 1 else _rows(init, rows)
+            texts, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
+            drawn = self._sample(model, texts, numbers, settings, length, part, verbose=verbose, callback=callback)
+            for row, latent in zip(rows, drawn, strict=True):
+                latents[row] = latent
+        return torch.stack(latents)
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        model: LatentDiffusion,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        length: int,
+        init: Init | None,
+        **reporting: Any,
+    ) -> Tensor:
+        """Return the latents of prompts whose contexts have `length` chunks."""
         if settings.merge is not None:  # the same destinations for all batches, whatever was drawn before
             tomesd.reseed(model, settings.merge.seed)
-        context, unconditional = self._conditioning(prompts, settings)
+        context, unconditional = self._conditioning(model, prompts, settings, length)
         sampler = SAMPLERS[settings.sampler](model)
-        times = sampler.schedule(settings.steps, settings.eta)
+        strength = 1.0 if init is None else init.strength
+        times = sampler.schedule_from(settings.steps, settings.eta, strength)
         unet, factor = model.model.diffusion_model, self.spec.factor
         merging = nullcontext() if settings.merge is None else tomesd.walk(model, len(times))
-        keeping = (
-            nullcontext() if settings.cache == 1 else cached_features(unet, every(settings.cache), settings.cache_depth)
-        )
+        whole = every(settings.cache) if isinstance(settings.cache, int) else in_steps(settings.cache)
+        keeping = cached_features(unet, whole, settings.cache_depth) if settings.keeps_features else nullcontext()
         with precision_context(self.device, settings.precision), step_cache.walk(unet, times), merging, keeping:
             latents, _ = sampler.sample(
                 settings.steps,
@@ -275,36 +352,31 @@ class Pipeline:
                 unconditional_conditioning=unconditional,
                 guidance_interval=(settings.guidance_start, settings.guidance_stop),
                 generator=seeded_generators(seeds),
-                verbose=verbose,
-                callback=callback,
+                init=init,
+                **reporting,
             )
         return latents
 
-    def _conditioning(self, prompts: Sequence[str], settings: DrawSettings) -> tuple[Conditioning, Conditioning]:
+    def _conditioning(
+        self, model: LatentDiffusion, prompts: Sequence[str], settings: DrawSettings, length: int
+    ) -> tuple[Conditioning, Conditioning]:
         """Return the conditioning with the prompts, and the one without that guidance needs; None if it needs none."""
-        context = self._contexts(prompts, settings.precision)
+        context = self._contexts.encode(model, prompts, settings, length)
         if self.spec.embeds_guidance:
             scales = torch.full((len(prompts),), settings.scale, device=self.device)
             return {"c_crossattn": [context], "guidance": scales}, None
         if not settings.guides:
             return context, None
-        return context, self._contexts([settings.negative_prompt] * len(prompts), settings.precision)
+        negative = [settings.negative_prompt] * len(prompts)
+        return context, self._contexts.encode(model, negative, settings, length)
 
-    def _contexts(self, prompts: Sequence[str], precision: str) -> Tensor:
-        """Return the contexts [B, M, D] of prompts, float32. Those of the last CONTEXTS batches are kept.
-
-        They are kept by batch, as rounding may depend on the others of a batch. With autocast, the text encoder
-        computes in bfloat16 on CPUs that have it; on GPUs, where it takes no time, in float32.
-        """
-        quick = precision == "autocast" and self.device.type == "cpu" and has_bfloat16()
-        kept, key = self._kept_contexts, (precision, *prompts)
-        if key not in kept:
-            with precision_context(self.device, "autocast" if quick else "full"):
-                kept[key] = self.model.get_learned_conditioning(list(prompts)).float()
-        kept[key] = kept.pop(key)
-        while len(kept) > CONTEXTS:
-            del kept[next(iter(kept))]
-        return kept[key]
+    def start_from(self, inits: Sequence[InitPicture], settings: DrawSettings) -> Init:
+        """Return what `sample` starts from: the latents of pictures, and which of them their masks let draw anew."""
+        if settings.init is None:
+            raise ValueError("these settings draw from noise alone: resolve options that have an init")
+        x0 = torch.cat([self.encode(to_tensor(each.image)) for each in inits])
+        drawn = drawn_latents([each.mask for each in inits], self.spec.factor)
+        return Init(x0=x0, strength=settings.init.strength, drawn=None if drawn is None else drawn.to(x0.device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, settings: DrawSettings | None = None) -> Tensor:
@@ -322,8 +394,26 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return latents [B, C, h, w], the posterior's mean, of pictures [B, 3, H, W] in [0, 1]."""
-        posterior = self.model.encode_first_stage(images.to(self.device) * 2 - 1)
-        return self.model.get_first_stage_encoding(posterior.mode())
+        with precision_context(self.device, "full"):
+            posterior = self.model.encode_first_stage(images.to(self.device) * 2 - 1)
+            return self.model.get_first_stage_encoding(posterior.mode())
+
+
+def _texts_and_seeds(
+    prompts: str | Sequence[str], seeds: Sequence[int] | None, batch_size: int
+) -> tuple[list[str], list[int]]:
+    """Return prompts and seeds, one each. Raises ValueError for numbers that do not match."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = list(range(FIRST_SEED, FIRST_SEED + len(texts))) if seeds is None else list(seeds)
+    if len(numbers) != len(texts):
+        raise ValueError(f"{len(numbers)} seeds for {len(texts)} prompts: give one seed a prompt")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+    return texts, numbers
+
+
+def _rows(init: Init, rows: Sequence[int]) -> Init:
+    return replace(init, x0=init.x0[rows], drawn=None if init.drawn is None else init.drawn[rows])
 
 
 def load(
@@ -336,6 +426,7 @@ def load(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     lora: Sequence[Lora] = (),
+    embeddings: Sequence[Embedding] = (),
     device: torch.device | str = "auto",
 ) -> Pipeline:
     """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
@@ -343,8 +434,8 @@ def load(
     model: "embedded", "sd-v1", or the path of a checkpoint or a bundle. cali_ckpt: a calibration of it; with `engine`
     ("int8" or "simulate") alone it is the one that comes with the model. quantization: the same in full, in place of
     those two. ratio: the part of the tokens to merge, 0 for none. config: the yaml of a checkpoint that is not Stable
-    Diffusion v1's. lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. tokenizer, device: see
-    Pipeline.
+    Diffusion v1's. lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files
+    of textual inversion, or (file, name) of each. tokenizer, device: see Pipeline.
     Raises ValueError or FileNotFoundError, in one line, for what cannot work.
     """
     if quantization is not None and (cali_ckpt is not None or engine is not None):
@@ -364,6 +455,7 @@ def load(
         quantization=quantization,
         merge=MergeOptions(ratio=ratio) if ratio else None,
         lora=lora,
+        embeddings=embeddings,
     )
     for note in pipeline.notes:
         logger.info("%s", note)

@@ -10,13 +10,17 @@ from typing import Any
 import yaml
 
 from dsdiff.draw_settings import DrawSettings
+from dsdiff.images.init import FileRecord
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import MergeOptions
+from dsdiff.prompt_rows import Row
+from ldm.modules.encoders.prompt_syntax import MARKS
 from qdiff.resume import flat
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.yaml"
+SURELY_SHORT = 75  # bytes of a text; it has no more tokens
 # Entries that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
 # Entries that older versions did not write, and what they did.
@@ -29,9 +33,16 @@ BEFORE = {
     "cache": 1,
     "cache_depth": 1,
     "tiny_decoder": None,
+    "prompt_weights": False,
+    "long_prompts": "cut",
+    "embeddings": [],
+    "init": None,
+    "rows": [],
+    "inits": [],
+    "mask": None,
 }
 # Entries that say nothing of a single picture.
-OF_THE_RUN = ("prompts", "first", "first_grid", "skip_grid", "n_rows")
+OF_THE_RUN = ("prompts", "rows", "inits", "first", "first_grid", "skip_grid", "n_rows")
 # Names by which other tools know the samplers.
 USUAL_NAMES = {
     "ddim": "DDIM",
@@ -48,12 +59,14 @@ USUAL_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run of scripts/txt2img.py.
+    """The record of a run of scripts/txt2img.py or scripts/img2img.py.
 
     prompts: the prompts, used in turn.
+    rows, row_draws: of a file in JSON lines, the row of each prompt, and how its pictures are drawn; else none.
+    inits, mask: the files of the pictures to draw from, used in turn, and of the mask; for pictures from noise, none.
     pictures: the number of pictures in the run.
     n_iter, n_samples: the number of rounds, and of pictures per batch.
-    seed: the seed of the first picture; picture i has seed + i.
+    seed: the seed of the first picture; picture i has seed + i, unless its row has one of its own.
     fixed_code: give all pictures the noise of `seed`.
     draw: how the pictures are drawn.
     spec, device, tokenizer: the model, the device's type, and the tokenizer's folder if one was given.
@@ -77,6 +90,10 @@ class RunRecord:
     first: int
     first_grid: int
     versions: Mapping[str, str]
+    rows: tuple[Row, ...] = ()
+    row_draws: tuple[DrawSettings, ...] = ()
+    inits: tuple[FileRecord, ...] = ()
+    mask: FileRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values, for yaml and json."""
@@ -89,6 +106,11 @@ class RunRecord:
             "fixed_code": self.fixed_code,
             **asdict(self.draw),  # the values of `merge` and `quantization` are plain as well
             "lora": [asdict(record) for record in self.draw.lora],
+            "embeddings": [asdict(record) for record in self.draw.embeddings],
+            "rows": [row.own for row in self.rows],
+            "inits": [file.plain for file in self.inits],
+            "mask": None if self.mask is None else self.mask.plain,
+            "cache": self.draw.cache if isinstance(self.draw.cache, int) else list(self.draw.cache),
             "device": self.device,
             "model": self.spec.description,
             "config": str(self.spec.config_path),
@@ -108,12 +130,15 @@ class RunRecord:
 
     # --- text chunks of PNGs ------------------------------------------------------------------------------
 
-    def texts(self, prompt: str, seed: int) -> dict[str, str]:
+    def texts(self, prompt: str, seed: int, draw: DrawSettings, init: FileRecord | None = None) -> dict[str, str]:
         """Return a picture's text chunks: prompt, seed, all settings as JSON, and those that other tools read.
 
+        draw: how it is drawn. init: the file of the picture that it is drawn from.
         Files are told by their names and hashes: a picture that is passed on should not tell where they lie.
         """
-        own = {name: value for name, value in self.to_dict().items() if name not in OF_THE_RUN}
+        settings = replace(self, draw=draw).to_dict()
+        own = {name: value for name, value in settings.items() if name not in OF_THE_RUN}
+        own["init_picture"] = None if init is None else init.plain
         own |= {name: Path(own[name]).name for name in ("config", "ckpt", "tokenizer") if own[name]}
         if own["quantization"]:
             own["quantization"] = {**own["quantization"], "cali_ckpt": Path(own["quantization"]["cali_ckpt"]).name}
@@ -122,12 +147,11 @@ class RunRecord:
             "prompt": prompt,
             "seed": str(seed),
             "dsdiff": json.dumps(own, ensure_ascii=False),
-            "parameters": self._parameters(prompt, seed),
+            "parameters": self._parameters(prompt, seed, draw),
         }
 
-    def _parameters(self, prompt: str, seed: int) -> str:
+    def _parameters(self, prompt: str, seed: int, draw: DrawSettings) -> str:
         """Return the chunk that stable-diffusion-webui writes and many viewers show."""
-        draw = self.draw
         lines = [prompt]
         if draw.negative_prompt:
             lines.append(f"Negative prompt: {draw.negative_prompt}")
@@ -138,14 +162,21 @@ class RunRecord:
             "Seed": seed,
             "Size": f"{draw.width}x{draw.height}",
             "Model hash": self.spec.hashes["ckpt_sha256"][:10],
-            "Model": self.spec.ckpt.stem,
+            "Model": self.spec.name,
         }
         if draw.eta:
             facts["Eta"] = f"{draw.eta:g}"
         if (draw.guidance_start, draw.guidance_stop) != (0, 1):
             facts["Guidance interval"] = f"{draw.guidance_start:g} to {draw.guidance_stop:g}"
-        if draw.cache > 1:
-            facts["Feature cache"] = f"{draw.cache}, depth {draw.cache_depth}"
+        if draw.keeps_features:
+            whole = draw.cache if isinstance(draw.cache, int) else " ".join(map(str, draw.cache))
+            facts["Feature cache"] = f"{whole}, depth {draw.cache_depth}"
+        if draw.init:
+            facts["Denoising strength"] = f"{draw.init.strength:g}"
+        if draw.init and self.mask:
+            facts["Mask blur"] = f"{draw.init.mask_blur:g}"
+        if draw.embeddings:
+            facts["TI hashes"] = ", ".join(map(str, draw.embeddings))
         if draw.quantization:
             facts["Quantization"] = draw.quantization.bits
         if draw.lora:
@@ -180,10 +211,20 @@ def resumed(record: RunRecord, outdir: Path) -> RunRecord:
         raise ValueError(f"--resume: {str(path)!r} cannot be read: choose another --outdir") from error
     if isinstance(old.get("merge"), dict):  # older versions knew fewer options, and did as the defaults of the others
         old["merge"] = asdict(MergeOptions()) | old["merge"]
-    _check_same(flat(BEFORE | old), flat(record.to_dict()), outdir)
+    old = BEFORE | _where_all_read_alike(record) | old
+    _check_same(flat(old), flat(record.to_dict()), outdir)
     if old.get("versions") != dict(record.versions):
         logger.warning("the run was begun with %s: pictures may differ", old.get("versions"))
     return replace(record, **numbers)
+
+
+def _where_all_read_alike(record: RunRecord) -> dict[str, Any]:
+    """Return how the record reads prompts, if all of its prompts are too plain and short to be read in two ways."""
+    texts = [*record.prompts, record.draw.negative_prompt]
+    plain = not any(MARKS.search(text) for text in texts)
+    short = all(len(text.encode("utf-8")) <= SURELY_SHORT for text in texts)
+    entries = {"prompt_weights": record.draw.prompt_weights} if plain else {}
+    return entries | ({"long_prompts": record.draw.long_prompts} if short else {})
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], outdir: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.jobs import read_prompt_file
 from dsdiff.models.quantized import check_quantizable
-from dsdiff.models.registry import CALI_PROMPTS
 from dsdiff.models.spec import ModelSpec
 from dsdiff.pipeline import Pipeline
 from ldm.fileio import file_sha256
@@ -51,7 +50,8 @@ def calibration_data(pipeline: Pipeline, options: CalibrationOptions) -> Calibra
 def _collected(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSet:
     """Return data drawn with the float model; an earlier calibration's if it was drawn with the same settings."""
     check_quantizable(pipeline.spec)
-    settings = pipeline.resolve(options.draw)
+    # Captions are plain text, and contexts of one length can be kept together.
+    settings = pipeline.resolve(replace(options.draw, prompt_weights=False, long_prompts="cut"))
     if options.cond and not settings.guides:
         way = (
             "with --scale 1"
@@ -74,7 +74,7 @@ def _collected(pipeline: Pipeline, options: CalibrationOptions) -> CalibrationSe
 
 
 def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
-    path = options.prompts or CALI_PROMPTS.get(spec.config_path.resolve())
+    path = options.prompts or spec.cali_prompts
     if path is None:
         raise ValueError(f"no prompts are known for {spec.description}: give --prompts FILE or --data_path FILE")
     return path
@@ -91,7 +91,17 @@ def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: C
         "tiny_decoder",
     ):  # none, none, and without effect on the data
         del sampling[name]
-    neutral_values = {"guidance_start": 0.0, "guidance_stop": 1.0, "cache": 1, "cache_depth": 1, "lora": ()}
+    neutral_values = {
+        "guidance_start": 0.0,
+        "guidance_stop": 1.0,
+        "cache": 1,
+        "cache_depth": 1,
+        "lora": (),
+        "prompt_weights": False,
+        "long_prompts": "cut",
+        "embeddings": (),
+        "init": None,
+    }
     for name, neutral in neutral_values.items():
         if sampling.get(name) == neutral:  # older files do not know of them
             del sampling[name]

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from dsdiff.cli.console import number
-from dsdiff.options import ENGINES, PRECISIONS, QUANT_MODES, SAMPLERS, VAES, LoraOptions
+from dsdiff.options import (
+    ENGINES,
+    LONG_PROMPTS,
+    PRECISIONS,
+    QUANT_MODES,
+    RESIZES,
+    SAMPLERS,
+    VAES,
+    EmbeddingOptions,
+    LoraOptions,
+)
 
 
 def add_model_arguments(
@@ -25,9 +35,15 @@ def add_model_arguments(
     group.add_argument(
         "--ckpt",
         type=Path,
+        metavar="MODEL",
+        help="a model: a .ckpt or .safetensors, a folder as diffusers saves it, or OWNER/NAME[@REVISION] on the hub; "
+        "to draw with, also a file of scripts/export.py (default: the config's, under models/ldm)",
+    )
+    group.add_argument(
+        "--vae_ckpt",
+        type=Path,
         metavar="FILE",
-        help="a model's weights, or to draw with, a file of scripts/export.py "
-        "(default: the config's, under models/ldm)",
+        help="another autoencoder for the model: a file, a folder or a name on the hub (default: the checkpoint's)",
     )
     group.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)"
@@ -59,8 +75,79 @@ def _lora(text: str) -> LoraOptions:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the sampler and of guidance."""
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how prompts are read."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompt_weights",
+        action=argparse.BooleanOptionalAction,
+        help="brackets give weights as in stable-diffusion-webui: (word:1.2), (word) is 1.1, [word] 1/1.1, and \\( is "
+        "a bracket; BREAK begins a new chunk (default: yes)",
+    )
+    group.add_argument(
+        "--long_prompts",
+        choices=LONG_PROMPTS,
+        help="prompts of more than 75 tokens: chunk reads all of them, in chunks of 75, cut shows what is left out "
+        "(default: chunk)",
+    )
+    group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        type=_embedding,
+        metavar="FILE[:NAME]",
+        help="a textual inversion (.pt, .bin, .safetensors), and the word for it in prompts (default: the token in the "
+        "file, or the file's name); several may be given",
+    )
+
+
+def _embedding(text: str) -> EmbeddingOptions:
+    try:
+        return EmbeddingOptions.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of drawing from a picture."""
+    group = parser.add_argument_group("picture to draw from")
+    group.add_argument(
+        "--init", type=Path, required=True, metavar="FILE|DIR", help="a picture, or a folder of pictures used in turn"
+    )
+    group.add_argument(
+        "--strength",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="share of the steps that are taken, above 0: the more, the less is left of the picture (default: 0.75)",
+    )
+    group.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="a picture of another size than --W and --H: crop scales it to cover them and cuts off at both sides, "
+        "stretch changes its shape (default: crop)",
+    )
+    group.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="of the picture's size: white is drawn anew, black stays (default: all is drawn anew)",
+    )
+    group.add_argument(
+        "--mask_blur",
+        type=number(float, 0),
+        metavar="PIXELS",
+        help="with --mask: radius over which what is drawn fades into the picture (default: 4)",
+    )
+    group.add_argument(
+        "--paste",
+        action=argparse.BooleanOptionalAction,
+        help="with --mask: put the picture's own pixels back where the mask is black; without, they are those of the "
+        "decoder, a little other (default: yes)",
+    )
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser, *, cache: bool = True) -> None:
+    """Add the flags of the sampler, of guidance, and unless `cache` is False those of cached steps."""
     group = parser.add_argument_group("sampling")
     sampler = group.add_mutually_exclusive_group()
     sampler.add_argument(
@@ -87,7 +174,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise in each step of ddim, euler_a and tcd, 0..1; 0 is deterministic (default: 0, 1 and 0.3)",
     )
     _add_guidance(group)
-    _add_cache(group)
+    if cache:
+        _add_cache(group)
 
 
 def _add_guidance(group: Any) -> None:
@@ -117,11 +205,22 @@ def _add_guidance(group: Any) -> None:
 def _add_cache(group: Any) -> None:
     group.add_argument(
         "--cache",
-        type=number(int, 1),
-        metavar="N",
-        help="compute all of the UNet in every N-th step only; in the others its ends, on deep features of the last "
-        "such step (default: 1)",
+        type=_cache,
+        metavar="N|FILE",
+        help="compute all of the UNet in every N-th step only, or in the steps of a FILE of scripts/schedule_cache.py; "
+        "in the others its ends, on deep features of the last such step (default: 1)",
     )
+    add_cache_depth(group)
+
+
+def _cache(text: str) -> int | Path:
+    """Return a number of 1 or more, or the path of a file. Only what looks like a number is no file's name."""
+    whole = text.strip().lstrip("+-").isdecimal() and not Path(text).is_file()
+    return number(int, 1)(text) if whole else Path(text)
+
+
+def add_cache_depth(group: Any) -> None:
+    """Add --cache_depth to a group of arguments."""
     group.add_argument(
         "--cache_depth",
         type=number(int, 1),

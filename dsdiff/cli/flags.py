@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dsdiff.options import (
     STOCHASTIC,
     DrawOptions,
+    InitOptions,
     MergeOptions,
     ModelOptions,
     QuantizationOptions,
@@ -52,8 +53,8 @@ def given_flags(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
-    """Return the options that --ckpt, --config and --tokenizer mean."""
-    return ModelOptions(ckpt=args.ckpt, config=args.config, tokenizer=args.tokenizer)
+    """Return the options that --ckpt, --config, --tokenizer and --vae_ckpt mean."""
+    return ModelOptions(ckpt=args.ckpt, config=args.config, tokenizer=args.tokenizer, vae_ckpt=args.vae_ckpt)
 
 
 def draw_options(args: argparse.Namespace) -> DrawOptions:
@@ -79,11 +80,23 @@ def draw_options(args: argparse.Namespace) -> DrawOptions:
         eta=args.ddim_eta,
         scale=args.scale,
         **guidance,
+        **given_flags(args, ("prompt_weights", "long_prompts")),
         **given_flags(args, ("cache", "cache_depth")),
         precision=args.precision,
         **given_flags(args, ("vae", "vae_tiling", "tiny_decoder")),
         merge=merge_options(args) if "ratio" in args else None,
+        init=init_options(args) if "init" in args else None,
     )
+
+
+def init_options(args: argparse.Namespace) -> InitOptions:
+    """Return the options of drawing from a picture. Raises ValueError for flags that would have no effect."""
+    of_masks = given_flags(args, ("mask_blur", "paste"))
+    if of_masks and args.mask is None:
+        raise ValueError(f"--{next(iter(of_masks))} has no effect without --mask: leave it out")
+    if of_masks.get("paste") is False and "mask_blur" in of_masks:
+        raise ValueError("--mask_blur has no effect with --no-paste: leave one of them out")
+    return InitOptions(**of_masks, **given_flags(args, ("strength", "resize")))
 
 
 def check_latent_flags(args: argparse.Namespace, spec: "ModelSpec") -> None:

@@ -37,10 +37,10 @@ class Grids:
 
 
 def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Return the pictures, all of one size, in rows from the top left, on black."""
+    """Return the pictures in rows from the top left, on black, each in a field of the largest width and height."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    width, height = (side + GAP for side in pictures[0].size)
+    width, height = (max(sides) + GAP for sides in zip(*(picture.size for picture in pictures), strict=True))
     page = Image.new("RGB", (columns * width + GAP, rows * height + GAP))
     for i, picture in enumerate(pictures):
         page.paste(picture, (i % columns * width + GAP, i // columns * height + GAP))

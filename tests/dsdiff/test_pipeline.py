@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import dsdiff
-from dsdiff import DrawOptions, MergeOptions, Pipeline, QuantizationOptions
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from dsdiff import DrawOptions, MergeOptions, Pipeline, QuantizationOptions, conditioning
 from ldm.modules.attention import BasicTransformerBlock
 from tomesd import token_report
 
@@ -69,15 +68,15 @@ def test_matchings_are_kept_within_a_picture(spec):
 
 
 def test_prompts_are_encoded_once(spec, monkeypatch):
-    encoded, encode = [], LatentDiffusion.get_learned_conditioning
+    encoded, encode = [], conditioning._encode
 
-    def noted(model, prompts):
-        context = encode(model, prompts)
+    def noted(model, prompts, *how):
         encoded.append((tuple(prompts), torch.is_autocast_enabled("cpu")))
-        return context
+        return encode(model, prompts, *how)
 
-    monkeypatch.setattr(LatentDiffusion, "get_learned_conditioning", noted)
-    monkeypatch.setattr("dsdiff.pipeline.CONTEXTS", 3)
+    monkeypatch.setattr(conditioning, "_encode", noted)
+    monkeypatch.setattr(conditioning, "CONTEXTS", 3)
+    monkeypatch.setattr(conditioning, "has_bfloat16", lambda: True)
     monkeypatch.setattr("dsdiff.pipeline.has_bfloat16", lambda: True)
     options = DrawOptions(height=32, width=48, steps=2, vae="float32", precision="full")
     pipeline = Pipeline(spec, device="cpu")
@@ -92,7 +91,7 @@ def test_prompts_are_encoded_once(spec, monkeypatch):
     del encoded[:]
     assert list(pipeline.draw("a star", options=replace(options, precision="autocast")))
     assert encoded == [(("a star",), True), (("",), True)]
-    for context in pipeline._kept_contexts.values():
+    for context in pipeline._contexts._kept.values():
         assert context.dtype == torch.float32
 
 
