@@ -44,8 +44,8 @@ class DrawSettings:
 
     steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
-    cache, cache_depth: how deep features are kept from step to step, see DrawOptions. A file's schedule is the numbers of
-        its whole steps.
+    cache, cache_depth: how deep features are kept from step to step, see DrawOptions. Of a file, `cache` holds the
+        numbers of the whole steps.
     quantization: how the model is quantized; None for a float model.
     lora: the LoRAs that change the model. embeddings: those of textual inversion that prompts may name.
     init: how pictures are drawn from others; None draws them from noise alone. steps_taken counts its strength.

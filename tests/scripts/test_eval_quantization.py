@@ -1,6 +1,7 @@
 """scripts/eval_quantization.py: the files it writes, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_bad_flags_are_one_line(capsys):
 
 @pytest.mark.slow
 def test_cali_ckpts_are_compared_by_the_error_of_eps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eps_error, "CALLS", 2)
+    monkeypatch.setattr(eps_error, "DRAWING", replace(eps_error.DRAWING, steps=2))
     files = [str(CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]][bits]) for bits in (8, 4)]
     outdir = tmp_path / "new"
     flags = ["--n", "2", "--outdir", str(outdir), "--device", "cpu"]

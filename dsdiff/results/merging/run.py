@@ -22,6 +22,7 @@ from dsdiff.benchmark.comparison import all_cores
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, machine, versions
 from dsdiff.jobs import check_text, read_prompt_file
+from dsdiff.metrics.eps_errors import EpsErrors
 from dsdiff.metrics.intervals import mean_and_error
 from dsdiff.metrics.pair_scores import psnr, squared_errors
 from dsdiff.models.registry import EMBEDDED
@@ -30,7 +31,6 @@ from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.merging import timing
-from dsdiff.results.merging.errors import EpsErrors
 from dsdiff.results.merging.figures import Eps, MergingCosts, Pictures, Row, Time
 from dsdiff.results.merging.options import Candidate, MergingCostOptions, read_candidates
 from dsdiff.results.quantization_cost import captions_of
@@ -99,7 +99,7 @@ class Comparison:
 
     def _eps(self, candidate: Candidate) -> Eps:
         def measure() -> dict[str, Any]:
-            errors = self._eps_errors.of(candidate.merge, candidate.name)
+            errors = self._eps_errors.of(replace(self.settings, merge=candidate.merge), candidate.name)
             mean, error = mean_and_error(errors.mean(1))
             return {"mse": mean, "error": error, "by_call": errors.mean(0).tolist()}
 

@@ -5,7 +5,7 @@ of the UNet are computed: its first `depth` input blocks and its last `depth` ou
 between make comes from the last step in which all was computed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,3 +77,8 @@ def every(interval: int) -> Callable[[int], bool]:
     if interval < 1:
         raise ValueError(f"cache is {interval!r}: it must be a whole number of 1 or more")
     return lambda step: step % interval == 0
+
+
+def in_steps(numbers: Collection[int]) -> Callable[[int], bool]:
+    """Return the rule that computes all of the UNet in the steps of these numbers, from 0, and in no other."""
+    return frozenset(numbers).__contains__

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from dsdiff.benchmark.figures import Spread
+from dsdiff.metrics.eps_errors import EpsErrors, recorded
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions
 from dsdiff.pipeline import Pipeline
 from dsdiff.results.merging import report, run, timing
-from dsdiff.results.merging.errors import EpsErrors, recorded
 from dsdiff.results.merging.figures import Eps, Pictures, Row, Time, frontier
 from dsdiff.results.merging.options import SETTINGS, MergingCostOptions, read_candidates
 
@@ -53,11 +53,11 @@ def test_errors_are_those_of_calls_with_the_latents_of_unmerged_pictures(options
     pipeline = Pipeline(find_model(options.model), device="cpu")
     settings = pipeline.resolve(options.draw)
     merge = MergeOptions(ratio=0.5, use_rand=False)
-    found = EpsErrors(pipeline, settings, PROMPTS, 7, 2).of(merge, "half")
+    found = EpsErrors(pipeline, settings, PROMPTS, 7, 2).of(replace(settings, merge=merge), "half")
     assert found.shape == (3, 3) and found.dtype == torch.float64 and (found > 0).all()
     model = pipeline.prepare(settings)
     for i, prompt in enumerate(PROMPTS):
-        with recorded(model.model.diffusion_model) as calls:
+        with recorded(model.model.diffusion_model, 1) as calls:
             pipeline.sample([prompt], [7 + i], settings)
         for step, x in enumerate(calls.inputs):
             t = torch.full((1,), 999 * (1 - step / 3))
@@ -74,18 +74,19 @@ def test_errors_are_those_of_calls_with_the_latents_of_unmerged_pictures(options
 
 def test_before_a_schedule_begins_there_is_no_error(options):
     pipeline = Pipeline(find_model(options.model), device="cpu")
-    errors = EpsErrors(pipeline, pipeline.resolve(options.draw), PROMPTS, 0, 2)
-    merge = MergeOptions(ratio=0.0, merge_schedule="0.5:0.5")
-    first = errors.of(merge, "later")
+    settings = pipeline.resolve(options.draw)
+    errors = EpsErrors(pipeline, settings, PROMPTS, 0, 2)
+    later = replace(settings, merge=MergeOptions(ratio=0.0, merge_schedule="0.5:0.5"))
+    first = errors.of(later, "later")
     assert (first[:, :2] == 0).all() and (first[:, 2] > 0).all()
-    assert torch.equal(errors.of(merge, "again"), first)
-    assert (errors.of(MergeOptions(ratio=0.0), "none") == 0).all()
+    assert torch.equal(errors.of(later, "again"), first)
+    assert (errors.of(replace(settings, merge=MergeOptions(ratio=0.0)), "none") == 0).all()
 
 
 def test_what_is_recorded_leaves_no_hooks(options):
     pipeline = Pipeline(find_model(options.model), device="cpu")
     unet = pipeline.model.model.diffusion_model
-    with pytest.raises(RuntimeError), recorded(unet):
+    with pytest.raises(RuntimeError), recorded(unet, 1):
         raise RuntimeError
     assert not unet._forward_hooks and not unet._forward_pre_hooks
 
