@@ -298,13 +298,15 @@ class Pipeline:
         init: Init | None = None,
         verbose: bool = False,
         callback: Callable[[int], None] | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
         """Return latents [B, C, h, w] for `decode`, one a prompt, each from the noise of its own seed.
 
         A picture depends on its prompt, its seed and the settings alone; that of another batch differs by rounding.
         (Only token merging without guidance treats even and odd batches differently.) init: what `start_from` returns,
         for settings that have an init. Prompts of other lengths than the first have a walk of their own.
-        verbose: show a bar of steps. callback(i) is called after step i of each walk.
+        verbose: show a bar of steps. callback(i) is called after step i of each walk, img_callback(pred_x0, i) with the
+        latents [B, C, h, w] in which step i sees the walk end. An exception of theirs ends the walk.
         """
         if (init is None) != (settings.init is None):
             raise ValueError("settings with an init need pictures to start from, and others take none: see img2img")
@@ -314,7 +316,8 @@ class Pipeline:
         for length, rows in groups.items():
             part = init if init is None or len(groups) == 1 else _rows(init, rows)
             texts, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
-            drawn = self._sample(model, texts, numbers, settings, length, part, verbose=verbose, callback=callback)
+            reporting = {"verbose": verbose, "callback": callback, "img_callback": img_callback}
+            drawn = self._sample(model, texts, numbers, settings, length, part, **reporting)
             for row, latent in zip(rows, drawn, strict=True):
                 latents[row] = latent
         return torch.stack(latents)
