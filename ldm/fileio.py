@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)`, then rename the temporary file to `path`, so that it appears complete or not at all.
@@ -84,6 +89,35 @@ def check_new_folder(path: Path) -> None:
     """Raise ValueError if `path` is a file, or a folder with content."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{str(path)!r} is there already: give the name of a new folder")
+
+
+@contextmanager
+def only_run_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder within the block, which creates it if need be.
+
+    The lock is the system's, on the folder itself: no file tells of it, and it ends with the process, however that
+    ends. Systems and network disks without such locks keep nobody out. Raises ValueError if another run is in it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another run is writing to {str(folder)!r}: wait for its end, or give another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            os.close(handle)
+            raise
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_writable(directory: str | Path) -> None:

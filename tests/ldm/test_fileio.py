@@ -3,6 +3,8 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.fileio import check_writable, file_sha256, write_atomically, write_errors_naming
+from ldm.fileio import check_writable, file_sha256, only_run_in, write_atomically, write_errors_naming
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
@@ -52,6 +54,26 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert caught.value.filename == str(tmp_path / name) and caught.value.strerror, name
         assert os.listdir(tmp_path) == [], name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    folder = tmp_path / "new" / "outputs"
+    hold = "import sys; sys.path.insert(0, sys.argv[1])\nfrom ldm.fileio import only_run_in\n"
+    hold += "with only_run_in(sys.argv[2]):\n    print('in', flush=True); sys.stdin.read()"
+    root = Path(__file__).parents[2]
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(root), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match="another run is writing to"), only_run_in(folder):
+        pass
+    other.kill()  # the lock ends with the process
+    other.wait()
+    with only_run_in(folder):
+        assert os.listdir(folder) == []
+    with only_run_in(folder):
+        pass
 
 
 def test_errors_about_other_files_keep_their_names(tmp_path):
