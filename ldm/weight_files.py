@@ -4,6 +4,7 @@ Files are memory-mapped, where their format allows it: a tensor costs no memory 
 """
 
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ OLD_PICKLES = 5
 HARMLESS_PACKAGES = frozenset({"pytorch_lightning", "lightning", "omegaconf", "numpy", "typing"})
 HARMLESS_TYPES = frozenset(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple"))
 DEFAULT_DICT = "collections.defaultdict"
-TENSOR_PARTS = ("torch.", "collections.OrderedDict")  # of old files; torch knows which of its own are harmless
+TENSOR_PARTS = ("torch.", "collections.OrderedDict", "_codecs.encode")  # in old files; torch checks these itself
 
 
 class _StandIn:
@@ -111,7 +112,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(path)
-    if not zipped and not path.open("rb").read(len(OLD_MAGIC)) == OLD_MAGIC:
+    if not zipped and not _is_old(path):
         raise ValueError(f"checkpoint {str(path)!r} is corrupt, truncated, or no torch zip file")
     try:
         classes = get_unsafe_globals_in_checkpoint(str(path)) if zipped else list(_old_classes(path))
@@ -131,6 +132,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not named tensors")
     named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     return {name: value.detach() for name, value in named.items()}
+
+
+def _is_old(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(OLD_MAGIC)) == OLD_MAGIC
 
 
 def _load_torch(path: Path, mapped: bool) -> Any:
@@ -153,7 +159,7 @@ def _old_classes(path: Path) -> Iterator[str]:
 def _globals(file: BinaryIO) -> Iterator[str]:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
+            yield re.sub(r"^__builtin__\b", "builtins", str(argument).replace(" ", "."))  # as Python 2 called them
         elif operation.name == "STACK_GLOBAL":
             yield "a name that is computed"
 

@@ -191,6 +191,33 @@ def test_ema_has_the_key_names_of_public_checkpoints():
         assert "model_ema." + name.removeprefix("model.").replace(".", "") in keys
 
 
+def test_a_model_that_predicts_v_tells_eps():
+    """Against the definition of v: what an ideal network would put out gives back the noise, at all timesteps."""
+    model = build(parameterization="v").eval()
+    x, noise, t = torch.randn(1000, 4, 2, 2), torch.randn(1000, 4, 2, 2), torch.arange(1000)
+    alpha_bar = model.alphas_cumprod.double().view(-1, 1, 1, 1)
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
+    torch.testing.assert_close(model.get_v(x, noise, t).double(), v, rtol=1e-5, atol=1e-5)
+    noisy = model.q_sample(x, t, noise)
+    for times in (t, t.float()):
+        torch.testing.assert_close(model.predict_eps_from_v(noisy, times, v.float()), noise, rtol=0, atol=1e-4)
+    between = model.predict_eps_from_v(noisy[:-1], t[:-1] + 0.5, torch.zeros_like(noisy[:-1])) / noisy[:-1]
+    sigma = (1 - alpha_bar).sqrt()
+    assert (between > sigma[:-1]).all() and (between < sigma[1:]).all()
+
+
+def test_training_of_v_compares_the_output_with_v():
+    model = build(parameterization="v", unconditional_rate=0.0)
+    x, noise, t, c = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+    output = model.model(model.q_sample(x, t, noise), t, [c])
+    wanted = (output - model.get_v(x, noise, t)).square().mean()
+    torch.testing.assert_close(model.p_losses(x, c, t, noise), wanted)
+    eps = model.apply_model(model.q_sample(x, t, noise), t, c)
+    assert torch.equal(eps, model.predict_eps_from_v(model.q_sample(x, t, noise), t, output))
+    with pytest.raises(ValueError, match="loss_weight 'debiased'"):
+        build(parameterization="v", loss_weight="debiased")
+
+
 def test_unsupported_settings_are_refused():
     for params in (
         {"parameterization": "x0"},

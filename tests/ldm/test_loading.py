@@ -96,6 +96,68 @@ def test_plain_dict_config(config, golden):
     assert_holds(load_model_from_config(plain, GOLDENS / "tiny_ldm.safetensors"), golden)
 
 
+def save_old(content, path):
+    """Write a file as torch before 1.6 did."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def test_files_of_torch_before_1_6(config, golden, tmp_path):
+    trained = {"state_dict": golden, "callbacks": {ModelCheckpoint: {"best": np.float64(2.0)}}, "epoch": 3}
+    for name, content in (("m.ckpt", golden), ("m.bin", {"state_dict": golden}), ("last.ckpt", trained)):
+        save_old(content, tmp_path / name)
+        assert_holds(load_model_from_config(config, tmp_path / name), golden)
+
+
+def test_old_files_run_no_code(config, golden, tmp_path):
+    path, target = tmp_path / "m.ckpt", tmp_path / "executed"
+    save_old({"state_dict": golden, "callbacks": _Exploit(target)}, path)
+    assert "wants to run code (posix.system)" in refused(config, path)
+    save_old(torch.nn.Linear(2, 2), path)  # torch's own, but no tensor
+    assert "wants to run code" in refused(config, path)
+    save_old(_Harmful(), path)
+    assert "cannot be read" in refused(config, path)
+    save_old(golden, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "cannot be read" in refused(config, path)
+    assert not target.exists()
+
+
+def test_leftovers_of_other_trainers_and_the_rest_of_clip_are_ignored(config, golden, tmp_path):
+    extra = (
+        "denoiser.sigmas",
+        "embedding_manager.string_to_param_dict.*",
+        "embedding_manager.initial_embeddings.*",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.transformer.text_projection.weight",
+        "cond_stage_model.transformer.visual_projection.weight",
+        "cond_stage_model.transformer.logit_scale",
+        "cond_stage_model.transformer.vision_model.embeddings.class_embedding",
+    )
+    torch.save({"state_dict": golden | {name: torch.zeros(2) for name in extra}}, tmp_path / "m.ckpt")
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden)
+
+
+def test_pointwise_convolutions_saved_as_matrices(config, golden, tmp_path):
+    state, changed = dict(golden), 0
+    for key, value in golden.items():
+        if (".attn_1." in key and ".norm." not in key) or ".proj_in." in key:
+            state[key] = value[:, :, 0, 0].clone() if value.ndim == 4 else value[:, None, None].clone()
+            changed += 1
+    assert changed > 8
+    save_file(state, tmp_path / "m.safetensors")
+    assert_holds(load_model_from_config(config, tmp_path / "m.safetensors"), golden)
+    key = "first_stage_model.decoder.mid.attn_1.q.weight"
+    assert key in refused_state(config, state | {key: state[key][:, :-1].clone()}, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(config, golden, tmp_path):
+    for key in (UNET_KEY, "first_stage_model.decoder.conv_out.bias"):
+        for number in (float("nan"), float("inf"), -float("inf")):
+            weight = golden[key].clone()
+            weight.view(-1)[1] = number
+            assert f"NaN or infinite numbers in {key}" in refused_state(config, golden | {key: weight}, tmp_path)
+
+
 def test_schedule_need_not_be_in_the_file(config, golden, tmp_path):
     save_file({key: value for key, value in golden.items() if key not in SCHEDULE_KEYS}, tmp_path / "m.safetensors")
     assert_holds(load_model_from_config(config, tmp_path / "m.safetensors"), golden)
@@ -147,6 +209,13 @@ def test_full_set_of_averages_is_used(config, golden, averages, tmp_path):
     torch.save({"state_dict": golden | stored}, tmp_path / "m.ckpt")
     assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden | averages)
     assert_holds(load_model_from_config(config, tmp_path / "m.ckpt", use_ema=False), golden)
+
+
+def test_averages_without_the_weights_themselves_are_the_weights(config, golden, averages, tmp_path):
+    kept = {key: value for key, value in golden.items() if key not in averages}
+    torch.save(kept | {ema_name(key): value for key, value in averages.items()}, tmp_path / "m.ckpt")
+    for use_ema in (True, False):
+        assert_holds(load_model_from_config(config, tmp_path / "m.ckpt", use_ema=use_ema), golden | averages)
 
 
 def test_incomplete_averages_are_not_used(config, golden, averages, tmp_path, caplog):
@@ -394,6 +463,12 @@ def test_config_in_the_header_that_cannot_be_used(config, golden, tmp_path):
 def test_other_architectures_are_recognised(config, tmp_path):
     for key, what in (
         ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("decoder.mid.block_1.conv1.weight", "autoencoder alone: give it with --vae_ckpt"),
+        ("text_model.encoder.layers.0.mlp.fc1.bias", "text encoder alone"),
+        ("string_to_param", "embedding of textual inversion"),
+        ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("conditioner.embedders.0.model.positional_embedding", "refiner"),
+        ("model.diffusion_model.double_blocks.0.x", "Flux"),
         ("cond_stage_model.model.positional_embedding", "Stable Diffusion 2"),
         ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "Stable Diffusion XL"),
         ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3"),
@@ -406,6 +481,12 @@ def test_other_architectures_are_recognised(config, tmp_path):
 def test_context_of_another_text_encoder_is_recognised(config, golden, tmp_path):
     wide = {key: torch.zeros(len(value), 1024) for key, value in golden.items() if key.endswith("attn2.to_k.weight")}
     assert "text encoder has 1024 channels, the config's 24" in refused_state(config, golden | wide, tmp_path)
+
+
+def test_models_that_take_more_than_latents_are_recognised(config, golden, tmp_path):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    for channels, what in ((9, "inpainting"), (8, "by instructions"), (5, "depth")):
+        assert what in refused_state(config, golden | {key: torch.zeros(32, channels, 3, 3)}, tmp_path), channels
 
 
 def test_other_schedule_is_refused(config, golden, tmp_path):
@@ -422,6 +503,13 @@ class _Exploit:
 
     def __reduce__(self):
         return os.system, (f"touch {self.target}",)
+
+
+class _Harmful:
+    """Call a function of torch that makes no tensor."""
+
+    def __reduce__(self):
+        return torch.hub.set_dir, ("elsewhere",)
 
 
 def test_hostile_pickle_is_refused_and_not_run(config, golden, tmp_path):

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.diffusers_names import unet_names
+from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.lora_names import TEXT, UNET
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.low_rank import BranchedLayer, LowRankBranch

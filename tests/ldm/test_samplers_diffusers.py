@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
 from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import guided_steps
@@ -90,6 +91,32 @@ def test_walks_of_the_diffusers_that_is_installed():
         samples, times = made.walk(*case)
         assert error(draw(*case), samples) < 1e-4, case
         assert torch.equal(times, RECORDED[f"{made.title(*case)}/times"]), case
+
+
+class PredictsV(Model):
+    """The same network, whose output is read as v."""
+
+    parameterization = "v"
+
+    def apply_model(self, x, t, c):
+        return LatentDiffusion.predict_eps_from_v(self, x, t, super().apply_model(x, t, c))
+
+
+def test_walks_of_models_that_predict_v(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    plain = made.scheduler
+
+    def predicts_v(name):
+        if name == "ddim":
+            ends = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+            return diffusers.DDIMScheduler(prediction_type="v_prediction", **ends, **made.BETAS)
+        return type(plain(name)).from_config(plain(name).config, prediction_type="v_prediction")
+
+    monkeypatch.setattr(made, "scheduler", predicts_v)
+    for case in (*made.CASES, ("ddim", 20, None), ("ddim", 5, None)):
+        samples, _ = made.walk(*case)
+        assert error(draw(*case, model=PredictsV()), samples) < 1e-4, case
+        assert error(draw(*case), samples) > 1e-2, case
 
 
 def test_the_default_eta_is_that_of_diffusers():

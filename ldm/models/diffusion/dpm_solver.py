@@ -77,7 +77,7 @@ class DPMSolverSampler(Sampler):
         x0 = x0_before = h_before = None
         for i in range(1, n_steps + 1):
             x = keep(x, alpha[i - 1] ** 2)
-            eps = predict_eps(x, self.model_times[i - 1])
+            eps = self._eps(predict_eps, x, i - 1)
             x0, x0_before = (x - sigma[i - 1] * eps) / alpha[i - 1], x0
             h = lam[i] - lam[i - 1]
             if i == 1 or (i == n_steps and self.first_order_end):
@@ -88,6 +88,10 @@ class DPMSolverSampler(Sampler):
             x = sigma[i] / sigma[i - 1] * x - alpha[i] * expm1(-h) * D
             h_before = h
             yield x, x0
+
+    def _eps(self, predict_eps: PredictEps, x: Tensor, i: int) -> Tensor:
+        """Return the noise in x at place i of the tables."""
+        return predict_eps(x, self.model_times[i])
 
 
 class DPMSolverKarrasSampler(DPMSolverSampler):
@@ -130,3 +134,16 @@ class DPMSolverKarrasSampler(DPMSolverSampler):
         self.lambdas = np.append(-np.log(levels), np.inf)
         self.first_order_end = True
         return S
+
+    def _eps(self, predict_eps: PredictEps, x: Tensor, i: int) -> Tensor:
+        """Return the noise in x at place i of the tables.
+
+        A prediction of v, which the model has turned into eps at the level of a whole timestep, is turned into the eps
+        of the level that x has, beside it: eps = alpha v + sigma x.
+        """
+        eps = super()._eps(predict_eps, x, i)
+        if getattr(self.model, "parameterization", "eps") == "eps":
+            return eps
+        alpha_bar = float(self.alphas_cumprod[int(self.model_times[i])])
+        v = (eps - (1 - alpha_bar) ** 0.5 * x) / alpha_bar**0.5
+        return float(self.alphas[i]) * v + float(self.sigmas[i]) * x
