@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -93,12 +93,26 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def only_run_in(folder: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder within the block, which creates it if need be.
+    """Keep other runs out of a folder within the block.
 
-    The lock is the system's, on the folder itself: no file tells of it, and it ends with the process, however that
-    ends. Systems and network disks without such locks keep nobody out. Raises ValueError if another run is in it.
+    The folder is created if need be, and removed again if nothing is in it at the end. The lock is the system's, on the
+    folder itself: no file tells of it, and it ends with the process, however that ends. Systems and network disks
+    without such locks keep nobody out. Raises ValueError if another run is in it.
     """
+    places = (Path(folder), *Path(folder).parents)
+    created = [place for place in places if not place.exists()]
     Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        with suppress(OSError):  # it holds something
+            for place in created:
+                place.rmdir()
+
+
+@contextmanager
+def _locked(folder: str | Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return

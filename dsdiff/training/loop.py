@@ -28,7 +28,7 @@ from dsdiff.training.options import (
 )
 from dsdiff.training.samples import SampleGrids
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
-from ldm.fileio import write_atomically
+from ldm.fileio import only_run_in, write_atomically, write_errors_naming
 from ldm.lora import save_lora
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.consistency_distillation import ConsistencyDistillation
@@ -51,7 +51,9 @@ def run(options: TrainingOptions) -> Path | None:
         model.load_state_dict(state["state_dict"])
         steps = state["global_step"]
     else:
-        trainer = train(model, config, options, validation)
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        with only_run_in(options.folder) if first else nullcontext(), write_errors_naming(options.folder):
+            trainer = train(model, config, options, validation)
         steps = trainer.global_step
         if not trainer.is_global_zero or steps < config.trainer.max_steps:
             return None

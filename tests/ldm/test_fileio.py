@@ -72,8 +72,12 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
     other.wait()
     with only_run_in(folder):
         assert os.listdir(folder) == []
-    with only_run_in(folder):
-        pass
+    with pytest.raises(OSError, match="no such model"), only_run_in(tmp_path / "a" / "b"):
+        raise OSError("no such model")
+    assert os.listdir(tmp_path) == ["new"]  # empty folders are not left behind, nor is one that was there removed
+    with only_run_in(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
 
 
 def test_errors_about_other_files_keep_their_names(tmp_path):
