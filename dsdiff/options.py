@@ -156,8 +156,8 @@ class DrawOptions:
         of FEW_STEP, except for models that take the scale as an input (full LCM checkpoints).
     negative_prompt: the text that guidance leads away from.
     prompt_weights: brackets in prompts give weights, (word:1.2), (word), [word]; with False they are text.
-    long_prompts: a prompt of more tokens than the text encoder sees at once is read in chunks of 75 ("chunk"), or cut
-        with a warning ("cut").
+    long_prompts: a prompt of more tokens than the text encoder sees at once (75 in Stable Diffusion) is read in chunks
+        ("chunk"), or cut with a warning ("cut").
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, 0 <= start <= stop <= 1:
         step i of n is guided if start <= i / n < stop. The others take one sample of the UNet in place of two.
     cache: the UNet is computed as a whole in every cache-th step, else its ends alone, on deep features of the last

@@ -20,7 +20,6 @@ from qdiff.resume import flat
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.yaml"
-SURELY_SHORT = 75  # bytes of a text; it has no more tokens
 # Entries that do not shape a picture: a resumed run may have others.
 INCIDENTAL = ("model", "config", "ckpt", "tokenizer", "skip_grid", "n_rows", "first", "first_grid", "versions")
 # Entries that older versions did not write, and what they did.
@@ -222,7 +221,7 @@ def _where_all_read_alike(record: RunRecord) -> dict[str, Any]:
     """Return how the record reads prompts, if all of its prompts are too plain and short to be read in two ways."""
     texts = [*record.prompts, record.draw.negative_prompt]
     plain = not any(MARKS.search(text) for text in texts)
-    short = all(len(text.encode("utf-8")) <= SURELY_SHORT for text in texts)
+    short = all(len(text.encode("utf-8")) <= record.spec.prompt_room for text in texts)  # a token has a byte or more
     entries = {"prompt_weights": record.draw.prompt_weights} if plain else {}
     return entries | ({"long_prompts": record.draw.long_prompts} if short else {})
 

@@ -87,8 +87,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--long_prompts",
         choices=LONG_PROMPTS,
-        help="prompts of more than 75 tokens: chunk reads all of them, in chunks of 75, cut shows what is left out "
-        "(default: chunk)",
+        help="prompts of more tokens than the text encoder sees at once (75 in Stable Diffusion): chunk reads all of "
+        "them, in chunks; cut shows what is left out (default: chunk)",
     )
     group.add_argument(
         "--embedding",

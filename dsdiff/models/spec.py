@@ -51,6 +51,11 @@ class ModelSpec:
         return look_up(self.config, "model.params.unet_config.params.time_cond_proj_dim") is not None
 
     @property
+    def prompt_room(self) -> int:
+        """How many tokens of a prompt the text encoder sees at once, without start and end: 75 in Stable Diffusion."""
+        return (look_up(self.config, "model.params.cond_stage_config.params.max_length") or 77) - 2
+
+    @property
     def output_blocks(self) -> int:
         """How many output blocks the UNet has, and as many input blocks."""
         unet = look_up(self.config, "model.params.unet_config.params")
