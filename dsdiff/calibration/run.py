@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dsdiff.models.lora import SOURCE_ENTRY, lora_facts
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
-from ldm.fileio import check_writable, write_atomically
+from ldm.fileio import check_writable, only_run_in, write_atomically
 from qdiff import calibrate as procedure
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
@@ -75,6 +75,12 @@ def calibrate(options: CalibrationOptions) -> Path:
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
+    with only_run_in(options.outdir) if rank() == 0 else nullcontext():
+        _calibrate(spec, options, progress)
+    return options.target
+
+
+def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder) -> None:
     qnn, data = _prepare(spec, options)
     cache = Cache(options.cache_bytes, options.outdir / "cache")
     cache.clear()
@@ -92,7 +98,6 @@ def calibrate(options: CalibrationOptions) -> Path:
         logger.info("%s", line)
     if rank() == 0:
         logger.info("written to %s (%.2f MB)", options.target, options.target.stat().st_size / 1e6)
-    return options.target
 
 
 def ready_made(folder: Path, options: CalibrationOptions) -> Path:
