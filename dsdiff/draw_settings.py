@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from dsdiff.cache_schedule import CacheSchedule
 from dsdiff.models.decoder import TINY, TinyFile, find_tiny
@@ -21,6 +24,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler, steps_from
 from ldm.models.diffusion.tcd import TCDSampler
 from ldm.models.diffusion.unipc import UniPCSampler
+from ldm.modules.diffusionmodules.feature_cache import cached_features, every, in_steps
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +83,13 @@ class DrawSettings:
     def keeps_features(self) -> bool:
         """True if there are steps in which the UNet is not computed as a whole."""
         return self.cache != 1
+
+    def keeping(self, unet: nn.Module) -> AbstractContextManager[None]:
+        """Return a block, of one walk of the sampler, in which a UNet keeps its deep features as the settings say."""
+        if not self.keeps_features:
+            return nullcontext()
+        whole = every(self.cache) if isinstance(self.cache, int) else in_steps(self.cache)
+        return cached_features(unet, whole, self.cache_depth)
 
     @property
     def guides(self) -> bool:

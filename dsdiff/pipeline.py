@@ -38,7 +38,6 @@ from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.sampler import Init, seeded_generators
-from ldm.modules.diffusionmodules.feature_cache import cached_features, every, in_steps
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.lower import fits_bytes
@@ -342,9 +341,12 @@ class Pipeline:
         times = sampler.schedule_from(settings.steps, settings.eta, strength)
         unet, factor = model.model.diffusion_model, self.spec.factor
         merging = nullcontext() if settings.merge is None else tomesd.walk(model, len(times))
-        whole = every(settings.cache) if isinstance(settings.cache, int) else in_steps(settings.cache)
-        keeping = cached_features(unet, whole, settings.cache_depth) if settings.keeps_features else nullcontext()
-        with precision_context(self.device, settings.precision), step_cache.walk(unet, times), merging, keeping:
+        with (
+            precision_context(self.device, settings.precision),
+            step_cache.walk(unet, times),
+            merging,
+            settings.keeping(unet),
+        ):
             latents, _ = sampler.sample(
                 settings.steps,
                 len(prompts),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsdiff.results.merging.options import PARTS
+from dsdiff.cli import frontier
 from scripts import eval_merging as script
 
 
@@ -30,9 +30,14 @@ def test_a_table_is_written(small_model, tmp_path, capsys):
         out,
     ]
     script.main([str(each) for each in (*model, *what)])
-    content = json.loads((out / "merging.json").read_text())
+    content = json.loads((out / "merging.json").read_text())["comparisons"][0]
     (row,) = content["rows"]
-    assert (row["name"], row["merge"]["merge_kv"], row["pictures"], row["time"]) == ("most", True, None, None)
+    assert (row["name"], row["changes"]["merge"]["merge_kv"], row["pictures"], row["time"]) == (
+        "most",
+        True,
+        None,
+        None,
+    )
     assert row["eps"]["mse"] > 0 and len(row["eps"]["by_call"]) == 2 and content["n"] == 2
     table = (out / "merging.md").read_text()
     assert table.strip() in capsys.readouterr().out and "most" in table
@@ -40,8 +45,13 @@ def test_a_table_is_written(small_model, tmp_path, capsys):
 
 def test_flags_become_options():
     args = script.parse_args(["--time_of", "sd-v1", "--time_engine", "int8", "--ptq", "--dpm_solver", "--calls", "4"])
-    options = script.options_of(args)
-    assert (options.time_of, options.engine, options.calls, options.parts) == ("sd-v1", "int8", 4, list(PARTS))
+    options = frontier.options_of(args)
+    assert (options.time_of, options.engine, options.calls, options.parts) == (
+        "sd-v1",
+        "int8",
+        4,
+        ["eps", "pictures", "time"],
+    )
     assert options.quantization is not None and options.draw.sampler == "dpm_solver" and options.draw.merge is None
 
 

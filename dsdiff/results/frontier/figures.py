@@ -1,10 +1,11 @@
-"""The figures of ways to merge tokens, and which of them are on the frontier. Plain values for JSON, table and plot."""
+"""The figures of ways to draw, and which of them are on the frontier. Plain values for JSON, table and plot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsdiff.benchmark.figures import Spread
+from dsdiff.metrics.attributes import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Eps:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """The PSNR to the pictures without merging, in dB.
+    """The PSNR to the pictures of the base, in dB.
 
     psnr: of the mean squared error over all pictures; None if all are equal. mean, error: the mean of per-picture PSNR
     with its standard error, over the `pairs` that are not equal; None for fewer than two.
@@ -33,25 +34,26 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """The seconds of a call with merging and without, side by side, one value a repeat."""
+    """The seconds of a call in this way and in that of the base, side by side, one value a repeat."""
 
-    merged: Sequence[float]
-    unmerged: Sequence[float]
+    own: Sequence[float]
+    base: Sequence[float]
 
     @property
     def speed(self) -> Spread:
-        """The seconds without merging divided by those with it, within each repeat."""
-        return Spread.over([other / own for own, other in zip(self.merged, self.unmerged, strict=True)])
+        """The seconds of the base divided by its own, within each repeat."""
+        return Spread.over([other / own for own, other in zip(self.own, self.base, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A way to merge tokens with its figures; None for those that were not asked for. merge: fields of MergeOptions."""
+    """A way to draw with its figures; None for those that were not asked for. changes: what it does unlike the base."""
 
     name: str
-    merge: Mapping[str, Any]
+    changes: Mapping[str, Any]
     eps: Eps | None = None
     pictures: Pictures | None = None
+    attributes: Share | None = None
     time: Time | None = None
 
     @property
@@ -63,10 +65,11 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergingCosts:
-    """The ways to merge tokens with their figures.
+class Costs:
+    """The ways to draw with their figures.
 
-    model: what draws, in words. time_of: what is timed. drawing: the options that are not the model's own.
+    model: what draws, in words. time_of: what is timed. drawing: how the base is drawn, the options that are not the
+    model's own. steps: of a picture. calls: of a measurement of time; None for the default.
     """
 
     model: str
@@ -76,7 +79,8 @@ class MergingCosts:
     drawing: Mapping[str, Any]
     n: int
     seed: int
-    calls: int
+    steps: int
+    calls: int | None
     repeats: int
     rows: Sequence[Row]
 

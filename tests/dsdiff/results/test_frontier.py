@@ -14,9 +14,9 @@ from dsdiff.metrics.eps_errors import EpsErrors, recorded
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions
 from dsdiff.pipeline import Pipeline
-from dsdiff.results.merging import report, run, timing
-from dsdiff.results.merging.figures import Eps, Pictures, Row, Time, frontier
-from dsdiff.results.merging.options import SETTINGS, MergingCostOptions, read_candidates
+from dsdiff.results.frontier import report, run, timing
+from dsdiff.results.frontier.figures import Eps, Pictures, Row, Time, frontier
+from dsdiff.results.frontier.options import MERGING, STEPS, FrontierOptions, read_candidates
 
 TINY = DrawOptions(height=32, width=48, steps=3, sampler="dpm_solver", vae="float32", precision="full")
 PROMPTS = ["a red circle", "a blue star", "a ring"]
@@ -31,8 +31,9 @@ def options(small_model, tmp_path):
         "- {name: 'later, kv', ratio: 0, merge_schedule: '0.5:0.5', merge_kv: true, proportional: true}\n"
     )
     prompts.write_text("\n".join(PROMPTS))
-    return MergingCostOptions(
+    return FrontierOptions(
         settings=settings,
+        parts=("eps", "pictures", "time"),
         prompts=prompts,
         model=ModelOptions(config=config, ckpt=ckpt),
         draw=TINY,
@@ -105,28 +106,28 @@ def test_figures_are_those_of_the_pictures_and_are_kept(options, one_thread, mon
     assert [row.name for row in costs.rows] == ["half", "later, kv"]
     pictures = {
         name: np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(float)
-        for name in ("unmerged", "half", "later__kv")
+        for name in ("base", "half", "later__kv")
         for folder in (options.outdir / "pictures").glob(f"{name}-*")
     }
     for row, name in zip(costs.rows, ("half", "later__kv"), strict=True):
-        errors = ((pictures[name] - pictures["unmerged"]) ** 2).reshape(3, -1).mean(1)
+        errors = ((pictures[name] - pictures["base"]) ** 2).reshape(3, -1).mean(1)
         own = -10 * np.log10(errors[errors > 0] / 255**2)
         assert math.isclose(row.pictures.psnr, -10 * math.log10(errors.mean() / 255**2), abs_tol=1e-9)
         assert row.pictures.pairs == len(own)
         assert math.isclose(row.pictures.mean, own.mean()) and len(row.eps.by_call) == 3
         assert math.isclose(row.pictures.error, own.std(ddof=1) / len(own) ** 0.5)
-        assert math.isclose(row.eps.mse, np.mean(row.eps.by_call)) and len(row.time.merged) == 2
+        assert math.isclose(row.eps.mse, np.mean(row.eps.by_call)) and len(row.time.own) == 2
     assert costs.rows[1].eps.by_call[0] == 0 < costs.rows[0].eps.by_call[0]
 
     def fail(*_, **__):
         raise AssertionError("measured again")
 
     for place in ("EpsErrors.of", "timing.side_by_side", "DrawTask.draw"):
-        monkeypatch.setattr(f"dsdiff.results.merging.run.{place}", fail)
+        monkeypatch.setattr(f"dsdiff.results.frontier.run.{place}", fail)
     assert run.compare(options).to_dict()["rows"] == costs.to_dict()["rows"]
-    report.write(costs, options.outdir)
-    content = json.loads((options.outdir / "merging.json").read_text())
-    assert content["rows"][0]["merge"]["ratio"] == 0.5 and content["rows"][0]["speed"]["median"] > 0
+    report.write([costs], options.outdir, "merging")
+    content = json.loads((options.outdir / "merging.json").read_text())["comparisons"][0]
+    assert content["rows"][0]["changes"]["merge"]["ratio"] == 0.5 and content["rows"][0]["speed"]["median"] > 0
     table = (options.outdir / "merging.md").read_text()
     assert table.count("\n| ") + table.startswith("| ") == 3 and "later, kv" in table
     assert Image.open(options.outdir / "merging.png").size[0] == 15 * 120
@@ -134,13 +135,13 @@ def test_figures_are_those_of_the_pictures_and_are_kept(options, one_thread, mon
 
 def test_a_way_that_changes_nothing_has_equal_pictures(options):
     options.settings.write_text("settings:\n- {name: none, ratio: 0}\n")
-    costs = run.compare(MergingCostOptions(**{**vars(options), "parts": ("pictures",)}))
+    costs = run.compare(FrontierOptions(**{**vars(options), "parts": ("pictures",)}))
     assert costs.rows[0].pictures == Pictures(psnr=None, mean=None, error=None, pairs=0)
     assert costs.rows[0].eps is None and costs.rows[0].time is None
-    assert report.cells(costs.rows[0]) == ["-", "equal", "-", "-"] and frontier(costs.rows) == []
-    report.write(costs, options.outdir)
-    timed = replace(costs, rows=[replace(costs.rows[0], time=Time(merged=[1.0], unmerged=[2.0]))])
-    report.write(timed, options.outdir)
+    assert report.cells(costs.rows[0]) == ["-", "equal", "-", "-", "-"] and frontier(costs.rows) == []
+    report.write([costs], options.outdir, "merging")
+    timed = replace(costs, rows=[replace(costs.rows[0], time=Time(own=[1.0], base=[2.0]))])
+    report.write([timed], options.outdir, "merging")
     assert "2.000" in (options.outdir / "merging.md").read_text()
     assert not (options.outdir / "merging.png").exists()  # there is nothing to draw against the time
 
@@ -149,35 +150,73 @@ def test_a_way_that_changes_nothing_has_equal_pictures(options):
 
 
 def test_calls_are_spread_over_the_steps_and_the_order_alternates():
-    log, merge = [], MergeOptions(ratio=0.5)
+    log = []
 
     class Running:
         def __init__(self, way, calls):
-            self.way, self.calls = "merged" if way else "plain", calls
+            self.way, self.calls = way, calls
 
         def __enter__(self):
-            return lambda: log.append((self.way, self.calls))
+            return lambda i: log.append((self.way, i, self.calls))
 
         def __exit__(self, *_):
             pass
 
-    times = timing.side_by_side(Running, merge, torch.device("cpu"), calls=3, repeats=2)
-    turn = [("merged", 3)] * 3 + [("plain", 3)] * 3
-    assert log == [("merged", 1), ("plain", 1), *turn, *turn[::-1]]
+    times = timing.side_by_side(Running, "own", "base", torch.device("cpu"), calls=3, repeats=2)
+    own, base = ([(way, i, 3) for i in range(3)] for way in ("own", "base"))
+    assert log == [*own[:2], *base[:2], *own, *base, *base, *own]
     assert [len(seconds) for seconds in times] == [2, 2]
 
 
 def test_the_unet_that_is_timed_merges_and_is_left_as_it_was(options):
     pipeline = Pipeline(find_model(options.model), device="cpu")
-    running = timing.of_pipeline(pipeline, pipeline.resolve(options.draw))
-    with running(None, 1) as call:
-        plain = call()
-    merge = MergeOptions(merge_schedule="0:0,0.5:0.5")
-    with running(merge, 2) as call:
-        first, second = call(), call()
-    assert torch.equal(first, plain) and not torch.equal(second, plain) and plain.shape == (2, 4, 4, 6)
-    with running(None, 1) as call:
-        assert torch.equal(call(), plain)
+    running, base = timing.of_pipeline(pipeline), pipeline.resolve(options.draw)
+    with running(base, 2) as call:
+        plain = [call(0), call(1)]
+    merged = pipeline.resolve(replace(options.draw, merge=MergeOptions(merge_schedule="0:0,0.5:0.5")))
+    with running(merged, 2) as call:
+        first, second = call(0), call(1)
+    assert torch.equal(first, plain[0]) and not torch.equal(second, plain[1]) and first.shape == (2, 4, 4, 6)
+    with running(base, 2) as call:
+        assert torch.equal(call(0), plain[0])
+
+
+def test_steps_are_timed_as_a_picture_has_them(options):
+    """Batches by guidance, and whole steps by the cache; nothing is kept afterwards."""
+    pipeline = Pipeline(find_model(options.model), device="cpu")
+    running, whole = timing.of_pipeline(pipeline), []
+    own = pipeline.resolve(replace(options.draw, steps=6, guidance_stop=0.5, cache=2))
+    hook = pipeline.model.model.diffusion_model.middle_block.register_forward_hook(lambda *_: whole.append(len(_[2])))
+    with running(own, 6) as call:
+        assert [len(call(i)) for i in range(6)] == [2, 2, 2, 1, 1, 1]
+    assert whole == [2, 2, 1, 1]  # steps 0, 2, 3 (of another batch) and 4
+    with running(pipeline.resolve(options.draw), 3) as call:
+        assert [len(call(i)) for i in range(3)] == [2, 2, 2]
+    hook.remove()
+    assert len(whole) == 7 and timing.follows_steps(own) and not timing.follows_steps(pipeline.resolve(options.draw))
+
+
+def test_ways_that_leave_work_out_are_compared(options, one_thread):
+    options.settings.write_text(
+        "settings:\n- {name: all}\n- {name: half, guidance_stop: 0.5}\n- {name: cache, cache: 2}\n"
+        "- {name: chosen, whole: 0.5}\n"
+    )
+    options.prompts.write_text("a red circle\na blue star\na small green circle\n")
+    more = {"draw": replace(TINY, steps=4), "parts": ("eps", "attributes", "time"), "calls": None}
+    options = FrontierOptions(**{**vars(options), **more})
+    costs = run.compare(replace(options, model=options.model))
+    by_name = {row.name: row for row in costs.rows}
+    assert by_name["all"].eps.mse == 0 and by_name["all"].changes == {}
+    assert by_name["half"].eps.by_call[:2] == [0, 0] and min(by_name["half"].eps.by_call[2:]) > 0
+    assert by_name["cache"].eps.by_call[0] == by_name["cache"].eps.by_call[2] == 0 < by_name["cache"].eps.by_call[1]
+    (schedule,) = (options.outdir / "schedules").glob("chosen-*.json")
+    assert len(json.loads(schedule.read_text())["whole"]) == 2
+    assert all(row.attributes.n == by_name["all"].attributes.n > 0 for row in costs.rows)
+    report.write([costs, costs], options.outdir, "steps")
+    table = (options.outdir / "steps.md").read_text()
+    assert table.count("| 4 steps |") == 2 and "chosen" in table
+    with pytest.raises(ValueError, match="'half' steps are unlike, so all 4 are timed"):
+        run.compare(replace(options, calls=3, names=["half"]))
 
 
 # --- settings, frontier ------------------------------------------------------------------------------------
@@ -188,21 +227,23 @@ def test_the_frontier_has_what_no_other_beats_in_both():
         eps = None if mse is None else Eps(mse=mse, error=0.0, by_call=[mse])
         pictures = None if psnr is None else Pictures(psnr=psnr, mean=psnr, error=0.0, pairs=2)
         return Row(
-            name=name, merge={}, eps=eps, pictures=pictures, time=Time(merged=[1.0, 2.0], unmerged=[speed, 2 * speed])
+            name=name, changes={}, eps=eps, pictures=pictures, time=Time(own=[1.0, 2.0], base=[speed, 2 * speed])
         )
 
     rows = [row("a", 1.5, 3.0), row("b", 1.2, 1.0), row("c", 1.3, 4.0), row("d", 1.2, 2.0), row("e", 1.0, 0.5)]
     assert frontier(rows) == ["e", "b", "a"]
     assert rows[0].time.speed == Spread(median=1.5, min=1.5, max=1.5)
     assert frontier([row("x", 1.1, None, 20.0), row("y", 1.2, None, 21.0)]) == ["y"]
-    assert frontier([Row(name="z", merge={}, eps=rows[0].eps)]) == []
+    assert frontier([Row(name="z", changes={}, eps=rows[0].eps)]) == []
 
 
 def test_the_shipped_settings_are_read_and_can_be_chosen_by_name():
-    found = read_candidates(SETTINGS)
+    steps = {candidate.name: candidate for candidate in read_candidates(STEPS)}
+    assert steps["chosen 1/2"].whole == 0.5 and steps["cache 3, depth 2"].drawing == {"cache": 3, "cache_depth": 2}
+    found = read_candidates(MERGING)
     assert len({candidate.name for candidate in found}) == len(found) > 15
     assert any(candidate.merge == MergeOptions(ratio=0.5) for candidate in found)
-    assert [each.name for each in read_candidates(SETTINGS, ["0.5", "0.3"])] == ["0.3", "0.5"]
+    assert [each.name for each in read_candidates(MERGING, ["0.5", "0.3"])] == ["0.3", "0.5"]
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
@@ -217,18 +258,20 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
         ("settings:\n- {name: a}\n- {name: a}", "a name of its own"),
         ("settings: []", "a name of its own"),
         ("]", "must be a list"),
+        ("settings:\n- {name: a, whole: 2}", "whole is 2"),
+        ("settings:\n- {name: a, whole: 0.5, cache: 2}", "leave out one of them"),
+        ("settings:\n- {name: a, cache: 0}", "cache is 0"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=says):
             read_candidates(path)
     with pytest.raises(ValueError, match="have no 'b'"):
-        read_candidates(SETTINGS, ["b"])
+        read_candidates(MERGING, ["b"])
     for bad, says in (
         ({"n": 1}, "n is 1"),
         ({"parts": ()}, "parts is"),
         ({"parts": ("speed",)}, "parts is"),
         ({"time_of": "sd-v2"}, "time_of is 'sd-v2'"),
-        ({"draw": DrawOptions(merge=MergeOptions())}, "leave draw.merge out"),
     ):
         with pytest.raises(ValueError, match=says):
-            MergingCostOptions(**bad)
+            FrontierOptions(**bad)

@@ -1,0 +1,55 @@
+"""The flags of commands that compare ways to draw, and the options that they become."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsdiff.cli import arguments, flags
+from dsdiff.cli.console import number
+from dsdiff.models.registry import ROOT
+from dsdiff.results.frontier.options import CALLS, ENGINES, PARTS, TIME_OF, FrontierOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, settings: Path, parts: Sequence[str], outdir: Path) -> None:
+    """Add the flags of what is measured, of time, and of files, with these defaults."""
+    add = parser.add_argument_group("what is measured").add_argument
+    ways = f"the ways (default: {settings.relative_to(ROOT)})"
+    add("--settings", type=Path, default=settings, metavar="FILE", help=ways)
+    add("--names", nargs="+", default=[], metavar="NAME", help="measure these of the settings (default: all)")
+    figures = f"measure these figures (default: {' '.join(parts)})"
+    add("--parts", nargs="+", choices=PARTS, default=list(parts), help=figures)
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: captions of shapes, half held out)")
+    add("--n", type=number(int, 2), default=64, metavar="N", help="prompts, each drawn once (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of captions and noise (default: %(default)s)")
+    add = parser.add_argument_group("time").add_argument
+    add("--time_of", choices=TIME_OF, default=TIME_OF[0], help="whose calls are timed (default: %(default)s)")
+    add("--time_engine", choices=ENGINES, help=f"what computes sd-v1 (default: {ENGINES[0]})")
+    calls = f"UNet calls a measurement (default: {CALLS}; all steps of a picture where they are not alike)"
+    add("--calls", type=number(int, 1), metavar="N", help=calls)
+    add("--repeats", type=number(int, 1), default=5, metavar="N", help="measurements of each (default: %(default)s)")
+    add = parser.add_argument_group("files and batches").add_argument
+    add("--outdir", type=Path, default=outdir, metavar="DIR", help="default: %(default)s")
+    add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
+    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    arguments.add_model_arguments(parser)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error of the parser for flags that have no effect."""
+    if args.time_engine is not None and args.time_of == "model":
+        parser.error("--time_engine has no effect with --time_of model, which computes as the other flags say")
+
+
+def options_of(args: argparse.Namespace) -> FrontierOptions:
+    """Return the options that the flags mean. Raises ValueError for those that would have no effect."""
+    from dsdiff.models.spec import find_model
+
+    model = flags.model_options(args)
+    given = ("settings", "names", "parts", "tokenizer", "prompts", "n", "seed", "time_of", "calls", "repeats")
+    return FrontierOptions(
+        **{name: getattr(args, name) for name in (*given, "outdir", "batch_size", "device")},
+        engine=args.time_engine or ENGINES[0],
+        model=model,
+        draw=flags.draw_options(args),
+        quantization=flags.quantization_options(args, bundle=find_model(model).bundle),
+    )

@@ -1,0 +1,38 @@
+"""scripts/eval_steps.py: a table for each number of steps, and what is refused."""
+
+import json
+
+import pytest
+
+from scripts import eval_steps as script
+
+
+def test_tables_are_written_and_figures_kept(small_model, tmp_path, capsys):
+    config, ckpt = small_model
+    settings, prompts, out = tmp_path / "settings.yaml", tmp_path / "prompts.txt", tmp_path / "out"
+    settings.write_text("settings:\n- {name: cached, cache: 2}\n- {name: guided, guidance_stop: 0.5}\n")
+    prompts.write_text("a red circle\na blue star\n")
+    model = ["--config", config, "--ckpt", ckpt, "--device", "cpu", "--precision", "full", "--dpm_solver"]
+    what = ["--steps", 4, 2, "--settings", settings, "--prompts", prompts, "--n", 2, "--parts", "eps", "--outdir", out]
+    script.main([str(each) for each in (*model, *what)])
+    four, two = json.loads((out / "steps.json").read_text())["comparisons"]
+    assert (four["steps"], two["steps"]) == (4, 2) and four["rows"][0]["changes"] == {"cache": 2}
+    assert [error > 0 for error in four["rows"][0]["eps"]["by_call"]] == [False, True, False, True]
+    assert (out / "steps.md").read_text().strip() in capsys.readouterr().out
+    assert not (out / "steps.png").exists()  # nothing was timed
+
+
+def test_bad_flags_are_one_line(capsys, tmp_path):
+    for flags, says in (
+        (["--steps", "0"], "--steps"),
+        (["--ddim_steps", "4"], "--steps says how many"),
+        (["--cache", "2"], "--cache"),
+        (["--time_engine", "int8"], "--time_engine has no effect"),
+        (["--names", "nothing"], "have no 'nothing'"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            script.main([*flags, "--outdir", str(tmp_path / "out")])
+        assert leaving.value.code == 2, flags
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and says in error, (flags, error)
+    assert not (tmp_path / "out").exists()
