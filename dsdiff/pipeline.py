@@ -388,12 +388,15 @@ class Pipeline:
         """Return pictures [B, 3, H, W], float32 in [0, 1] on the CPU, of latents [B, C, h, w].
 
         settings: which decoder, see DrawOptions; None: float32. One picture at a time, which needs little memory.
+        Raises ValueError for a picture that is not finite.
         """
         kinds = (
             (FLOAT32, False, None) if settings is None else (settings.vae, settings.vae_tiling, settings.tiny_decoder)
         )
         with precision_context(self.device, "full"):
             images = self._decoders.decode(self.model, latents, *kinds)
+        if not bool(images.sum().isfinite()):
+            raise ValueError(f"the decoder ({kinds[0]}) made NaN or infinite pixels: use another one, as float32 is")
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()

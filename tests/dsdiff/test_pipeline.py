@@ -67,6 +67,15 @@ def test_matchings_are_kept_within_a_picture(spec):
     assert fresh.image.tobytes() != second.image.tobytes()
 
 
+def test_a_picture_that_is_not_finite_is_no_black_picture(spec):
+    pipeline = Pipeline(spec, device="cpu")
+    latents = torch.zeros(1, 4, 4, 4)
+    assert pipeline.decode(latents).isfinite().all()
+    latents[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"decoder \(float32\) made NaN or infinite pixels"):
+        pipeline.decode(latents)
+
+
 def test_prompts_are_encoded_once(spec, monkeypatch):
     encoded, encode = [], conditioning._encode
 

@@ -473,3 +473,13 @@ def test_img2img_refuses_what_lies_outside_the_schedule():
         sampler.stochastic_encode(G["img2img/x0"], 10)
     with pytest.raises(ValueError, match=r"1\.\.10"):
         sampler.decode(G["x_T"], G["cond"], 11)
+
+
+def test_latents_that_are_not_finite_end_the_walk_with_its_step():
+    for name, sampler in SAMPLERS.items():
+        for bad in (float("nan"), float("inf")):
+            model = StubModel()
+            model.eps = lambda x, t, c, calls=model.calls, bad=bad: torch.full_like(x, bad if len(calls) > 4 else 0.1)
+            with pytest.raises(ValueError, match=r"step [45] of 8: latents are NaN or infinite"):
+                sampler(model).sample(8, 1, SHAPE, verbose=False)
+            assert len(model.calls) < 7, name

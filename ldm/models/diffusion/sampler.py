@@ -186,6 +186,12 @@ def check_batch_shape(batch_size: int, shape: Sequence[int], x_T: Tensor | None)
     return batch_shape
 
 
+def check_finite(latents: Tensor, where: str) -> None:
+    """Raise ValueError, which begins with `where`, for latents with NaN or infinity: their picture would be black."""
+    if not bool(latents.sum(dtype=torch.float32).isfinite()):
+        raise ValueError(f"{where}: latents are NaN or infinite: use a smaller scale of guidance, or full precision")
+
+
 class Sampler:
     """A sampler without its update rule, which subclasses give in `schedule`, `_prepare` and `_steps`.
 
@@ -287,7 +293,7 @@ class Sampler:
 
         Returns (samples [B, C, H, W], {"x_inter": [...], "pred_x0": [...]}). The lists of x and predicted x_0 hold
         x_T, the first step, and every `log_every_t`-th step counted back from the end. Raises ValueError for bad
-        input.
+        input, and in a step whose latents are not all finite.
         """
         batch_shape = check_batch_shape(batch_size, shape, x_T)
         if log_every_t < 1:
@@ -314,6 +320,7 @@ class Sampler:
         inter: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         steps = self._steps(predict_eps, x, n_steps, noise, keep)
         for i, (x, pred_x0) in enumerate(self._progress(steps, n_steps, verbose)):
+            check_finite(x, f"{self.name}, step {i + 1} of {n_steps}")
             if callback is not None:
                 callback(i)
             if img_callback is not None:
