@@ -1,4 +1,4 @@
-"""What scripts/txt2img.py and scripts/img2img.py have in common: their flags, and the run that these mean."""
+"""The flags that scripts/txt2img.py and scripts/img2img.py have in common, and the run that these mean."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects:
-    """What a run draws: its prompts, the rows of a file in JSON lines, pictures to draw from, and their mask."""
+    """The prompts of a run, the rows of a file in JSON lines, the pictures to draw from, and their mask."""
 
     prompts: tuple[str, ...]
     rows: tuple[Row, ...] = ()

@@ -132,12 +132,14 @@ def test_links_and_anchors_of_documents_exist():
 
 
 def test_flags_in_documents_exist():
-    shared = (ROOT / "dsdiff/cli/arguments.py").read_text(encoding="utf-8")
+    cli = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "dsdiff/cli").glob("*.py")}
     count = 0
     for document in DOCUMENTS:
         for script, flags in commands(document.read_text(encoding="utf-8")):
             assert (ROOT / "scripts" / script).is_file(), f"{document.relative_to(ROOT)}: {script}"
-            known = re.findall(r'"--([\w-]+)"', shared + (ROOT / "scripts" / script).read_text(encoding="utf-8"))
+            source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
+            shared = cli["arguments"] + (cli["drawing"] if "drawing.add_arguments" in source else "")
+            known = re.findall(r'"--([\w-]+)"', shared + source)
             unknown = [flag for flag in flags if flag.removeprefix("no-") not in known]
             assert not unknown, f"{document.relative_to(ROOT)}: {script} has no {unknown}"
             count += len(flags)
