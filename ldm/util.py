@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
-from ldm.diffusers_folder import is_diffusers_folder, read_folder, read_vae
+from ldm.diffusers_folder import files_read, is_diffusers_folder, read_folder, read_vae
 from ldm.diffusers_names import PREFIXES
+from ldm.half_storage import drop_mapped
 from ldm.weight_files import some
 
 T = TypeVar("T")
+ALL = tuple(PREFIXES)  # the networks of a model, by their folders in diffusers
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +152,13 @@ def load_model_from_config(
     except ValueError as error:
         raise ValueError(f"{error}{_written_for(ckpt, config)}") from error
     logger.log(logging.INFO if verbose else logging.DEBUG, "%s: ignored %s", source, ", ".join(ignored) or "nothing")
+    files = [
+        file for path, parts in ((ckpt, ALL), (vae_ckpt, ("vae",))) if path for file in files_read(Path(path), parts)
+    ]
     for part in model.children():  # the networks alone, because the schedule stays float32
         part.to(device=device, dtype=dtype or torch.float32)
+        for file in files:  # its pages would count beside the converted weights
+            drop_mapped(file)
     _check_finite(model, source)
     return model.to(device).eval()
 

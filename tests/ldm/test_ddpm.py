@@ -215,7 +215,7 @@ def test_training_of_v_compares_the_output_with_v():
     eps = model.apply_model(model.q_sample(x, t, noise), t, c)
     assert torch.equal(eps, model.predict_eps_from_v(model.q_sample(x, t, noise), t, output))
     with pytest.raises(ValueError, match="loss_weight 'debiased'"):
-        build(parameterization="v", loss_weight="debiased")
+        build(parameterization="v", loss_weight="debiased").p_losses(x, c, t, noise)
 
 
 def test_unsupported_settings_are_refused():

@@ -138,8 +138,6 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
         if loss_weight not in ("uniform", "min_snr", "debiased"):
             raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
-        if parameterization == "v" and loss_weight != "uniform":
-            raise ValueError(f"loss_weight {loss_weight!r} is for models that predict eps: use uniform for v")
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -328,6 +326,8 @@ class LatentDiffusion(nn.Module):
     def _loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         if self.loss_weight == "uniform":
             return torch.ones_like(t, dtype=torch.float32)
+        if self.parameterization == "v":
+            raise ValueError(f"loss_weight {self.loss_weight!r} is for models that predict eps: use uniform for v")
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if self.loss_weight == "min_snr":
             return (snr.clamp(max=self.snr_gamma) / snr)[t]
