@@ -433,17 +433,19 @@ def load(
     quantization: QuantizationOptions | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    vae_ckpt: str | Path | None = None,
     lora: Sequence[Lora] = (),
     embeddings: Sequence[Embedding] = (),
     device: torch.device | str = "auto",
 ) -> Pipeline:
     """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
 
-    model: "embedded", "sd-v1", or the path of a checkpoint or a bundle. cali_ckpt: a calibration of it; with `engine`
-    ("int8" or "simulate") alone it is the one that comes with the model. quantization: the same in full, in place of
-    those two. ratio: the part of the tokens to merge, 0 for none. config: the yaml of a checkpoint that is not Stable
-    Diffusion v1's. lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files
-    of textual inversion, or (file, name) of each. tokenizer, device: see Pipeline.
+    model: "embedded", "sd-v1", the path of a checkpoint, of a folder as diffusers saves it or of a bundle, or a name on
+    the hub. cali_ckpt: a calibration of it; with `engine` ("int8" or "simulate") alone it is the one that comes with the
+    model. quantization: the same in full, in place of those two. ratio: the part of the tokens to merge, 0 for none.
+    config: the yaml of a checkpoint that is not Stable Diffusion v1's. vae_ckpt: another autoencoder for the model.
+    lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files of textual inversion, or
+    (file, name) of each. tokenizer, device: see Pipeline.
     Raises ValueError or FileNotFoundError, in one line, for what cannot work.
     """
     if quantization is not None and (cali_ckpt is not None or engine is not None):
@@ -455,7 +457,8 @@ def load(
     if config is not None:
         files = {**files, "config": Path(config)}
     folder = None if tokenizer is None else Path(tokenizer)
-    spec = find_model(ModelOptions(**files, tokenizer=folder))
+    autoencoder = None if vae_ckpt is None else Path(vae_ckpt)
+    spec = find_model(ModelOptions(**files, tokenizer=folder, vae_ckpt=autoencoder))
     pipeline = Pipeline(
         spec,
         device=device,
