@@ -150,7 +150,7 @@ def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawOptions"]
 
 
 def resolve_rows(
-    pipeline: "Pipeline", options: "DrawOptions", rows: Sequence[Row], path: Path
+    args: argparse.Namespace, pipeline: "Pipeline", options: "DrawOptions", rows: Sequence[Row]
 ) -> tuple["DrawSettings", ...]:
     """Return the settings of each row. Raises ValueError, with the number of the line, for those that cannot be."""
     settings = []
@@ -158,7 +158,7 @@ def resolve_rows(
         try:
             settings.append(pipeline.resolve(row.options(options)))
         except ValueError as error:
-            raise in_line(error, path, row.line, "--from-file") from error
+            raise in_line(error, args.from_file, row.line, "--from-file") from error
     return tuple(settings)
 
 
@@ -181,7 +181,7 @@ def record_of(
         fixed_code=args.fixed_code,
         draw=pipeline.resolve(options),
         rows=subjects.rows,
-        row_draws=resolve_rows(pipeline, options, subjects.rows, args.from_file),
+        row_draws=resolve_rows(args, pipeline, options, subjects.rows),
         inits=subjects.inits,
         mask=subjects.mask,
         spec=pipeline.spec,

@@ -120,7 +120,7 @@ def init_picture(
         )
     image, mask = (fitted(each, size, options.resize) for each in (flattened(image, "white"), flattened(mask, "black")))
     mask = mask.convert("L")
-    if mask.getextrema()[1] < WHITE_FROM:
+    if np.asarray(mask).max() < WHITE_FROM:
         raise ValueError("the mask is black throughout the picture: nothing would be drawn; white is drawn anew")
     return InitPicture(image=image, mask=mask)
 
