@@ -441,11 +441,11 @@ def load(
     """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
 
     model: "embedded", "sd-v1", the path of a checkpoint, of a folder as diffusers saves it or of a bundle, or a name on
-    the hub. cali_ckpt: a calibration of it; with `engine` ("int8" or "simulate") alone it is the one that comes with the
-    model. quantization: the same in full, in place of those two. ratio: the part of the tokens to merge, 0 for none.
-    config: the yaml of a checkpoint that is not Stable Diffusion v1's. vae_ckpt: another autoencoder for the model.
-    lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files of textual inversion, or
-    (file, name) of each. tokenizer, device: see Pipeline.
+    the hub. cali_ckpt: a calibration of it; with `engine` ("int8" or "simulate") alone it is the model's own.
+    quantization: the same in full, in place of those two. ratio: the part of the tokens to merge, 0 for none. config:
+    the yaml of a checkpoint that is not Stable Diffusion v1's. vae_ckpt: another autoencoder for the model. lora: files
+    of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files of textual inversion, or (file, name)
+    of each. tokenizer, device: see Pipeline.
     Raises ValueError or FileNotFoundError, in one line, for what cannot work.
     """
     if quantization is not None and (cali_ckpt is not None or engine is not None):
