@@ -201,18 +201,25 @@ def record_of(
 
 def generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
     """Draw what the arguments mean, and write it into --outdir."""
-    from dsdiff.draw_run import DrawRun
-    from dsdiff.environment import peak_memory
-    from dsdiff.jobs import jobs_of
-    from dsdiff.record import SETTINGS_FILE
-    from ldm.fileio import check_writable, write_atomically
+    from ldm.fileio import check_writable, only_run_in
 
     pipeline, options = build_pipeline(args)
     logger.debug("arguments: %s", argv)
     subjects = read_subjects(args)
     check_writable(args.outdir)
     check_writable(args.outdir / "samples")
-    record = record_of(args, subjects, pipeline, options)
+    with only_run_in(args.outdir):  # from when its pictures get their numbers
+        _draw(args, record_of(args, subjects, pipeline, options), pipeline, log)
+    logger.info("written to %s", args.outdir)
+
+
+def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", log: Log) -> None:
+    from dsdiff.draw_run import DrawRun
+    from dsdiff.environment import peak_memory
+    from dsdiff.jobs import jobs_of
+    from dsdiff.record import SETTINGS_FILE
+    from ldm.fileio import write_atomically
+
     _tell_resizing(record)
     run = DrawRun(pipeline, record, keep=args.resume, save=not args.skip_save)
     batches = jobs_of(record, args.outdir)
@@ -227,7 +234,6 @@ def generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
     logger.info("%s", run.summary())
     if run.pictures and (peak := peak_memory()) is not None:
         logger.info("at most %.2f GB of memory", peak / 1e9)
-    logger.info("written to %s", args.outdir)
 
 
 def _tell_resizing(record: "RunRecord") -> None:
