@@ -8,7 +8,6 @@ from ldm.modules.encoders.prompt_syntax import Piece, parse_weights
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 
 COMMA_REACH = 20  # tokens before the end of a chunk, within which a comma ends it earlier
-LONG_PROMPTS = ("chunk", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
