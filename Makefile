@@ -8,11 +8,15 @@ OUT ?= outputs/demo
 JOBS ?= 2
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-isa fast lint train bench clean
+.PHONY: demo serve test test-isa fast lint train bench clean
 
 demo: $(VENV)/ready
 	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \
 		--config configs/shapes/txt2img.yaml --from-file configs/shapes/demo_prompts.txt
+
+# A page to draw on, at http://127.0.0.1:7860.
+serve: $(VENV)/ready
+	$(RUN) scripts/serve.py
 
 test: $(VENV)/ready
 	$(PYTEST)
@@ -47,11 +51,11 @@ train: $(VENV)/ready
 	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
 
 # The marker is written last, so that an interrupted installation is begun again.
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements-web.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than 3.11: name a newer one, as in make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-web.txt
 	touch $@
 
 clean:

@@ -28,6 +28,10 @@ HOMES = {
     "torch_fidelity": ("dsdiff/metrics", "dsdiff/images"),
     "transformers": ("dsdiff/metrics",),
     "ctypes": ("qdiff/engine", "dsdiff/benchmark", "ldm/half_storage.py"),
+    "fastapi": ("dsdiff/server",),
+    "starlette": ("dsdiff/server",),
+    "uvicorn": ("dsdiff/server",),
+    "gradio": ("dsdiff/server/page",),
     "openvino": (),  # imported by name, in a process of its own
     "nncf": (),
 }

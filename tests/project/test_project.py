@@ -52,7 +52,8 @@ def test_everything_imported_is_required_and_everything_required_is_used(imports
     by_tests = set().union(*(loaded_by_name(path) for path in (ROOT / "tests").rglob("*.py")))
     by_make = {"ruff", "pyright", "pytest-xdist"}
     used = {PACKAGE_NAMES.get(module, module) for module in imported | by_tests} | by_make
-    required = pins((ROOT / "requirements.txt").read_text().splitlines()).keys()
+    files = (ROOT / "requirements.txt", ROOT / "requirements-web.txt")
+    required = pins(line for file in files for line in file.read_text().splitlines()).keys()
     assert used - required == set(), "imported, not required"
     assert required - used == set(), "required, not used"
 

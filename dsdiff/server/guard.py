@@ -1,0 +1,112 @@
+"""A guard before all routes: who may ask, how much may be sent, and nothing that a page loads from elsewhere."""
+
+import base64
+import binascii
+import secrets
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsdiff.server.options import LOCAL_NAMES, ServerOptions
+
+# The page may load from this server alone; gradio's scripts and styles are partly inline.
+CONTENT = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "connect-src 'self' data: blob:; object-src 'none'; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Guard:
+    """An ASGI application in front of another.
+
+    Refuses, with JSON: requests without the token, if there is one; those that other sites make a browser send, and
+    those that reach a local server under another name (DNS rebinding); bodies above the limit.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServerOptions):
+        self.app, self.options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(Headers(scope=scope))
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        with suppress(ClientDisconnect):
+            await self.app(scope, self._limited(receive), _with_headers(send))
+
+    def _refusal(self, headers: Headers) -> Response | None:
+        host = headers.get("host", "")
+        if self.options.is_local and _name(host) not in (*LOCAL_NAMES, self.options.host):
+            return _error(400, f"this server is not {host!r}: it answers as localhost alone")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return _error(403, f"{origin} is another site: its pages may not use this server")
+        token = self.options.token
+        if token is not None and not secrets.compare_digest(_given_token(headers).encode(), token.encode()):
+            return _error(
+                401,
+                "give the server's token: Authorization: Bearer TOKEN, or as the password of any user",
+                {"WWW-Authenticate": 'Basic realm="DSDiff: any user, the token as password"'},
+            )
+        if _number(headers.get("content-length", "0")) > self.options.limits.body:
+            return _error(413, f"a request may have {self.options.limits.body} bytes at most")
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Return `receive` that ends a body which is longer than it said, or did not say how long it is."""
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if seen > self.options.limits.body else message
+
+        return limited
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(HEADERS)
+        await send(message)
+
+    return sending
+
+
+def _name(host: str) -> str:
+    """Return the name of a Host header without its port."""
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _given_token(headers: Headers) -> str:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
+    except binascii.Error:
+        return ""
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _error(status: int, line: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": "refused", "detail": line, "errors": line}, status, headers)

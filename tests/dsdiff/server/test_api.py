@@ -1,0 +1,185 @@
+"""The API, as webuiapi's client and plain requests see it."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import pytest
+from PIL import Image, ImageChops
+
+import dsdiff
+from dsdiff.server.options import ServerOptions
+
+pytest.importorskip("fastapi")
+webuiapi = pytest.importorskip("webuiapi")
+requests = pytest.importorskip("requests")
+
+PROMPT = "a red circle on a blue background"
+SMALL = {
+    "prompt": PROMPT,
+    "seed": 7,
+    "steps": 2,
+    "width": 64,
+    "height": 64,
+    "cfg_scale": 4,
+    "sampler_name": "DDIM",
+    "eta": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def port(studio, serving):
+    with serving(studio, ServerOptions(page=False, limits=studio.limits)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def api(port):
+    return webuiapi.WebUIApi(port=port)
+
+
+@pytest.fixture
+def post(port):
+    """(route, body) -> (status, reply)."""
+
+    def call(route, body, method="post"):
+        reply = requests.request(method, f"http://127.0.0.1:{port}/sdapi/v1/{route}", json=body, timeout=60)
+        return reply.status_code, reply.json()
+
+    return call
+
+
+def same(first, second):
+    return ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getbbox() is None
+
+
+def test_pictures_are_those_of_the_pipeline(api, studio):
+    result = api.txt2img(**SMALL, batch_size=1, n_iter=2)
+    pipeline = dsdiff.load("embedded", device="cpu")
+    options = dsdiff.DrawOptions(steps=2, width=64, height=64, scale=4.0)
+    expected = [picture.image for picture in pipeline.draw([PROMPT] * 2, seeds=[7, 8], options=options)]
+    assert all(map(same, result.images, expected)) and len(result.images) == 2
+    assert result.info["all_seeds"] == [7, 8] and result.parameters["steps"] == 2
+    # The text is that of PNGs of scripts/txt2img.py, and comes back by png-info.
+    text = api.png_info(result.image).info
+    assert text == result.info["infotexts"][0]
+    assert text.startswith(f"{PROMPT}\nSteps: 2, Sampler: DDIM, CFG scale: 4, Seed: 7, Size: 64x64")
+    assert json.loads(result.image.info["dsdiff"])["seed"] == 7
+    kept = sorted(studio.outdir.glob("*.png"))
+    assert same(Image.open(kept[-1]), expected[1]) and Image.open(kept[-1]).info["seed"] == "8"
+
+
+def test_from_a_picture(api):
+    init = Image.new("RGB", (64, 64), "blue")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    masked = dict(mask_image=mask, mask_blur=0, inpaint_full_res=False, inpainting_fill=1)
+    drawn = api.img2img(images=[init], denoising_strength=0.5, **SMALL | masked).image.convert("RGB")
+    assert drawn.crop((32, 0, 64, 64)).getcolors() == [(32 * 64, (0, 0, 255))]
+    assert len(drawn.crop((0, 0, 32, 64)).getcolors(10**4) or ()) != 1
+    inverted = api.img2img(images=[init], denoising_strength=0.5, inpainting_mask_invert=1, **SMALL | masked).image
+    assert inverted.convert("RGB").crop((0, 0, 32, 64)).getcolors() == [(32 * 64, (0, 0, 255))]
+    with pytest.raises(RuntimeError, match="inpaint_full_res has no effect"):
+        api.img2img(images=[init], mask_image=mask, **SMALL)
+
+
+def test_models_and_settings(api, post, studio):
+    titles = api.util_get_model_names()
+    assert titles[:3] == ["embedded", "embedded W4A8", "embedded W8A8"]
+    assert "DPM++ 2M Karras" in api.util_get_sampler_names() and "karras" in api.util_get_scheduler_names()
+    few = api.txt2img(**SMALL, override_settings={"sd_model_checkpoint": "embedded w8a8", "token_merging_ratio": 0.5})
+    assert "Quantization: W8A8 sm16 split" in few.info["infotexts"][0]
+    assert few.image.info["parameters"].endswith("Token merging ratio: 0.5")
+    assert api.util_get_current_model() == "embedded"  # it was for that request alone
+    api.util_set_model("embedded w4a8")
+    assert studio.title == "embedded W4A8" == api.util_get_current_model()
+    assert "W4A8" in api.txt2img(**SMALL).info["infotexts"][0]
+    options = api.get_options()
+    api.set_options(options | {"sd_model_checkpoint": "embedded", "dsdiff_cache": 2})
+    assert 'Feature cache: "2, depth 1"' in api.txt2img(**SMALL).info["infotexts"][0]
+    api.set_options({"dsdiff_cache": 1})
+    assert api.get_options() == options | {"sd_model_checkpoint": "embedded"}
+    assert post("options", {"sd_vae": "x"})[0] == 422 and post("options", {"sd_model_checkpoint": "x"})[0] == 422
+
+
+def test_loras_by_their_names_in_prompts(api, post):
+    assert [lora["name"] for lora in api.get_loras()] == ["other"]
+    status, reply = post("txt2img", SMALL | {"prompt": f"{PROMPT} <lora:none:1>"})
+    assert status == 422 and "there is no LoRA 'none'" in reply["detail"] and "'other'" in reply["detail"]
+    status, reply = post("txt2img", SMALL | {"prompt": f"{PROMPT} <lora:other:0.5>"})
+    assert status == 422 and "other.safetensors" in reply["detail"]  # it is for another model
+    assert post("txt2img", SMALL)[0] == 200
+
+
+def test_what_cannot_be_is_told_in_a_line(post):
+    for change, words in (
+        ({"width": 60}, "width 60 is not a multiple of 8"),
+        ({"width": 136}, "width is 136: this server takes 128 at most"),
+        ({"steps": 61}, "steps is 61"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"batch_size": 3}, "batch_size is 3"),
+        ({"batch_size": 2, "n_iter": 2}, "the number of pictures is 4"),
+        ({"seed": -2}, "seed: "),
+        ({"seed": 2**63 - 1}, "seed is "),
+        ({"prompt": "x" * 10_001}, "the prompt has 10001 characters"),
+        ({"sampler_name": "Heun"}, "there is no sampler 'Heun'"),
+        ({"scheduler": "karras"}, "DDIM has no scheduler 'karras'"),
+        ({"enable_hr": True}, "enable_hr has no effect on this server"),
+        ({"alwayson_scripts": {"ControlNet": {}}}, "alwayson_scripts has no effect"),
+        ({"override_settings": {"nothing": 1}}, "there is no setting 'nothing'"),
+        ({"cfg_scale": 1, "negative_prompt": "blue"}, "a negative prompt has no effect with scale 1"),
+    ):
+        status, reply = post("txt2img", SMALL | change)
+        assert status == 422 and words in reply["detail"] == reply["errors"] and "\n" not in reply["detail"], reply
+    for picture in ("%", base64.b64encode(b"no picture").decode()):
+        status, reply = post("img2img", SMALL | {"init_images": [picture]})
+        assert status == 422 and "init_images[0]" in reply["detail"], reply
+    assert post("nowhere", {})[0] == 404 and "detail" in post("nowhere", {})[1]
+    assert post("txt2img", None, "get")[0] == 405
+
+
+def test_progress_interrupt_and_line(api, post, studio):
+    whole = api.txt2img(**SMALL).image
+    long = SMALL | {"steps": 60, "width": 128, "height": 128}
+    replies = []
+    threads = [threading.Thread(target=lambda: replies.append(post("txt2img", long))) for _ in range(2)]
+    threads[0].start()
+    progress = until(lambda: api.get_progress(), lambda reply: reply["current_image"])
+    assert 0 < progress["progress"] < 1 and progress["state"]["job"] == "txt2img"
+    assert 1 <= progress["state"]["sampling_step"] <= 60 == progress["state"]["sampling_steps"]
+    preview = Image.open(io.BytesIO(base64.b64decode(progress["current_image"])))
+    assert preview.size == (128, 128)
+    threads[1].start()
+    until(studio.waiting, lambda count: count == 1)
+    status, reply = post("txt2img", SMALL)
+    assert status == 503 and reply["detail"] == "1 requests wait already: try again later"
+    while any(thread.is_alive() for thread in threads):
+        api.interrupt()
+        time.sleep(0.05)
+    for status, reply in replies:
+        info = json.loads(reply["info"])
+        assert status == 200 and info["interrupted"] and len(reply["images"]) == len(info["all_seeds"]) <= 1
+    assert any(reply["images"] for _, reply in replies)  # as far as it was
+    assert api.get_progress()["progress"] == 0 and api.get_progress()["state"]["job_count"] == 0
+    assert same(api.txt2img(**SMALL).image, whole)  # nothing is left of the walk that was stopped
+
+
+def test_a_client_that_goes_away_ends_its_job(port, studio):
+    with pytest.raises(requests.ReadTimeout):
+        requests.post(f"http://127.0.0.1:{port}/sdapi/v1/txt2img", json=SMALL | {"steps": 60}, timeout=0.2)
+    before = time.monotonic()
+    until(lambda: studio.job, lambda job: job is None)
+    assert time.monotonic() - before < 30
+
+
+def until(look, right, seconds=60):
+    """Return what `look` gives once it is right."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = look()
+        if right(found):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s")

@@ -1,0 +1,128 @@
+"""The page, in headless Chromium: opened, filled in, clicked and looked at."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsdiff.server.options import ServerOptions
+from dsdiff.server.page.forms import Form, variants
+
+PROMPT = "a red circle on a blue background"
+SECONDS = 120_000  # milliseconds that anything may take on a busy machine
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def test_variants_are_all_combinations_by_model():
+    found = variants(["a", "b", "a"], "0, 0.5", "4 2")
+    assert [(each.model, each.ratio, each.steps) for each in found] == [
+        (model, ratio, steps) for model in "ab" for ratio in (0, 0.5) for steps in (4, 2)
+    ]
+    assert found[2].title == "a, ratio 0.5, 4 steps"
+    for models, ratios, steps, words in (
+        ([], "0", "1", "at least one model"),
+        (["a"], "", "1", "there are no ratios"),
+        (["a"], "0", "few", "steps are 'few'"),
+        (["a"], "0", "1,2,3,4,5,6,7,8,9,10,11,12,13", "13 pictures: choose 12"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            variants(models, ratios, steps)
+
+
+def test_fields_become_a_request(studio):
+    form = Form(prompt=f" {PROMPT} ", model="embedded", steps=3, scale=2.5, seed=5, width=64, height=32, ratio=0.5)
+    request = form.request(studio.shelf)
+    assert (request.prompt, request.seed, request.options.width, request.options.height) == (PROMPT, 5, 64, 32)
+    assert request.options.merge.ratio == 0.5 and request.options.vae is None and request.pictures == 1
+    for change, words in (({"prompt": " "}, "the prompt is empty"), ({"steps": 1.5}, "steps is 1.5")):
+        with pytest.raises(ValueError, match=words):
+            Form(**vars(form) | change).request(studio.shelf)
+
+
+@pytest.fixture
+def page(studio, serving, tmp_path, monkeypatch):
+    """The page in a browser, which has loaded nothing from elsewhere and complained of nothing when the test ends."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    hosts, complaints = set(), []
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # so that it is put back
+    with (
+        serving(studio, ServerOptions(limits=studio.limits)) as port,
+        playwright.sync_playwright() as browsers,
+        browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(SECONDS)
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else "inline"))
+        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+        page.goto(f"http://127.0.0.1:{port}/")
+        yield page
+        page.close()
+    assert hosts <= {f"127.0.0.1:{port}", "inline"}
+    assert complaints == []
+
+
+def fill(page, name, text):
+    page.locator(f"#{name} textarea, #{name} input").first.fill(str(text))
+    page.keyboard.press("Tab")
+
+
+def look(page, name):
+    """Return a screenshot's pixels [H, W, 3]; with DSDIFF_SCREENSHOTS=DIR it is kept there, too."""
+    data = page.screenshot()
+    if folder := os.environ.get("DSDIFF_SCREENSHOTS"):
+        (Path(folder) / f"{name}.png").write_bytes(data)
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def red_and_blue(pixels):
+    """Return the shares of pixels that are clearly red, and clearly blue."""
+    r, g, b = np.moveaxis(pixels, -1, 0)
+    return ((r > 150) & (g < 90) & (b < 90)).mean(), ((b > 150) & (r < 90) & (g < 120)).mean()
+
+
+@pytest.mark.slow
+def test_drawing_and_comparing(page, studio):
+    before = red_and_blue(look(page, "opened"))
+    fill(page, "prompt", PROMPT)
+    fill(page, "seed", 7)
+    fill(page, "steps", 20)
+    page.locator("#draw").click()
+    page.wait_for_selector("#progress img")  # a preview
+    page.wait_for_selector("#gallery img")
+    assert "1 picture:" in page.locator("#progress").inner_text()
+    text = page.locator("#settings textarea").input_value()
+    assert text.startswith(PROMPT) and "Steps: 20, Sampler: DDIM" in text and "Seed: 7" in text
+    page.wait_for_function("document.querySelector('#gallery img').naturalWidth == 128")
+    after = red_and_blue(look(page, "drawn"))
+    assert after[0] > before[0] + 0.01 and after[1] > before[1] + 0.05  # a red circle on a blue background
+
+    fill(page, "seed", 8)
+    page.locator("#again").click()  # the settings of the picture come back
+    page.wait_for_function("document.querySelector('#seed input').value == '7'")
+    fill(page, "prompt", "")
+    page.locator("#draw").click()
+    page.get_by_text("the prompt is empty: write what to draw").wait_for()
+
+    page.get_by_role("tab", name="Compare").click()
+    fill(page, "compare-prompt", PROMPT)
+    fill(page, "ratios", "0, 0.5")
+    fill(page, "counts", 2)
+    page.locator("#models").get_by_label("Remove").nth(2).click()  # W8A8: two models are enough
+    page.locator("#compare").click()
+    page.wait_for_function("document.querySelectorAll('#comparison figure').length == 4")
+    captions = page.locator("#comparison figcaption").all_inner_texts()
+    assert [caption.splitlines()[0] for caption in captions] == [
+        f"embedded{bits}{ratio}, 2 steps" for bits in ("", " W4A8") for ratio in ("", ", ratio 0.5")
+    ]
+    assert captions[0].endswith("the first") and all("PSNR" in each and " s " in each for each in captions[1:])
+    assert all(" GB " in caption for caption in captions)
+    look(page, "compared")

@@ -1,0 +1,79 @@
+"""scripts/serve.py as a process: its signals, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from scripts import serve
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = {"prompt": "x", "steps": 150, "width": 256, "height": 256, "cfg_scale": 4}
+
+
+def test_what_cannot_be_is_told_before_the_model_is_read(capsys, monkeypatch):
+    pytest.importorskip("fastapi")
+    monkeypatch.delenv(serve.TOKEN, raising=False)
+    for argv, words in (
+        (["--host", "0.0.0.0"], "give a --token"),
+        (["--token", "short"], "8 ASCII characters"),
+        (["--model_dir", "nowhere"], "No such directory: 'nowhere'"),
+        (["--ckpt", "nowhere"], "nowhere"),
+        (["--weight_bit", "4"], "add --ptq"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            serve.main(["--no_page", *argv])
+        assert exit.value.code == 2 and words in capsys.readouterr().err, argv
+
+
+def test_without_the_extra_it_tells_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "PACKAGES", ("fastapi_that_is_not_there",))
+    with pytest.raises(SystemExit) as exit:
+        serve.main(["--no_page"])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and 'pip install ".[web]"' in line and line.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_signals_end_the_picture_at_hand(tmp_path):
+    pytest.importorskip("fastapi")
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        flags = ["--no_page", "--port", "0", "--outdir", tmp_path, "--config", "configs/shapes/txt2img.yaml"]
+        process = subprocess.Popen(
+            [sys.executable, "scripts/serve.py", *flags, "--device", "cpu"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        port = next(found[1] for line in process.stdout if (found := re.match(r"http://127.0.0.1:(\d+)", line)))
+        url, replies = f"http://127.0.0.1:{port}/sdapi/v1", []
+        asking = threading.Thread(target=lambda url=url, replies=replies: replies.append(_post(f"{url}/txt2img", LONG)))
+        asking.start()
+        while not json.load(urllib.request.urlopen(f"{url}/progress"))["state"]["sampling_step"]:
+            pass
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=60)
+        asking.join()
+        assert process.returncode == 128 + stop and error.strip() == "interrupted"
+        assert replies == [(503, "the server is being stopped")]
+        assert list(tmp_path.iterdir()) == []
+
+
+def _post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["detail"]
