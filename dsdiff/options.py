@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdiff.config import ACT_RANGES
 from tomesd.options import MergeOptions
 
 __all__ = [
@@ -253,7 +254,7 @@ class QuantizationOptions:
     cali_ckpt: the file. None takes the one that comes with the model.
     weight_bit, act_bit, sm_abit: the bits of weights, activations and softmax outputs, in 2..16. The file must have
         been made with these.
-    split, quant_mode: further settings that the file must have been made with.
+    act_range, split, quant_mode: further settings that the file must have been made with, see QuantConfig.
     quant_act: True asks for quantized activations, False leaves them float. With None the file decides; but as soon as
         one of weight_bit, act_bit, sm_abit, split and quant_mode is given they stay float, as the original work's
         command lines mean it.
@@ -270,6 +271,7 @@ class QuantizationOptions:
     quant_act: bool | None = None
     act_bit: int | None = None
     sm_abit: int | None = None
+    act_range: str | None = None
     split: bool | None = None
     quant_mode: str | None = None
     engine: str | None = None
@@ -282,6 +284,8 @@ class QuantizationOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value not in BITS):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number in {BITS[0]}..{BITS[-1]}")
+        if self.act_range is not None:
+            _check_choice("act_range", self.act_range, ACT_RANGES)
         if self.quant_mode is not None:
             _check_choice("quant_mode", self.quant_mode, QUANT_MODES)
         if self.engine is not None:

@@ -12,7 +12,7 @@ from qdiff.distributed import barrier, rank
 from qdiff.observers import fit_activations
 from qdiff.quant_model import QuantModel
 from qdiff.quant_state import activation_tensors, load_tensors, weight_tensors
-from qdiff.reconstruction import UnitReport, unit_reconstruction
+from qdiff.reconstruction import UnitReport, step_sizes, unit_reconstruction
 from qdiff.resume import ProgressFolder
 from qdiff.rounding_pass import round_units
 from qdiff.sensitivity import mix_activations
@@ -33,7 +33,7 @@ class Step:
 def calibration_steps(qnn: QuantModel, recon: ReconConfig | None, mix: MixConfig | None = None) -> list[Step]:
     """Return the steps of a calibration, in order. Without `recon`, or with 0 iterations, nothing is learned.
 
-    Without `mix` all inputs have the same bits.
+    Without `mix` all inputs have the same bits. Units all of whose ranges are dynamic have no step sizes to learn.
     """
     units = list(qnn.units())
     rounds = recon is not None and (recon.rounding == "gptq" or (recon.rounding == "adaround" and recon.iters_w > 0))
@@ -42,7 +42,7 @@ def calibration_steps(qnn: QuantModel, recon: ReconConfig | None, mix: MixConfig
         steps += [Step(phase="mixing")] if mix else []
         steps.append(Step(phase="ranges"))
         if recon and recon.iters_a:
-            steps += [Step(phase="activations", unit=unit) for unit in units]
+            steps += [Step(phase="activations", unit=name) for name, unit in qnn.units().items() if step_sizes(unit)]
     return steps
 
 

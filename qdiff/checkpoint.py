@@ -63,8 +63,8 @@ def save_cali_ckpt(
     """Write the quantizers of a calibrated model, atomically.
 
     format: "dsdiff", or "qdiff" for Q-Diffusion's, which has no room for merge, calibration and source.
-    Raises ValueError if a quantizer has no range yet, the format is unknown or has no room for `mixed_act`, or the
-    suffix is not the format's (.safetensors for dsdiff, another such as .pth for qdiff).
+    Raises ValueError if a quantizer has no range yet, the format is unknown or has no room for `mixed_act` or dynamic
+    ranges, or the suffix is not the format's (.safetensors for dsdiff, another such as .pth for qdiff).
     """
     path = Path(path)
     _check_complete(qnn)
@@ -72,6 +72,8 @@ def save_cali_ckpt(
         raise ValueError(f"format is {format!r}: it must be dsdiff or qdiff")
     if (path.suffix == ".safetensors") != (format == "dsdiff"):
         raise ValueError(f"{path.name!r} is a name of the other format: dsdiff's end in .safetensors, qdiff's in .pth")
+    if format == "qdiff" and qnn.config.quant_act and qnn.config.act_range == "dynamic":
+        raise ValueError("Q-Diffusion's format has a fixed range for each activation: write dynamic ones in dsdiff's")
     if format == "qdiff" and qnn.config.mixed_act:
         raise ValueError("Q-Diffusion's format has one width for all activations: write mixed_act in dsdiff's")
     if format == "qdiff":
@@ -185,13 +187,15 @@ def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) ->
     if path.suffix != ".safetensors":
         if config.quant_act and config.act_symmetric:
             raise ValueError(f"{str(path)!r} has unsigned activations, and the model's are signed")
+        if config.quant_act and config.act_range == "dynamic":
+            raise ValueError(f"{str(path)!r} has static ranges of activations, and the model's are dynamic")
         bits = {name: getattr(config, name) for name in compared if name != "split"}
         tensors = checkpoint_qdiff.read(path)
         header = _header_of_qdiff(tensors, path, bits)
         checkpoint_qdiff.load(qnn, tensors, str(path), freeze=freeze)
     else:
         header = read_cali_header(path)
-        for name in (*compared, "act_symmetric", "mixed_act") if config.quant_act else compared:
+        for name in (*compared, "act_symmetric", "mixed_act", "act_range") if config.quant_act else compared:
             value, stored = getattr(config, name), getattr(header.config, name)
             if value != stored:
                 raise ValueError(f"the model has {name} {value}, but {str(path)!r} was made with {name} {stored}")

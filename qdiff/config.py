@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 SCALE_METHODS = ("max", "max_scale", "mse")
+ACT_RANGES = ("static", "dynamic")
 ROUNDINGS = ("adaround", "gptq", "nearest")
 BITS = range(2, 17)
 
@@ -57,13 +58,16 @@ class QuantConfig(_Settings):
     """Settings of the quantization of a UNet.
 
     weight_bit: bits of all weights, in 2..16. Each output channel has its own range.
-    act_bit: bits of the inputs of all layers, and of q, k, v of each attention, in 2..16. Each tensor has one range.
+    act_bit: bits of the inputs of all layers, and of q, k, v of each attention, in 2..16.
+    act_range: "static" gives each of these tensors one range, fitted to calibration data. "dynamic" takes the ranges of
+        the inputs of layers while drawing: one for each token of a linear layer's input, one for each sample of a
+        convolution's. Attention's q, k, v and softmax output keep one fitted range each.
     sm_abit: bits of the softmax output, in 2..16. Its zero point is 0.
     quant_act: quantize activations at all. Without it act_bit and sm_abit have no effect.
     split: quantize the two halves of each shortcut of the decoder separately (Q-Diffusion, section 3.3).
     scale_method: how the range of a weight channel is found. "max" takes its extremes, "max_scale" takes them times
         (bits + 2) / 8, and "mse" takes the one of 80 shrunk ranges with the least mean |error|^2.4.
-    act_scale_method: the same for the range of an activation.
+    act_scale_method: the same for the fitted range of an activation.
     act_symmetric: make the codes of activations signed, with zero point 0.
     mixed_act: the bits, in 2..16, of inputs of layers that have others than act_bit, by the name of their quantizer,
         such as "model.input_blocks.0.0.act_quantizer".
@@ -78,6 +82,7 @@ class QuantConfig(_Settings):
     act_scale_method: str = "max"
     act_symmetric: bool = False
     mixed_act: Mapping[str, int] = field(default_factory=dict)
+    act_range: str = "static"
 
     def __post_init__(self):
         for name in ("weight_bit", "act_bit", "sm_abit"):
@@ -90,6 +95,7 @@ class QuantConfig(_Settings):
             _check_bool(name, getattr(self, name))
         for name in ("scale_method", "act_scale_method"):
             _check_choice(name, getattr(self, name), SCALE_METHODS)
+        _check_choice("act_range", self.act_range, ACT_RANGES)
 
 
 @dataclass(frozen=True, kw_only=True)

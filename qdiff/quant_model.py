@@ -12,7 +12,7 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from qdiff.config import QuantConfig
 from qdiff.exchange import check_unmerged, eject, exchange, put_module, release
 from qdiff.quant_block import QUANTIZED, BaseQuantBlock
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, check_layer
+from qdiff.quant_layer import DynamicQuantizer, FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, check_layer
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -123,9 +123,12 @@ class QuantModel(nn.Module):
 
     # --- its states ---------------------------------------------------------------------------------------
 
-    def set_quant_state(self, weight_quant: bool = False, act_quant: bool = False) -> None:
+    def set_quant_state(
+        self, weight_quant: bool = False, act_quant: bool = False, *, dynamic: bool | None = None
+    ) -> None:
         """Switch all quantizers of weights, and all of activations, on or off.
 
+        dynamic: whether the quantizers of activations that have dynamic ranges are on; None for like the others.
         Raises ValueError if one to be switched on has no range yet, if the config leaves activations float, and once
         the float layers are gone.
         """
@@ -142,16 +145,20 @@ class QuantModel(nn.Module):
         for on, quantizers in states:
             for quantizer in quantizers.values():
                 quantizer.enabled = on
+        if dynamic is not None:
+            for quantizer in self.act_quantizers().values():
+                if isinstance(quantizer, DynamicQuantizer):
+                    quantizer.enabled = dynamic
 
     @contextmanager
-    def quant_state(self, weight_quant: bool, act_quant: bool) -> Iterator[None]:
+    def quant_state(self, weight_quant: bool, act_quant: bool, *, dynamic: bool | None = None) -> Iterator[None]:
         """Apply `set_quant_state` within the block; afterwards each quantizer is on or off as before.
 
         A quantizer that took another's slot within the block takes over its state.
         """
         before = {name: quantizer.enabled for name, quantizer in self._quantizers()}
         try:
-            self.set_quant_state(weight_quant, act_quant)
+            self.set_quant_state(weight_quant, act_quant, dynamic=dynamic)
             yield
         finally:
             for name, quantizer in self._quantizers():

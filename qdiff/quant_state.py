@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, check_range
+from qdiff.quant_layer import DynamicQuantizer, FrozenQuantizer, Quantizer, QuantModule, check_range
 from qdiff.quant_model import QuantModel
 
 
@@ -30,7 +30,7 @@ def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
 
 
 def activation_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
-    """Return the ranges of the activations of a unit, or of the whole model."""
+    """Return the fitted ranges of the activations of a unit, or of the whole model; dynamic ones have none."""
     tensors = {}
     for name, quantizer in _acts(qnn, unit).items():
         tensors |= range_tensors(name, quantizer)
@@ -103,7 +103,9 @@ def _weights(qnn: QuantModel, unit: str) -> Iterator[tuple[QuantModule, str, str
 
 
 def _acts(qnn: QuantModel, unit: str) -> dict[str, Quantizer]:
-    return {name: quantizer for name, quantizer in qnn.act_quantizers().items() if _within(name, unit)}
+    """Return the quantizers of activations of the unit that have fitted ranges, by name."""
+    quantizers = qnn.act_quantizers().items()
+    return {name: q for name, q in quantizers if _within(name, unit) and not isinstance(q, DynamicQuantizer)}
 
 
 def _within(name: str, unit: str) -> bool:

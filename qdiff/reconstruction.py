@@ -88,6 +88,11 @@ def learn_rounding(
     return before, min(before, after)
 
 
+def step_sizes(unit: nn.Module) -> list[UniformAffineQuantizer]:
+    """Return the quantizers of activations of a unit whose step sizes can be learned: those that are not dynamic."""
+    return [q for q in unit.modules() if isinstance(q, UniformAffineQuantizer) and not q.channel_wise]
+
+
 def learn_step_sizes(
     unit: nn.Module, samples: Samples, config: ReconConfig, seed: int, progress: Progress
 ) -> tuple[float, float]:
@@ -97,7 +102,7 @@ def learn_step_sizes(
     both 8-bit inputs and a 16-bit softmax, whose steps differ by three orders of magnitude. If learning does not lower
     the error, step sizes stay as they were, and both errors are equal.
     """
-    quantizers = [q for q in unit.modules() if isinstance(q, UniformAffineQuantizer) and not q.channel_wise]
+    quantizers = step_sizes(unit)
     before = mean_error(unit, samples, config.p, config.batch_size)
     start = [quantizer.delta for quantizer in quantizers]
     logs = [torch.zeros_like(delta, requires_grad=True) for delta in start]
@@ -161,6 +166,7 @@ def unit_reconstruction(
 ) -> UnitReport:
     """Learn the roundings (`phase` "weights") or the step sizes ("activations") of one unit of the model.
 
+    Inputs with dynamic ranges are quantized in both phases, others in the second.
     Learn the units in the order of `qnn.units()`: first the weights of all, then the activations of all. The result
     depends only on the model's state, the data and `config`. batch_size: samples per forward pass of the model.
     progress(n) is called when n more samples are captured, once for inputs and once for targets, and when n more steps
@@ -179,11 +185,11 @@ def unit_reconstruction(
     try:
         with qnn.quant_state(False, False):
             (target,) = capture(qnn, unit, data, batch_size, cache, output=True, progress=progress)
-        with qnn.quant_state(not config.sym, act and not config.sym):
+        with qnn.quant_state(not config.sym, act and not config.sym, dynamic=not config.sym):
             inputs = capture(qnn, unit, data, batch_size, cache, progress=progress)
         samples = Samples(inputs=inputs, target=target, device=device)
         recompute = recomputed(unit) if config.grad_checkpoint else nullcontext()
-        with qnn.quant_state(True, act), _eval_mode(unit), recompute:
+        with qnn.quant_state(True, act, dynamic=True), _eval_mode(unit), recompute:
             before, after = learn(unit, samples, config, seed, progress)
     finally:
         cache.clear()

@@ -1,9 +1,9 @@
 """One pass of the calibration samples through the model, in which GPTQ rounds each layer before it computes.
 
-So a layer's inputs come from the model quantized so far, and no sample passes through a part of the model twice. Beside
-them the same samples pass through the float layers, [float; quantized] in one batch, since their outputs are what the
-rounded layer aims at: it makes good what the layers before it got wrong, as far as it can (Li et al. 2025, GPTAQ,
-arXiv 2504.02692). With `sym` there are only the float samples.
+So a layer's inputs, quantized where their ranges are dynamic, come from the model quantized so far, and no sample
+passes through a part of the model twice. Beside them the same samples pass through the float layers, [float; quantized]
+in one batch, since their outputs are what the rounded layer aims at: it makes good what the layers before it got wrong,
+as far as it can (Li et al. 2025, GPTAQ, arXiv 2504.02692). With `sym` there are only the float samples.
 """
 
 import time
@@ -43,10 +43,11 @@ class RoundingLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (layer,) = self._layer
         if self.config.sym:
-            self._round(layer, x, None)
+            self._round(layer, layer.quantized_input(x), None)
             return output_of(layer, x, layer.weight)
         exact, inexact = x.chunk(2)
         target = output_of(layer, exact, layer.weight)
+        inexact = layer.quantized_input(inexact)
         self._round(layer, inexact, target)
         return torch.cat([target, output_of(layer, inexact, layer.quantized_weight())])
 
@@ -81,7 +82,7 @@ def round_units(
     if len(chosen) < world_size():
         raise ValueError(f"{len(chosen)} samples are too few for {world_size()} processes: use fewer processes")
     units = list(qnn.units())[finished:]
-    with qnn.quant_state(True, False), _rounding(qnn, units, config, on_unit):
+    with qnn.quant_state(True, False, dynamic=True), _rounding(qnn, units, config, on_unit):
         arguments = chosen.batch(slice(rank(), None, world_size()), next(qnn.parameters()).device)
         qnn(*(arguments if config.sym else (torch.cat([values, values]) for values in arguments)))
 

@@ -69,12 +69,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--data_path", type=Path, metavar="FILE", help="ready data, of an earlier run or in Q-Diffusion's layout")
     add("--cali_st", type=number(int, 1), metavar="N", help="timesteps, spread over the trajectory")
     add("--cali_n", type=number(int, 1), metavar="N", help="pictures at each timestep")
-    add(
-        "--cond",
-        action="store_true",
-        default=None,
-        help="both branches of guidance: with prompt and without",
-    )
+    add("--cond", action="store_true", default=None, help="both branches of guidance: with prompt and without")
     add(
         "--num_samples",
         type=number(int, 1),

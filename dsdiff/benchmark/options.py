@@ -10,7 +10,8 @@ from dsdiff.options import DrawOptions
 from tomesd.options import MergeOptions
 
 FLOAT_ENGINES = ("float32", "bf16")
-QUANTIZED_ENGINES = ("simulate", "int8", "int8-float32")
+DYNAMIC, DYNAMIC_MIXED = "int8-dynamic", "int8-dynamic-mixed"  # with dynamic ranges of activations
+QUANTIZED_ENGINES = ("simulate", "int8", "int8-float32", DYNAMIC, DYNAMIC_MIXED)
 ENGINES = (*FLOAT_ENGINES, *QUANTIZED_ENGINES)
 DEFAULT_ENGINES = ("float32", "bf16", "simulate", "int8")
 PICTURE_ENGINES = ("float32", "bf16", "int8")  # the default for whole pictures

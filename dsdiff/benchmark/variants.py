@@ -2,12 +2,14 @@
 
 float32, bf16: the float UNet, all of it in that dtype. simulate: quantized, integers held as floats, in float32. int8:
 quantized, on integer kernels, with all else in bfloat16 where the hardware has it; int8-float32: with all else in
-float32. On a CPU all tensors are channels_last, in which convolutions are fastest.
+float32; int8-dynamic: with dynamic ranges of activations, and int8-dynamic-mixed with six inputs of 12 bits, too. On a
+CPU all tensors are channels_last, in which convolutions are fastest.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import tomesd
 from dsdiff.benchmark.operations import shares
-from dsdiff.benchmark.options import DEFAULT_ENGINES, ENGINES, QUANTIZED_ENGINES
+from dsdiff.benchmark.options import DEFAULT_ENGINES, DYNAMIC, DYNAMIC_MIXED, ENGINES, QUANTIZED_ENGINES
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.timing import Timing, seconds_per_call
 from dsdiff.environment import precision_context
@@ -138,7 +140,7 @@ def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:
 def float_precision(name: str, device: torch.device) -> str:
     """Return the precision of all that a quantized engine does not compute in integers."""
     fast = device.type != "cpu" or cpu.has_bfloat16()
-    return "autocast" if name == "int8" and fast else "full"
+    return "autocast" if name in ("int8", DYNAMIC, DYNAMIC_MIXED) and fast else "full"
 
 
 # --- building ----------------------------------------------------------------------------------------------
@@ -175,7 +177,11 @@ def suited(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
+    if name in (DYNAMIC, DYNAMIC_MIXED):
+        config = replace(config, act_range="dynamic")
     qnn = QuantModel(source.unet(), config)
+    if name == DYNAMIC_MIXED:
+        qnn.mix_act(dict.fromkeys(wide_inputs(qnn), 12))
     fit(qnn, source)
     size = quantized_bytes(qnn)
     if name == "simulate":
@@ -192,6 +198,16 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
     )
 
 
+def wide_inputs(qnn: QuantModel) -> list[str]:
+    """Return six inputs of the kinds that calibration finds most sensitive: at both ends of the UNet, and in the end of
+    its decoder."""
+    names = list(qnn.input_quantizers())
+    ends = ("out_layers.3.act_quantizer", "skip_connection.act_quantizer", "ff.net.2.act_quantizer")
+    last = [[name for name in names if name.endswith(end)][-1:] for end in ends]
+    second = [name for name in names if name.endswith("ff.net.2.act_quantizer")][-2:-1]
+    return [names[0], names[-1], *itertools.chain(*last), *second]
+
+
 def fit(qnn: QuantModel, source: Source) -> None:
     """Set the ranges of all quantizers, from the model's own cali_ckpt or else from one input of noise."""
     shipped = shipped_ranges(source, qnn.config)
@@ -206,5 +222,7 @@ def fit(qnn: QuantModel, source: Source) -> None:
 
 def shipped_ranges(source: Source, config: QuantConfig) -> Path | None:
     """Return the cali_ckpt that comes with the model; None without one."""
+    if config.act_range != "static":
+        return None
     path = None if source.ckpt is None else CALI_CKPTS.get(source.ckpt, {}).get(config.weight_bit)
     return path if path is not None and path.is_file() else None

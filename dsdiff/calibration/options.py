@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdiff.options import QUANT_MODES, DrawOptions, LoraOptions, MergeOptions, ModelOptions
-from qdiff.config import ROUNDINGS, MixConfig, QuantConfig, ReconConfig
+from qdiff.config import ACT_RANGES, ROUNDINGS, MixConfig, QuantConfig, ReconConfig
 
 FORMATS = ("dsdiff", "qdiff")
 GIB = 2**30
@@ -58,6 +58,8 @@ class CalibrationOptions:
         lora: LoRAs that are merged into it before all else.
         merge: the token merging to calibrate with; None merges none.
         weight_bit, quant_act, act_bit, sm_abit, split: what is quantized, and to how many bits; see QuantConfig.
+        act_range: whether ranges of the inputs of layers are fitted ("static") or taken while drawing ("dynamic"), see
+            QuantConfig. None is static.
         mixed_act: the amount of most sensitive inputs that get more bits, see MixConfig; None for none.
         mixed_act_bit: their bits, in 9..16. None is 12.
         quant_mode: "qdiff" learns roundings and step sizes. "linear", the baseline, rounds to nearest between minimum
@@ -99,6 +101,7 @@ class CalibrationOptions:
     act_bit: int | None = None
     sm_abit: int | None = None
     split: bool = False
+    act_range: str | None = None
     mixed_act: float | None = None
     mixed_act_bit: int | None = None
     quant_mode: str = "qdiff"
@@ -142,6 +145,8 @@ class CalibrationOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
         if self.rounding is not None and self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}: it must be one of {', '.join(ROUNDINGS)}")
+        if self.act_range is not None and self.act_range not in ACT_RANGES:
+            raise ValueError(f"act_range is {self.act_range!r}: it must be one of {', '.join(ACT_RANGES)}")
         for name in ("cali_st", "cali_n", "num_samples", "batch_size"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("seed", self.seed, 0, 2**31 - 1)
@@ -176,7 +181,7 @@ class CalibrationOptions:
             split=self.split,
             scale_method=method,
             act_scale_method=method,
-            **self._given(("act_bit", "sm_abit")),
+            **self._given(("act_bit", "sm_abit", "act_range")),
         )
 
     def mix_config(self) -> MixConfig | None:
@@ -233,8 +238,12 @@ class CalibrationOptions:
             raise ValueError(
                 "Q-Diffusion's format has one width for all activations: leave out --mixed_act or --format"
             )
+        if self.act_range == "dynamic" and self.format == "qdiff":
+            raise ValueError(
+                "Q-Diffusion's format has a fixed range for each activation: leave out --act_range or --format"
+            )
         if not self.quant_act:
-            idle = ("act_bit", "sm_abit", "mixed_act", "iters_a", *STEP_SIZES, "running_stat")
+            idle = ("act_bit", "sm_abit", "act_range", "mixed_act", "iters_a", *STEP_SIZES, "running_stat")
             self._refuse(idle, "without --quant_act activations stay float")
 
     def _refuse_of_other_roundings(self) -> None:

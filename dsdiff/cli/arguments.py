@@ -16,6 +16,7 @@ from dsdiff.options import (
     EmbeddingOptions,
     LoraOptions,
 )
+from qdiff.config import ACT_RANGES
 
 
 def add_model_arguments(
@@ -372,6 +373,9 @@ def add_bit_arguments(group: Any, quant_act: str = "quantize activations as well
     group.add_argument("--quant_act", action=argparse.BooleanOptionalAction, help=quant_act)
     group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
     group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
+    group.add_argument(
+        "--act_range", choices=ACT_RANGES, help="of layers' inputs: fitted, or taken while drawing (dynamic)"
+    )
     group.add_argument(
         "--split", action="store_true", default=None, help="the halves of shortcuts are quantized by themselves"
     )

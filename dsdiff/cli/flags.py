@@ -42,6 +42,7 @@ QUANTIZATION_FLAGS = (
     "no_grad_ckpt",
     "split",
     "sm_abit",
+    "act_range",
     "engine",
     "low_memory",
 )

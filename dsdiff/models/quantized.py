@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,7 +159,7 @@ def _file(options: QuantizationOptions, spec: ModelSpec) -> Path:
     return spec.ckpt
 
 
-def _given(options: QuantizationOptions, names: tuple[str, ...]) -> dict[str, int]:
+def _given(options: QuantizationOptions, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
@@ -174,13 +175,13 @@ def _quantizes_activations(options: QuantizationOptions, header: CaliHeader) -> 
 
 def _check_against(options: QuantizationOptions, header: CaliHeader, path: Path) -> None:
     """Raise ValueError for options that contradict the file, or that its way of reading leaves without effect."""
-    wanted = {name: getattr(options, name) for name in (*BIT_SETTINGS, "split")}
+    wanted = {name: getattr(options, name) for name in (*BIT_SETTINGS, "act_range", "split")}
     wanted["quant_act"] = options.quant_act or None  # weights alone can be had of any file
     check_settings(header, wanted, str(path))
     mode = header.calibration.get("quant_mode", "qdiff")
     if options.quant_mode not in (None, mode):
         raise ValueError(f"--quant_mode is {options.quant_mode}, but {str(path)!r} was made with quant_mode {mode}")
-    idle = _given(options, ("act_bit", "sm_abit"))
+    idle = _given(options, ("act_bit", "sm_abit", "act_range"))
     if idle and not _quantizes_activations(options, header):
         flags = ", ".join(f"--{name}" for name in idle)
         raise ValueError(f"activations stay float, so {flags} has no effect: leave it out, or add --quant_act")
@@ -191,6 +192,7 @@ def _in_short(config: QuantConfig, quant_act: bool) -> str:
     if quant_act:
         parts.append(f"sm{config.sm_abit}")
         wider = sorted(set(config.mixed_act.values()))
+        parts += ["dynamic"] if config.act_range == "dynamic" else []
         parts += [f"{list(config.mixed_act.values()).count(bits)}xA{bits}" for bits in wider]
     if config.split:
         parts.append("split")

@@ -22,6 +22,7 @@ class Calibration:
     split: bool = False
     rounding: str = "adaround"
     iters_a: int | None = None
+    act_range: str | None = None
     mixed_act: float | None = None
     merge: MergeOptions | None = None
 
@@ -30,6 +31,7 @@ class Calibration:
         """A name for a folder, another one for each calibration."""
         parts = [f"w{self.weight_bit}a8", self.quant_mode, *(["split"] if self.split else [])]
         parts += [self.rounding] if self.rounding != "adaround" else []
+        parts += [self.act_range] if self.act_range is not None else []
         names = ("iters_a", "mixed_act")
         parts += [f"{name}{value:g}" for name in names if (value := getattr(self, name)) is not None]
         return "-".join(parts + ([f"ratio{self.merge.ratio:g}"] if self.merge else []))
@@ -43,6 +45,7 @@ class Calibration:
             split=self.split,
             rounding=self.rounding if self.quant_mode == "qdiff" else None,
             iters_a=self.iters_a,
+            act_range=self.act_range,
             mixed_act=self.mixed_act,
             merge=self.merge,
             **data,
@@ -93,6 +96,11 @@ ABLATION = (
     Variant(name="without AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
     Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, iters_a=0)),
     Variant(name="6 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=6)),
+    Variant(name="dynamic ranges", calibration=Calibration(weight_bit=4, split=True, act_range="dynamic")),
+    Variant(
+        name="dynamic, 6 inputs of 12 bits",
+        calibration=Calibration(weight_bit=4, split=True, act_range="dynamic", mixed_act=6),
+    ),
     Variant(name="calibrated plain, drawn merged", calibration=W4, merge=HALF),
     Variant(name="calibrated merged, drawn merged", calibration=W4_MERGED, merge=HALF),
     Variant(name="calibrated merged, drawn plain", calibration=W4_MERGED),

@@ -17,6 +17,7 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from qdiff.engine import fused_ops
 from qdiff.engine.attention import LoweredCrossAttention
 from qdiff.engine.layers import CodesLayer
+from qdiff.engine.quant_params import DynamicCodes
 from qdiff.engine.step_cache import StepCache, TimeLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
@@ -86,10 +87,9 @@ class LoweredResBlock(QuantResBlock):
         first, second = cast(CodesLayer, self.in_layers[2]), cast(CodesLayer, self.out_layers[3])
         norms = cast(nn.GroupNorm, self.in_layers[0]), cast(nn.GroupNorm, self.out_layers[0])
         codes = fused_ops.group_norm(norms[0], x, first.params, silu=True)
-        h = first.to_float(codes, x.dtype)
         added = self.emb_layers(emb).expand(len(x), -1)
-        codes = fused_ops.group_norm(norms[1], h, second.params, added=added, silu=True)
-        return second.to_float(codes, x.dtype).add_(self.skip_connection(x))
+        codes = first.group_norm(codes, norms[1], second.params, x.dtype, added=added, silu=True)
+        return second.plus(codes, self.skip_connection(x))
 
 
 class LoweredSpatialTransformer(Exchanged, SpatialTransformer):
@@ -105,7 +105,10 @@ class LoweredSpatialTransformer(Exchanged, SpatialTransformer):
         tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context=context)
-        return self.proj_out(tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)).add_(x)
+        image = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        if not isinstance(self.proj_out, CodesLayer):
+            return self.proj_out(image).add_(x)
+        return self.proj_out.plus(self.proj_out.quantize(image), x)
 
 
 class LoweredTransformerBlock(QuantBasicTransformerBlock):
@@ -139,11 +142,12 @@ class LoweredFeedForward(Exchanged, FeedForward):
         if not fused_ops.fuses(x) or not isinstance(proj, CodesLayer) or not isinstance(out, CodesLayer):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
-        codes = proj.quantize(x.flatten(0, -2)).split(PART, dim=-2)
-        outputs = (out.to_float(fused_ops.geglu(proj.to_float(part, x.dtype), out.params), x.dtype) for part in codes)
+        codes = proj.quantize(x.flatten(0, -2))
+        parts = codes.split(PART) if isinstance(codes, DynamicCodes) else codes.split(PART, dim=-2)
+        hidden = (proj.geglu(part, out.params, x.dtype) for part in parts)
         if residual is None:
-            return torch.cat(list(outputs)).view(*x.shape[:-1], -1)
+            return torch.cat([out.to_float(part, x.dtype) for part in hidden]).view(*x.shape[:-1], -1)
         residual = residual.contiguous()
-        for part, output in zip(residual.flatten(0, -2).split(PART), outputs, strict=True):
-            part.add_(output)
+        for target, part in zip(residual.flatten(0, -2).split(PART), hidden, strict=True):
+            out.plus(part, target, out=target)
         return residual

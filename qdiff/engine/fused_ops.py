@@ -8,54 +8,57 @@ Codes of more than 8 bits are two such tensors, [2, ...]: their low bytes and th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.engine import native
-from qdiff.engine.quant_params import QuantParams
+from qdiff.engine import dynamic_ops, native
+from qdiff.engine.features import (
+    as_bytes,
+    channels_at_the_end,
+    empty_codes,
+    evenly_spaced,
+    group_norm_by_torch,
+    has_kernel,
+    in_float32,
+)
+from qdiff.engine.quant_params import Codes, DynamicParams, Params, QuantParams
 
 MAX_HEAD_WIDTH = 256  # the attention kernel's limit
 SLICE = 256  # pixels of a feature map whose sums one thread computes in a group norm
 
 
-def quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
+def quantize(x: Tensor, *params: Params) -> list[Any]:
     """Return the codes of x by each of `params`, each uint8 of x's shape, or [2, *shape] of more than 8 bits.
 
-    For finite x the codes are those of UniformAffineQuantizer, bit for bit. For NaN they are undefined.
+    For finite x the codes are those of UniformAffineQuantizer, bit for bit. For NaN they are undefined. By
+    DynamicParams codes are DynamicCodes, which equal params share.
     """
-    rows = _evenly_spaced(x) if _has_kernel(x) else None
+    if any(isinstance(p, DynamicParams) for p in params):
+        made = {p: dynamic_ops.quantize(x, p) if isinstance(p, DynamicParams) else _quantize(x, p)[0] for p in params}
+        return [made[p] for p in params]
+    return _quantize(x, *cast(tuple[QuantParams, ...], params))
+
+
+def _quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
+    rows = evenly_spaced(x) if has_kernel(x) else None
     if rows is None:
         wide = x.float()
-        return [_as_bytes((wide / p.delta).round_().add_(p.zero_point).clamp_(0, p.high), p) for p in params]
+        return [as_bytes((wide / p.delta).round_().add_(p.zero_point).clamp_(0, p.high), p) for p in params]
     planes = [2 if p.is_wide else 1 for p in params]
-    out = torch.empty(sum(planes), *_channels_at_the_end(x).shape, dtype=torch.uint8)
+    out = torch.empty(sum(planes), *channels_at_the_end(x).shape, dtype=torch.uint8)
     native.call("quantize", x, x.dtype == torch.bfloat16, *rows, params, len(params), out)
     out = out.movedim(-1, 2) if x.ndim == 4 else out
     return [part if len(part) > 1 else part[0] for part in out.split(planes)]
 
 
-def _as_bytes(codes: Tensor, params: QuantParams) -> Tensor:
-    """Return whole numbers in 0..params.high as uint8, two tensors for wide codes."""
-    if not params.is_wide:
-        return codes.to(torch.uint8)
-    whole = codes.to(torch.int32)
-    return torch.stack([whole & 255, whole >> 8]).to(torch.uint8)
-
-
-def _empty_codes(shape: Sequence[int], params: QuantParams) -> Tensor:
-    """Return an uninitialised tensor for codes of `shape`, whose last dimension has the channels."""
-    return torch.empty(*([2] if params.is_wide else []), *shape, dtype=torch.uint8)
-
-
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return norm(x) for x [..., C], in x's dtype."""
-    if not _has_kernel(x, norm):
-        return norm(x) if x.dtype == torch.float32 else _in_float32(norm, x).to(x.dtype)
+    if not has_kernel(x, norm):
+        return norm(x) if x.dtype == torch.float32 else in_float32(norm, x).to(x.dtype)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
     native.call(
@@ -65,20 +68,22 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def group_norm(
-    norm: nn.GroupNorm, x: Tensor, params: QuantParams, *, added: Tensor | None = None, silu: bool = False
-) -> Tensor:
+    norm: nn.GroupNorm, x: Tensor, params: Params, *, added: Tensor | None = None, silu: bool = False
+) -> Any:
     """Return the codes of norm(x + added), or of SiLU of it.
 
     x: [B, C, *spatial]. added: float32 [B, C], or None for nothing.
     """
-    if not _has_kernel(x, norm) or x.ndim != 4 or x.numel() == 0:
-        return quantize(_group_norm(norm, x, added, silu), params)[0]
+    if isinstance(params, DynamicParams):
+        return dynamic_ops.group_norm(norm, x, params, added=added, silu=silu)
+    if not has_kernel(x, norm) or x.ndim != 4 or x.numel() == 0:
+        return quantize(group_norm_by_torch(norm, x, added, silu), params)[0]
     x = x.contiguous(memory_format=torch.channels_last)
     samples, channels, size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     slices = max(1, math.ceil(size / SLICE))
     sums = torch.empty(samples * slices * 2 * channels)
     lines = torch.empty(samples * 2 * channels)
-    out = _empty_codes(x.permute(0, 2, 3, 1).shape, params)
+    out = empty_codes(x.permute(0, 2, 3, 1).shape, params)
     added = None if added is None else added.float().contiguous()
     native.call(
         "group_norm", x, x.dtype == torch.bfloat16, samples, size, channels, added, norm.num_groups, norm.weight,
@@ -87,21 +92,16 @@ def group_norm(
     return out.movedim(-1, -3)
 
 
-def _group_norm(norm: nn.GroupNorm, x: Tensor, added: Tensor | None, silu: bool) -> Tensor:
-    if added is not None:
-        x = x + added.to(x.dtype).reshape(*added.shape, *[1] * (x.ndim - 2))
-    y = norm(x) if x.dtype == torch.float32 else _in_float32(norm, x)
-    return F.silu(y) if silu else y
-
-
-def geglu(x: Tensor, params: QuantParams) -> Tensor:
+def geglu(x: Tensor, params: Params) -> Codes:
     """Return the codes [..., n] of value * gelu(gate) for x = [value, gate], [..., 2 n]."""
-    if not _has_kernel(x):
+    if isinstance(params, DynamicParams):
+        return dynamic_ops.geglu(x, params)
+    if not has_kernel(x):
         value, gate = x.chunk(2, dim=-1)
         return quantize(value * F.gelu(gate), params)[0]
     x = x.contiguous()
     width = x.shape[-1] // 2
-    out = _empty_codes([*x.shape[:-1], width], params)
+    out = empty_codes([*x.shape[:-1], width], params)
     native.call("geglu", x, x.dtype == torch.bfloat16, x.numel() // (2 * width), width, [params], out)
     return out
 
@@ -117,6 +117,7 @@ class SoftmaxParams:
     high: int
 
 
+FREE_RANGE = QuantParams(delta=1.0, zero_point=0, high=255)  # where the kernel quantizes nothing
 FREE = SoftmaxParams(delta=1 / 65535, high=65535)  # what the kernel computes with at least
 
 
@@ -124,12 +125,12 @@ def attention(
     codes: tuple[Tensor, Tensor, Tensor],
     inputs: Three,
     heads: int,
-    output: QuantParams,
+    output: Params,
     dtype: torch.dtype,
     *,
     softmax: SoftmaxParams = FREE,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """Return the codes [B, N, heads d] of softmax(q k^T / sqrt(d)) v.
 
     codes: q [B, N, heads d], k and v [B, M, heads d], uint8. inputs: the quantizers of the three, of 8 bits at most.
@@ -156,7 +157,14 @@ def attention(
     scale = inputs[0].delta / steps[0] * inputs[1].delta / steps[1] * q.shape[-1] ** -0.5
     seen = None if mask is None else (mask if mask.dtype == torch.bool else mask.to(q.dtype))[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return quantize(out.transpose(1, 2).flatten(2), _of_multiples(output, inputs[2].delta / steps[2]))[0]
+    return _quantize_multiples(out.transpose(1, 2).flatten(2), output, inputs[2].delta / steps[2])
+
+
+def _quantize_multiples(x: Tensor, params: Params, step: float) -> Codes:
+    """Return the codes of x * step."""
+    if isinstance(params, DynamicParams):
+        return dynamic_ops.quantize(x, params).scaled(step)
+    return quantize(x, _of_multiples(params, step))[0]
 
 
 def _of_multiples(params: QuantParams, step: float) -> QuantParams:
@@ -174,10 +182,10 @@ def _integer_attention(
     codes: tuple[Tensor, Tensor, Tensor],
     inputs: Three,
     heads: int,
-    output: QuantParams,
+    output: Params,
     softmax: SoftmaxParams,
     mask: Tensor | None,
-) -> Tensor:
+) -> Codes:
     q, k, v = (each.contiguous() for each in codes)
     batch, queries, width = q.shape
     sizes = (k.shape[1], width // heads)
@@ -188,50 +196,18 @@ def _integer_attention(
         seen = mask.to(torch.uint8).contiguous()
     elif mask is not None:
         bias = mask.float().div(math.log(2)).contiguous()
-    out = _empty_codes(q.shape, output)
+    # A dynamic range needs all heads of a token: the kernel writes numbers, which are quantized afterwards.
+    dynamic, step = isinstance(output, DynamicParams), inputs[2].delta
+    out = torch.empty(q.shape) if dynamic else empty_codes(q.shape, output)
+    params = FREE_RANGE if isinstance(output, DynamicParams) else _of_multiples(output, step)
     native.call(
         "attention", q, k, v, seen, bias, batch, heads, queries, *sizes, scale, inputs[0].zero_point,
-        inputs[2].zero_point, softmax.delta, softmax.high, [_of_multiples(output, inputs[2].delta)], workspace, out
+        inputs[2].zero_point, softmax.delta, softmax.high, [params], workspace,
+        *((None, out) if dynamic else (out, None))
     )  # fmt: skip
-    return out
-
-
-def _in_float32(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
-    """Return norm(x) in float32, whatever the dtype of x and of the norm's weights."""
-    weight, bias = (None if each is None else each.float() for each in (norm.weight, norm.bias))
-    if isinstance(norm, nn.GroupNorm):
-        return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+    return _quantize_multiples(out, output, step) if dynamic else out
 
 
 def fuses(x: Tensor) -> bool:
     """Return whether features like x go through the operations of this module: in float32 with our kernels only."""
-    return x.dtype != torch.float32 or _has_kernel(x)
-
-
-# --- tensors as rows ---------------------------------------------------------------------------------------
-
-
-def _has_kernel(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm | None = None) -> bool:
-    """Return whether our kernels can read x, and the weights of the norm."""
-    if norm is not None and (norm.weight is None or norm.bias is None or norm.weight.dtype != torch.float32):
-        return False
-    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return known and not (torch.is_grad_enabled() and x.requires_grad) and native.library() is not None
-
-
-def _evenly_spaced(x: Tensor) -> tuple[int, int, int] | None:
-    """Return the number of rows of x, their width, and the distance from one to the next; None if that varies."""
-    x = _channels_at_the_end(x)
-    width = x.shape[-1]
-    if x.numel() == 0 or (width > 1 and x.stride(-1) != 1):
-        return None
-    sizes = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    for (_, outer), (n, inner) in pairwise(sizes):
-        if outer != n * inner:
-            return None
-    return x.numel() // width, width, sizes[-1][1] if sizes else width
-
-
-def _channels_at_the_end(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+    return x.dtype != torch.float32 or has_kernel(x)

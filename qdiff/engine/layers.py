@@ -6,7 +6,7 @@ each output channel). A layer computes
     y = D d sum (c - Z) (q - z) + bias          with the sum over the inputs of an output
 
 The sum is exact in 32 bits. A convolution pads with c = Z, which stands for 0. Codes of more than 8 bits are two bytes,
-and the layer is the sum of two (see `WideIntegerLayer`).
+and the layer is the sum of two (see `WideIntegerLayer`). Where D and Z are taken from the input, see `dynamic_layer`.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.engine import fused_ops
-from qdiff.engine.quant_params import QuantParams
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
+from qdiff.engine.codes_layer import CodesLayer
+from qdiff.engine.dynamic_layer import DynamicLayer
+from qdiff.engine.quant_params import DynamicParams, QuantParams
+from qdiff.quant_layer import (
+    DynamicQuantizer,
+    FrozenQuantizer,
+    Quantizer,
+    QuantModule,
+    SplitQuantModule,
+    UniformAffineQuantizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,48 +53,18 @@ def params_of(quantizer: Quantizer) -> QuantParams:
     )
 
 
-class _FixedDtypes(nn.Module):
-    """A module whose buffers keep their dtypes: `.half()` and the like move them, but a step must not be rounded."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FixedDtypes":
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
-
-
-class CodesLayer(_FixedDtypes):
-    """A layer that computes from the codes of its input. params: the quantizer of that input."""
-
-    def __init__(self, params: QuantParams):
-        super().__init__()
-        self.params = params
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize x, of any float dtype, and return the layer's output in that dtype."""
-        return self.to_float(self.quantize(x), x.dtype)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return the codes of x, uint8, [2, ...] of more than 8 bits; see `fused_ops.quantize`."""
-        return fused_ops.quantize(x, self.params)[0]
-
-    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the layer's output in `dtype`. codes: of its input, uint8."""
-        raise NotImplementedError
-
-    def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
-        """Return the codes of the layer's output, uint8. codes: of its input. params: the quantizer of its output.
-
-        The float32 output is multiplied by 1 / delta, as in oneDNN's kernels, whereas `quantize` divides. Where the
-        quotient is near a tie, the code may therefore differ by 1 from that of `quantize`.
-        """
-        scaled = self.to_float(codes, torch.float32).mul_(1 / params.delta).add_(params.zero_point)
-        return scaled.round_().clamp_(0, params.high).to(torch.uint8)
+def is_pointwise(spec: LayerSpec) -> bool:
+    """Return whether this is a Conv2d that computes each pixel from itself alone."""
+    if spec.options is None or spec.weight.ndim != 4:
+        return False
+    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    return spec.weight.shape[2:] == (1, 1) and all(spec.options[name] == value for name, value in plain.items())
 
 
 class IntegerLayer(CodesLayer):
     """A layer that a backend made from a LayerSpec."""
+
+    params: QuantParams
 
 
 MakeLayer = Callable[[LayerSpec], IntegerLayer]
@@ -95,12 +73,16 @@ MakeLayer = Callable[[LayerSpec], IntegerLayer]
 class SplitIntegerLayer(nn.Module):
     """The sum of two layers: `first` on the first `split` channels of the input, `second` on the others."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, split: int):
+    first: CodesLayer
+    second: CodesLayer
+
+    def __init__(self, first: CodesLayer, second: CodesLayer, split: int):
         super().__init__()
         self.first, self.second, self.split = first, second, split
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x[:, : self.split]) + self.second(x[:, self.split :])
+        first, second = x[:, : self.split], x[:, self.split :]
+        return self.second.plus(self.second.quantize(second), self.first(first))
 
 
 class WideIntegerLayer(CodesLayer):
@@ -153,10 +135,10 @@ def integer_layer(layer: QuantModule, make: MakeLayer) -> nn.Module:
     return SplitIntegerLayer(parts[0], parts[1], layer.split) if isinstance(layer, SplitQuantModule) else parts[0]
 
 
-def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
+def _part(layer: QuantModule, name: str, make: MakeLayer) -> CodesLayer:
     """Return the integer layer of one weight quantizer; a split layer has two."""
     quantizer, act = getattr(layer, name), getattr(layer, name.replace("weight", "act"))
-    if not isinstance(act, UniformAffineQuantizer):
+    if not isinstance(act, UniformAffineQuantizer | DynamicQuantizer):
         raise ValueError("activations are float: there is nothing to compute in whole numbers")
     if quantizer.n_bits > 8:
         raise ValueError(f"W{quantizer.n_bits}A{act.n_bits} does not fit into bytes: weights of 8 bits are the most")
@@ -169,9 +151,28 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> nn.Module:
         weight=quantizer.whole_weight(),
         step=quantizer.delta.flatten().clone(),
         bias=None if bias is None else bias.detach().float().clone(),
-        params=params_of(act),
+        params=params_of(act)
+        if isinstance(act, UniformAffineQuantizer)
+        else QuantParams(delta=1.0, zero_point=0, high=2**act.n_bits - 1),
         options=layer.options or None,
     )
+    return _dynamic(spec, act, quantizer, make) if isinstance(act, DynamicQuantizer) else _static(spec, quantizer, make)
+
+
+def _dynamic(spec: LayerSpec, act: DynamicQuantizer, quantizer: FrozenQuantizer, make: MakeLayer) -> DynamicLayer:
+    """Return the layer of an input with dynamic ranges. spec: its quantizer is that of the products."""
+    sums = spec.weight.flatten(1).sum(1, dtype=torch.float64).mul_(spec.step).float()
+    padding, options = (), spec.options
+    if options is not None:
+        padding = tuple(options["padding"]) if act.per == "sample" else ()
+        options = options | {"padding": tuple(0 for _ in padding)}
+    layer = _static(replace(spec, bias=None, options=options), quantizer, make)
+    params = DynamicParams(high=spec.params.high, symmetric=act.symmetric, per=act.per, padding=padding)
+    return DynamicLayer(layer, sums, spec.bias, params, pointwise=is_pointwise(spec))
+
+
+def _static(spec: LayerSpec, quantizer: FrozenQuantizer, make: MakeLayer) -> CodesLayer:
+    """Return the layer of an input whose range is that of spec.params."""
     if not spec.params.is_wide:
         return _of_bytes(spec, quantizer, make)
     low, high = spec.params.halves()

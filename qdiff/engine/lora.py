@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.modules.low_rank import BranchedLayer, LowRankBranch
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, SplitIntegerLayer
-from qdiff.engine.quant_params import QuantParams
+from qdiff.engine.quant_params import DynamicParams, QuantParams
 from qdiff.engine.step_cache import ContextLayer, StepCache, TimeLayer
 from qdiff.exchange import put_module
 from qdiff.quant_layer import QuantModule
@@ -30,13 +30,16 @@ class BranchedCodesLayer(CodesLayer):
         super().__init__(layer.params)
         self.layer, self.branch = layer, branch
 
-    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_float(self, codes: Any, dtype: torch.dtype) -> Tensor:
         output = self.layer.to_float(codes, dtype)
         kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        change = self.branch(centred(codes, self.params, kind), self.params.delta)
+        if isinstance(self.params, DynamicParams):  # each token or sample has its own step
+            change = self.branch(codes.values(kind), 1.0)
+        else:
+            change = self.branch(centred(codes, self.params, kind), self.params.delta)
         return output.add_(change.to(dtype))
 
-    def to_codes(self, codes: Tensor, params: QuantParams) -> Tensor:
+    def to_codes(self, codes: Any, params: QuantParams) -> Tensor:
         return fused_ops.quantize(self.to_float(codes, torch.float32), params)[0]
 
 

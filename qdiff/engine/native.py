@@ -102,10 +102,30 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # heads, keys, width
     "attention_bytes": (_INT, (_INT, _INT, _INT)),
     # q, k, v, mask, bias, batch, heads, queries, keys, width, scale, zero_of_q, zero_of_v, softmax_delta, softmax_high,
-    # params, workspace, out
+    # params, workspace, out, floats
     "attention": (None, (
         _Data, _Data, _Data, _Data, _Data, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _FLOAT, _FLOAT,
-        _ParamsArray, _Data, _Data,
+        _ParamsArray, _Data, _Data, _Data,
+    )),
+    # x, bfloat16, rows, width, stride, high, symmetric, ranges, out
+    "quantize_tokens": (None, (_Data, _INT, _INT, _INT, _INT, _FLOAT, _INT, _Data, _Data)),
+    # x, bfloat16, samples, height, width, channels, stride, above, beside, high, symmetric, extremes, ranges, out
+    "quantize_samples": (None, (
+        _Data, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT, _INT, _Data, _Data, _Data,
+    )),
+    # x, bfloat16, samples, height, width, channels, gains, added, groups, weight, bias, eps,
+    # with_silu, high, symmetric, above, beside, slices, sums, lines, ranges, out
+    "group_norm_samples": (None, (
+        _Data, _INT, _INT, _INT, _INT, _INT, _Data, _Data, _INT, _Data, _Data, _FLOAT,
+        _INT, _FLOAT, _INT, _INT, _INT, _INT, _Data, _Data, _Data, _Data,
+    )),
+    # products, rows, width, ranges, each, sums, bias, plus, bfloat16, out
+    "rescale": (None, (_Data, _INT, _INT, _Data, _INT, _Data, _Data, _Data, _INT, _Data)),
+    # products, rows, width, ranges, each, sums, bias, params, out
+    "rescale_to_codes": (None, (_Data, _INT, _INT, _Data, _INT, _Data, _Data, _ParamsArray, _Data)),
+    # x, bfloat16, rows, width, in, sums, bias, high, symmetric, threads, row_space, ranges, out
+    "geglu_tokens": (None, (
+        _Data, _INT, _INT, _INT, _Data, _Data, _Data, _FLOAT, _INT, _INT, _Data, _Data, _Data,
     )),
 }  # fmt: skip
 

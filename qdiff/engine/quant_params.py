@@ -1,6 +1,9 @@
-"""The parameters of a quantizer whose codes are one byte or two."""
+"""The parameters of quantizers whose codes are one byte or two, and codes with ranges of their own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +34,90 @@ class QuantParams:
         """
         low = QuantParams(delta=self.delta, zero_point=self.zero_point % 256, high=255)
         return low, QuantParams(delta=256 * self.delta, zero_point=self.zero_point // 256, high=self.high // 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicParams:
+    """How the codes of a tensor are made whose ranges are taken from it: see `qdiff.quantizers.DynamicQuantizer`.
+
+    high: 2^bits - 1. symmetric: (high + 1) / 2 stands for 0. per: "token" for a range of each row of the last
+    dimension, "sample" for one of each entry of the first. padding: for samples, how many pixels that stand for 0 are
+    put at both ends of each dimension of space; () for none.
+    """
+
+    high: int
+    symmetric: bool
+    per: str
+    padding: tuple[int, ...] = ()
+
+    @property
+    def is_wide(self) -> bool:
+        """True if a code takes two bytes."""
+        return self.high > 255
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicCodes:
+    """Codes with the ranges that were taken from what they stand for.
+
+    codes: uint8, padded, [2, ...] if they are wide. ranges: float32 [tokens or samples, 2], the step and the zero point
+    of each. params: how they were made.
+    """
+
+    codes: Tensor
+    ranges: Tensor
+    params: DynamicParams
+
+    def split(self, tokens: int) -> "list[DynamicCodes]":
+        """Return the codes of so many tokens at a time, each [tokens, C] or [2, tokens, C]."""
+        first = 1 if self.params.is_wide else 0
+        parts = self.codes.flatten(first, -2).split(tokens, dim=first)
+        return [
+            DynamicCodes(codes, ranges, self.params)
+            for codes, ranges in zip(parts, self.ranges.split(tokens), strict=True)
+        ]
+
+    @property
+    def rows(self) -> int:
+        """The number of tokens."""
+        return self.codes.shape[-2]
+
+    def pixels(self, count: int) -> "list[DynamicCodes]":
+        """Return the codes of so many pixels at a time, each [count, C] or [2, count, C], none of two samples.
+
+        A piece has one range, that of its sample. The map must not be padded.
+        """
+        first = 1 if self.params.is_wide else 0
+        rows, params = self.codes.movedim(-3, -1).flatten(-3, -2), replace(self.params, per="token", padding=())
+        return [
+            DynamicCodes(piece, ranges, params)
+            for sample, ranges in zip(rows.unbind(first), self.ranges.split(1), strict=True)
+            for piece in sample.split(count, dim=first)
+        ]
+
+    def scaled(self, factor: float) -> "DynamicCodes":
+        """Return the codes of numbers `factor` times as large."""
+        return DynamicCodes(self.codes, self.ranges * self.ranges.new_tensor([factor, 1]), self.params)
+
+    def columns(self, dims: int) -> tuple[Tensor, Tensor]:
+        """Return steps and zero points, each broadcastable to a tensor of these tokens or samples. dims: its number."""
+        if self.params.per == "token":
+            shape = (*self.codes.shape[1 if self.params.is_wide else 0 : -1], 1)
+        else:
+            shape = (-1, *[1] * (dims - 1))
+        steps, zero_points = self.ranges.unbind(1)
+        return steps.reshape(shape), zero_points.reshape(shape)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the codes stand for, without padding."""
+        codes = (
+            self.codes[0].float().add_(self.codes[1].float(), alpha=256) if self.params.is_wide else self.codes.float()
+        )
+        for dim, pad in enumerate(self.params.padding, start=2):
+            codes = codes.narrow(dim, pad, codes.shape[dim] - 2 * pad)
+        steps, zero_points = self.columns(codes.ndim)
+        return ((codes - zero_points) * steps).to(dtype)
+
+
+Params = QuantParams | DynamicParams
+Codes = Tensor | DynamicCodes  # those of QuantParams, and those of DynamicParams

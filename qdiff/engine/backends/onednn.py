@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.layers import IntegerLayer, LayerSpec, is_pointwise
 from qdiff.engine.quant_params import QuantParams
 
 OUTPUTS = (torch.float32, torch.bfloat16)  # the float dtypes that the kernels write
@@ -42,7 +42,7 @@ class OneDNNLayer(IntegerLayer):
         self.register_buffer("bias", spec.bias)
         self.one_dimensional = spec.weight.ndim == 3
         self.geometry: list[Any] | None = None  # a convolution's stride, padding, dilation and groups
-        self.pointwise = _is_pointwise(spec)
+        self.pointwise = is_pointwise(spec)
         if spec.options is None or self.pointwise:
             packed = torch.ops.onednn.qlinear_prepack(spec.weight.flatten(1).contiguous(), None)
         else:
@@ -94,14 +94,6 @@ class OneDNNLayer(IntegerLayer):
 
     def _numbers(self) -> tuple[Any, ...]:
         return self.params.delta, self.params.zero_point, self.packed, self.step, self.zeros, self.bias
-
-
-def _is_pointwise(spec: LayerSpec) -> bool:
-    """Return whether this is a Conv2d that computes each pixel from itself alone."""
-    if spec.options is None or spec.weight.ndim != 4:
-        return False
-    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    return spec.weight.shape[2:] == (1, 1) and all(spec.options[name] == value for name, value in plain.items())
 
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:

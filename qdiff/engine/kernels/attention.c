@@ -350,7 +350,7 @@ static int needs_quantizer(const Attention *a, const Group *group) {
 
 /* Quantize the results of the first `rows` queries of a group. factor: 0 to divide by the totals. A query that sees no
  * key gets 0. */
-static void write_group(const Attention *a, const Group *group, int64_t rows, Sizes sizes, float factor, uint8_t *out) {
+static void write_group(const Attention *a, const Group *group, int64_t rows, Sizes sizes, float factor, int64_t at) {
     for (int64_t row = 0; row < rows; row++) {
         float results[MAX_WIDTH], total = group->total[row], zero = total * (128 - a->zero_of_v);
         float times = total > 0 ? (factor > 0 ? factor : 1 / total) : 0;
@@ -358,12 +358,13 @@ static void write_group(const Attention *a, const Group *group, int64_t rows, Si
         int64_t together = sizes.full * LANES < a->width ? sizes.full * LANES : a->width;
         for (int64_t i = 0; i < together; i++) results[i] = (sums[i] + zero) * times;
         for (int64_t i = together; i < a->width; i++) results[i] = (tail[2 * (i - together)] + zero) * times;
-        quantize_row(results, a->width, a->params, out_plane(a), out + row * a->heads * a->width);
+        write_results(a, results, a->width, at + row * a->heads * a->width);
     }
 }
 
-/* Compute attention for up to BLOCK queries of a head, the first of them at q, and quantize the results. */
-static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes sizes, Head head, uint8_t *out) {
+/* Compute attention for up to BLOCK queries of a head, the first of them at place `at`, and quantize the results. */
+static void attend(const Attention *a, int64_t at, int64_t rows, Sizes sizes, Head head) {
+    const uint8_t *q = a->q + at;
     int64_t stride = a->heads * a->width, width = sizes.units * CODES, groups = up(rows, GROUP) / GROUP;
     _Alignas(64) QueryCode queries[BLOCK * MAX_WIDTH];
     Group all[BLOCK / GROUP];
@@ -378,14 +379,14 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Sizes siz
     for (int64_t i = 0; i < groups; i++) {
         int64_t first = i * GROUP, count = rows - first < GROUP ? rows - first : GROUP;
         if (!needs_quantizer(a, all + i)) {
-            write_group(a, all + i, count, sizes, 0, out + first * stride);
+            write_group(a, all + i, count, sizes, 0, at + first * stride);
             continue;
         }
         Group quantized;
         start_group(&quantized, sizes);
         for (int64_t key = 0; key < sizes.keys; key += PART)
             add_part(a, q_units + first * sizes.units, sizes, head, key, all + i, &quantized);
-        write_group(a, &quantized, count, sizes, a->softmax_delta, out + first * stride);
+        write_group(a, &quantized, count, sizes, a->softmax_delta, at + first * stride);
     }
 }
 
@@ -408,22 +409,22 @@ static void attend_by_vectors(const Attention *a) {
         for (int64_t i = 0; i < a->batch * a->heads * blocks; i++) {
             int64_t head = i / blocks, first = i % blocks * BLOCK, rows = a->queries - first;
             int64_t at = (head / a->heads * a->queries + first) * stride + head % a->heads * a->width;
-            attend(a, a->q + at, rows < BLOCK ? rows : BLOCK, sizes,
-                   head_of(workspace + head * head_bytes(sizes), sizes), a->out + at);
+            attend(a, at, rows < BLOCK ? rows : BLOCK, sizes, head_of(workspace + head * head_bytes(sizes), sizes));
         }
     }
 }
 
-/* Quantize softmax(q k^T) (v - zero_of_v). The arguments are those of struct Attention. */
+/* Quantize softmax(q k^T) (v - zero_of_v). The arguments are those of struct Attention; exactly one of out and floats
+ * is NULL. */
 void attention(const uint8_t *q, const uint8_t *k, const uint8_t *v, const uint8_t *mask, const float *bias,
                int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t width, float scale, float zero_of_q,
                float zero_of_v, float softmax_delta, float softmax_high, const QuantParams *params, uint8_t *workspace,
-               uint8_t *out) {
+               uint8_t *out, float *floats) {
     Attention a = {
         .q = q, .k = k, .v = v, .mask = mask, .bias = bias, .batch = batch, .heads = heads, .queries = queries,
         .keys = keys, .width = width, .scale = scale, .zero_of_q = zero_of_q, .zero_of_v = zero_of_v,
         .softmax_delta = softmax_delta, .softmax_high = softmax_high, .params = *params, .workspace = workspace,
-        .out = out};
+        .out = out, .floats = floats};
     if (has_tiles() && !mask && !has_coarse_softmax(&a))
         attend_by_tiles(&a);
     else

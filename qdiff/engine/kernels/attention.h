@@ -21,6 +21,7 @@ typedef struct {
     float scale, zero_of_q, zero_of_v, softmax_delta, softmax_high;
     QuantParams params;
     uint8_t *workspace, *out;
+    float *floats; /* where results go that are not quantized here, in the place of out; else NULL */
 } Attention;
 
 /* The coefficients of a polynomial that is 2^x for x in [0, 1) with a relative error below 1e-4, highest power first.
@@ -32,6 +33,14 @@ static inline int64_t out_plane(const Attention *a) { return a->batch * a->queri
 
 /* Return the largest probability that the quantizer of the softmax lets through. */
 static inline float largest_probability(const Attention *a) { return (a->softmax_high + 0.5f) * a->softmax_delta; }
+
+/* Write `count` results of a query. at: the place of the first one. */
+static inline void write_results(const Attention *a, const float *results, int64_t count, int64_t at) {
+    if (a->floats)
+        memcpy(a->floats + at, results, count * sizeof(float));
+    else
+        quantize_row(results, count, a->params, out_plane(a), a->out + at);
+}
 
 /* Matrix tiles, see attention_tiles.c. They take no mask, and of the quantizer of the softmax they know the end of its
  * range, not its step. */

@@ -207,8 +207,9 @@ static void sum_up(const uint8_t *queries, int64_t all, int64_t deep, int64_t wi
     }
 }
 
-/* Compute attention for up to ROWS queries of a head, the first of them at q, and quantize the results. */
-static void attend(const Attention *a, const uint8_t *q, int64_t rows, Head head, uint8_t *out) {
+/* Compute attention for up to ROWS queries of a head, the first of them at place `at`, and quantize the results. */
+static void attend(const Attention *a, int64_t at, int64_t rows, Head head) {
+    const uint8_t *q = a->q + at;
     int64_t width = a->width, stride = a->heads * width, wide = up(width, 2 * TILE);
     int64_t all = up(a->keys, 2 * TILE), deep = up(width, 64);
     _Alignas(64) uint8_t queries[ROWS * MAX_WIDTH];
@@ -231,7 +232,7 @@ static void attend(const Attention *a, const uint8_t *q, int64_t rows, Head head
     for (int64_t row = 0; row < rows; row++) {
         float *results = block.output + row * wide;
         for (int64_t i = 0; i < width; i++) results[i] /= total[row];
-        quantize_row(results, width, a->params, out_plane(a), out + row * stride);
+        write_results(a, results, width, at + row * stride);
     }
 }
 
@@ -258,8 +259,7 @@ void attend_by_tiles(const Attention *a) {
         for (int64_t i = 0; i < heads * blocks; i++) {
             int64_t head = i / blocks, first = i % blocks * ROWS, rows = a->queries - first;
             int64_t at = (head / a->heads * a->queries + first) * stride + head % a->heads * width;
-            attend(a, a->q + at, rows < ROWS ? rows : ROWS, head_of(a->workspace + head * bytes, keys, width),
-                   a->out + at);
+            attend(a, at, rows < ROWS ? rows : ROWS, head_of(a->workspace + head * bytes, keys, width));
         }
         _tile_loadconfig(&before);
     }

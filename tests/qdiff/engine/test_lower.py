@@ -19,7 +19,7 @@ from qdiff.engine.blocks import LoweredResBlock, LoweredUNet
 from qdiff.engine.layers import IntegerLayer
 from qdiff.engine.lower import backend_for, lower, small_weight_layer
 from qdiff.exchange import Exchanged
-from qdiff.quant_layer import QuantModule
+from qdiff.quant_layer import DynamicQuantizer, QuantModule
 
 CPU = torch.device("cpu")
 # For CPUs on which the order of oneDNN's last products is not known. With the wrong order the golden UNet's outputs
@@ -46,6 +46,7 @@ MIXED = {
         }.items()
     }
 }
+DYNAMIC = {"act_range": "dynamic"}
 
 
 @pytest.fixture
@@ -59,8 +60,9 @@ def make_calibrated(make_qnn, golden):
         qnn.fit_weights()
         if qnn.config.quant_act:
             for quantizer in qnn.act_quantizers().values():
-                low, high = (0.0, 1.0) if quantizer.always_zero else (-5.0, 6.0)
-                quantizer.set_range(torch.tensor(low), torch.tensor(high))
+                if not isinstance(quantizer, DynamicQuantizer):
+                    low, high = (0.0, 1.0) if quantizer.always_zero else (-5.0, 6.0)
+                    quantizer.set_range(torch.tensor(low), torch.tensor(high))
         qnn.set_quant_state(True, qnn.config.quant_act)
         return qnn
 
@@ -119,7 +121,8 @@ def assert_same(actual, expected, case):
 @pytest.mark.slow
 @torch.no_grad()
 def test_backends_and_simulation_agree(lowered, cpu_backend):
-    for settings in ({}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}, MIXED):
+    one_by_one = ({}, {"split": False}, {"weight_bit": 8}, {"sm_abit": 8}, {"act_symmetric": True}, MIXED)
+    for settings in (*one_by_one, DYNAMIC, DYNAMIC | MIXED | {"weight_bit": 8}, DYNAMIC | {"act_symmetric": True}):
         backend = cpu_backend(**settings)
         if backend is not None:
             simulated, inputs = lowered(SimulatedLayer, **settings)
@@ -132,13 +135,14 @@ def test_they_agree_with_merged_tokens_and_odd_sizes(lowered, cpu_backend, odd):
     backend = cpu_backend()
     if backend is None:
         return
-    outputs = []
-    for qnn, _ in (lowered(SimulatedLayer), lowered(backend)):
-        tomesd.apply_patch(qnn, ratio=0.5)
-        outputs.append(qnn(*odd))
-    assert_same(outputs[1], outputs[0], "ratio 0.5")
-    plain, _ = lowered(backend)
-    assert not torch.equal(outputs[1], plain(*odd))
+    for settings in ({}, DYNAMIC):
+        outputs = []
+        for qnn, _ in (lowered(SimulatedLayer, **settings), lowered(backend, **settings)):
+            tomesd.apply_patch(qnn, ratio=0.5)
+            outputs.append(qnn(*odd))
+        assert_same(outputs[1], outputs[0], f"{settings}, ratio 0.5")
+        plain, _ = lowered(backend, **settings)
+        assert not torch.equal(outputs[1], plain(*odd))
 
 
 @pytest.mark.slow
@@ -151,6 +155,8 @@ def test_in_bfloat16_they_agree_too(lowered, cpu_backend, odd):
         ({"sm_abit": 8}, 0.5),
         ({"act_bit": 6}, 0.5),
         (MIXED, 0.5),
+        (DYNAMIC, 0),
+        (DYNAMIC | MIXED, 0.5),
     ):
         backend = cpu_backend(**settings)
         if backend is None:
@@ -210,29 +216,33 @@ def test_without_a_compiler_it_works_too(lowered, request):
     """Results are those with kernels, up to rounding; in float32 they are those of the quantized blocks."""
     if native.library() is None:
         pytest.skip("there is none here: all other tests show it")
-    qnn, inputs = lowered(SimulatedLayer)
-    fused = qnn(*inputs), bfloat16(qnn, *inputs)
+    ways = {str(settings): settings for settings in ({}, DYNAMIC, DYNAMIC | MIXED)}
+    models = {name: lowered(SimulatedLayer, **settings) for name, settings in ways.items()}
+    fused = {name: (qnn(*inputs), bfloat16(qnn, *inputs)) for name, (qnn, inputs) in models.items()}
     request.getfixturevalue("without_kernels")
-    plain = qnn(*inputs), bfloat16(qnn, *inputs)
-    assert torch.equal(plain[0], lowered(SimulatedLayer, blocks=False)[0](*inputs))
-    for with_kernels, without in zip(fused, plain, strict=True):  # a few codes tip over, and tip others
-        assert 0 < (without - with_kernels).norm() < 0.25 * with_kernels.norm()
+    for name, (qnn, inputs) in models.items():
+        plain = qnn(*inputs), bfloat16(qnn, *inputs)
+        assert torch.equal(plain[0], lowered(SimulatedLayer, blocks=False, **ways[name])[0](*inputs)), name
+        for with_kernels, without in zip(fused[name], plain, strict=True):  # a few codes tip over, and tip others
+            assert 0 < (without - with_kernels).norm() < 0.25 * with_kernels.norm(), name
 
 
 @torch.no_grad()
 def test_a_lowered_model_is_the_quantized_one_up_to_rounding(make_calibrated, lowered):
     make, inputs = make_calibrated
-    qnn, _ = lowered(SimulatedLayer, blocks=False)
-    expected = make()(*inputs)
-    assert (qnn(*inputs) - expected).norm() < 2e-2 * expected.norm()  # a few codes tip over, and tip others
+    for settings in ({}, DYNAMIC, DYNAMIC | MIXED):
+        qnn, _ = lowered(SimulatedLayer, blocks=False, **settings)
+        expected = make(**settings)(*inputs)
+        assert (qnn(*inputs) - expected).norm() < 2e-2 * expected.norm()  # a few codes tip over, and tip others
 
 
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch(lowered):
-    qnn, (x, t, context) = lowered(SimulatedLayer)
-    both = qnn(torch.cat([x, x.flip(0)]), torch.cat([t, t]), torch.cat([context, context]))
-    alone = qnn(x, t, context)
-    assert (both[: len(x)] - alone).abs().max() <= 1e-5 * alone.abs().max()
+    for settings in ({}, DYNAMIC):
+        qnn, (x, t, context) = lowered(SimulatedLayer, **settings)
+        both = qnn(torch.cat([x, x.flip(0) * 3]), torch.cat([t, t]), torch.cat([context, context]))
+        alone = qnn(x, t, context)
+        assert (both[: len(x)] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 def test_it_runs_in_inference_mode(lowered):
