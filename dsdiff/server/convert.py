@@ -105,7 +105,7 @@ def to_reply(body: Request, drawing: Drawing) -> dict[str, Any]:
     """Return the reply of /txt2img and /img2img. The pictures that clients sent are not sent back."""
     parameters = body.model_dump(exclude={"init_images", "mask"})
     return {
-        "images": [to_base64(png_bytes(picture)) for picture in drawing.pictures],
+        "images": [to_base64(png_bytes(picture)) for picture in drawing.pictures if body.send_images],
         "parameters": parameters,
         "info": json.dumps(_info(drawing), ensure_ascii=False),
     }

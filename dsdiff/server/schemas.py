@@ -6,17 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dsdiff.options import VAES
 
-# Fields that clients send with every request, and that change no picture: whatever they hold is accepted.
+# Fields that clients send with every request, and that change no picture here: whatever they hold is accepted. Those of
+# a second pass, of scripts, of variations and of refiners count only beside fields that are refused.
 WITHOUT_EFFECT = {
-    *("send_images", "do_not_save_samples", "do_not_save_grid", "save_images", "sampler_index", "comments"),
-    *("force_task_id", "override_settings_restore_afterwards", "firstphase_width", "firstphase_height"),
-    *("s_churn", "s_tmax", "s_tmin", "s_tmax", "s_noise", "s_min_uncond", "disable_extra_networks"),
-    *("seed_resize_from_h", "seed_resize_from_w", "subseed", "hr_scale", "hr_upscaler", "hr_second_pass_steps"),
-    *("hr_resize_x", "hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt"),
-    *("hr_negative_prompt", "script_args", "refiner_switch_at", "image_cfg_scale", "include_init_images"),
-    *("inpaint_full_res_padding", "hr_cfg", "hr_additional_modules", "distilled_cfg_scale"),
+    *("do_not_save_samples", "do_not_save_grid", "sampler_index", "comments", "force_task_id", "script_args"),
+    *("override_settings_restore_afterwards", "firstphase_width", "firstphase_height", "s_tmin", "s_tmax", "subseed"),
+    *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name"),
+    *("hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg", "hr_additional_modules"),
+    *("refiner_switch_at", "image_cfg_scale", "distilled_cfg_scale", "inpaint_full_res_padding"),
 }
-NOTHING = (None, False, 0, "", [], {}, "None")
+NOTHING = (None, False, 0, -1, "", [], {}, "None")
 
 
 class Request(BaseModel):
@@ -39,6 +38,8 @@ class Request(BaseModel):
     width: Annotated[int, Field(ge=1)] | None = None
     height: Annotated[int, Field(ge=1)] | None = None
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    s_noise: Literal[1] | None = None
+    send_images: bool = True
     override_settings: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

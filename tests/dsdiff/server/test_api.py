@@ -127,6 +127,8 @@ def test_what_cannot_be_is_told_in_a_line(post):
         ({"sampler_name": "Heun"}, "there is no sampler 'Heun'"),
         ({"scheduler": "karras"}, "DDIM has no scheduler 'karras'"),
         ({"enable_hr": True}, "enable_hr has no effect on this server"),
+        ({"s_churn": 0.5}, "s_churn has no effect on this server"),
+        ({"s_noise": 0.5}, "s_noise: "),
         ({"alwayson_scripts": {"ControlNet": {}}}, "alwayson_scripts has no effect"),
         ({"override_settings": {"nothing": 1}}, "there is no setting 'nothing'"),
         ({"cfg_scale": 1, "negative_prompt": "blue"}, "a negative prompt has no effect with scale 1"),
