@@ -49,7 +49,7 @@ def read_embeddings(options: Sequence[EmbeddingOptions], spec: ModelSpec) -> Emb
     """Read embeddings for a model.
 
     Raises FileNotFoundError for a missing file; ValueError for one that is no embedding, whose vectors have another
-    width than the model's text encoder, and for a name that comes twice.
+    width than the model's text encoder or more than fit into a prompt, and for a name that comes twice.
     """
     vectors: dict[str, Tensor] = {}
     records = []
@@ -60,6 +60,11 @@ def read_embeddings(options: Sequence[EmbeddingOptions], spec: ModelSpec) -> Emb
             raise ValueError(
                 f"embedding {str(each.path)!r} has vectors of width {rows.shape[1]}, the model's text encoder has "
                 f"{width}: it is of another model"
+            )
+        if len(rows) > spec.prompt_room:
+            raise ValueError(
+                f"embedding {str(each.path)!r} has {len(rows)} vectors: a prompt of this model has room for "
+                f"{spec.prompt_room}"
             )
         if name.lower() in (known.lower() for known in vectors):
             raise ValueError(f"two embeddings are called {name!r}: give one another name, {each.path}:NAME")

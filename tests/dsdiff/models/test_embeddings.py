@@ -54,6 +54,7 @@ def test_what_is_no_embedding_of_the_model_is_refused(tmp_path, spec, vectors):
     torch.save({"a": torch.full((1, WIDTH), torch.nan)}, tmp_path / "nan.pt")
     save_file({"clip_l": vectors, "clip_g": vectors + 1}, tmp_path / "xl.safetensors")
     save_file({"a": torch.randn(2, 768)}, tmp_path / "wide.safetensors")
+    save_file({"a": torch.randn(31, WIDTH)}, tmp_path / "many.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     save_file({"a": vectors}, tmp_path / "a b.safetensors")
     torch.save(of_web_ui(vectors), tmp_path / "a b.pt")
@@ -65,6 +66,7 @@ def test_what_is_no_embedding_of_the_model_is_refused(tmp_path, spec, vectors):
         "nan.pt": "which are no vectors",
         "xl.safetensors": "Stable Diffusion XL",
         "wide.safetensors": f"vectors of width 768, the model's text encoder has {WIDTH}",
+        "many.safetensors": "has 31 vectors: a prompt of this model has room for 30",
         "damaged.safetensors": "cannot be read",
         "a b.pt": "cannot have the name 'a b': use one word",
         "none.pt": "is not there",
