@@ -1,4 +1,4 @@
-"""Recognise files and folders of other models than Stable Diffusion v1's by names and shapes, to refuse them by name."""
+"""Recognise files and folders of other models than Stable Diffusion 1, by names and shapes, to refuse them by name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -57,6 +57,7 @@ TRAINING_ONLY = (
     "callbacks",
     "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection",
+    *("v_pred", "ztsnr"),  # marks of a model that predicts v, and of its schedule, see `dsdiff.models.spec`
     "denoiser",  # another trainer's noise schedule
     "embedding_manager",  # of textual inversion
 )

@@ -59,7 +59,7 @@ VAE_NEUTRAL = {
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
 }
-SCHEDULER_NEUTRAL = {"rescale_betas_zero_snr": (False,), "trained_betas": (None,)}
+SCHEDULER_NEUTRAL = {"trained_betas": (None,)}
 
 
 # --- theirs as ours ----------------------------------------------------------------------------------------
@@ -113,8 +113,10 @@ def _noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     for what, value, known in (("beta_schedule", schedule, SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
         if value not in known:
             raise ValueError(f"scheduler: {what} {value!r} is not supported: only {', '.join(known)} are")
-    parameterization = {} if prediction == "epsilon" else {"parameterization": PREDICTIONS[prediction]}
-    return parameterization | {
+    unusual = {} if prediction == "epsilon" else {"parameterization": PREDICTIONS[prediction]}
+    if scheduler.get("rescale_betas_zero_snr"):
+        unusual["rescale_betas_zero_snr"] = True
+    return unusual | {
         "beta_schedule": SCHEDULES[schedule],
         "linear_start": scheduler.get("beta_start", 0.0001),
         "linear_end": scheduler.get("beta_end", 0.02),

@@ -152,6 +152,7 @@ def scheduler_config(model: LatentDiffusion) -> dict[str, Any]:
         "beta_end": end,
         "num_train_timesteps": timesteps,
         "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[model.parameterization],
+        "rescale_betas_zero_snr": model.rescale_betas_zero_snr,
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,

@@ -102,6 +102,20 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise _unreadable(Path(path), error) from error
 
 
+def has_mark(path: str | Path, name: str) -> bool:
+    """Tell whether a .safetensors has an entry `name`, from its header; False for files of torch and folders.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    if Path(path).is_dir() or not _is_safetensors(Path(path)):
+        return False
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return name in file.keys()  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # the library has its own exception type beside OSError
+        raise _unreadable(Path(path), error) from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -144,27 +144,29 @@ def _folder_config(folder: Path, options: ModelOptions) -> dict[str, Any]:
 
 
 def _with_prediction(config: dict[str, Any], ckpt: Path) -> dict[str, Any]:
-    """Return the config with the prediction that the file names in its header or the yaml beside it, if any.
+    """Return the config with the prediction that the file's header or the yaml beside it names, if any.
 
     Of a yaml of the checkpoint's name, nothing else is read. A config that says what the UNet predicts is left alone.
     """
-    from ldm.weight_files import read_metadata
+    from ldm.weight_files import has_mark, read_metadata
 
     params = look_up(config, "model.params")
     if not isinstance(params, dict) or "parameterization" in params:
         return config
     try:
-        named = read_metadata(ckpt).get("modelspec.prediction_type", "epsilon")
+        marked = {name: has_mark(ckpt, name) for name in ("v_pred", "ztsnr")}
+        named = read_metadata(ckpt).get("modelspec.prediction_type", "v" if marked["v_pred"] else "epsilon")
     except ValueError:  # loading the file will tell why
         return config
-    beside = ckpt.with_suffix(".yaml")
-    own = look_up(read_config(beside), "model.params.parameterization") if beside.is_file() else None
     if named not in PREDICTION_TYPES:
         raise ValueError(f"{str(ckpt)!r} predicts {named!r} by its header: only epsilon and v are supported")
-    prediction = own or PREDICTION_TYPES[named]
-    if prediction == "eps":
+    beside = ckpt.with_suffix(".yaml")
+    own = look_up(read_config(beside), "model.params.parameterization") if beside.is_file() else None
+    prediction = {"parameterization": own or PREDICTION_TYPES[named]}
+    if prediction["parameterization"] == "eps":
         return config
-    return {**config, "model": {**config["model"], "params": {**params, "parameterization": prediction}}}
+    schedule = {"rescale_betas_zero_snr": True} if marked["ztsnr"] else {}
+    return {**config, "model": {**config["model"], "params": {**params, **prediction, **schedule}}}
 
 
 def _bundled_config(options: ModelOptions, accept: bool) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, with_zero_terminal_snr
 from ldm.models.diffusion.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
 from ldm.models.diffusion.euler import EulerAncestralSampler, EulerSampler
 from ldm.models.diffusion.guidance import guided_steps
@@ -19,6 +19,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import seeded_generators
 from ldm.models.diffusion.tcd import TCDSampler
 from ldm.models.diffusion.unipc import UniPCSampler
+from ldm.modules.diffusionmodules.util import make_beta_schedule
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 spec = importlib.util.spec_from_file_location("make_diffusers", GOLDENS / "make_diffusers.py")
@@ -117,6 +118,28 @@ def test_walks_of_models_that_predict_v(monkeypatch):
         samples, _ = made.walk(*case)
         assert error(draw(*case, model=PredictsV()), samples) < 1e-4, case
         assert error(draw(*case), samples) > 1e-2, case
+
+
+def test_walks_on_a_schedule_that_ends_in_noise_alone(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    kinds = {
+        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+        "euler": (diffusers.EulerDiscreteScheduler, {}),
+        "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    }
+    ends = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    monkeypatch.setattr(made, "scheduler", lambda name: kinds[name][0](**kinds[name][1], **ends, **made.BETAS))
+    model = PredictsV()
+    betas = make_beta_schedule("linear", 1000, 0.00085, 0.012).numpy()
+    model.alphas_cumprod = torch.tensor(np.cumprod(1 - with_zero_terminal_snr(betas)), dtype=torch.float32)
+    assert 0 < model.alphas_cumprod[-1] < 1e-7 and model.alphas_cumprod[0] == pytest.approx(1 - betas[0], abs=1e-6)
+    for name in kinds:
+        for steps in (5, 20):
+            samples, _ = made.walk(name, steps, None)
+            assert error(draw(name, steps, model=model), samples) < 1e-3, (name, steps)
+    for name in ALL:
+        assert draw(name, 4, model=model).abs().max() < 100, name
 
 
 def test_the_default_eta_is_that_of_diffusers():

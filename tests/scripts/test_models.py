@@ -125,6 +125,11 @@ def test_the_prediction_is_read_beside_and_in_the_file(small_model, draw, tmp_pa
     torch.save(state, tmp_path / "beside.ckpt")
     (tmp_path / "beside.yaml").write_text("model: {target: os.abort, params: {parameterization: v}}")
     assert np.array_equal(draw(*given(small_model, tmp_path / "beside.ckpt")), v)
+    save_file(state | {"v_pred": torch.zeros(0)}, tmp_path / "mark.safetensors")
+    assert np.array_equal(draw(*given(small_model, tmp_path / "mark.safetensors")), v)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(state | marks, tmp_path / "zero.safetensors")
+    assert not np.array_equal(draw(*given(small_model, tmp_path / "zero.safetensors")), v)
     save_file(state, tmp_path / "eps.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
     assert np.array_equal(draw(*given(small_model, tmp_path / "eps.safetensors")), eps)
 

@@ -33,6 +33,20 @@ NEUTRAL = {
 }
 
 
+NEARLY_ZERO = 2.0**-24  # the last alpha_bar of a schedule that ends in noise alone
+
+
+def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Return the betas [T] of a schedule whose last alpha_bar is NEARLY_ZERO (Lin et al. 2023, algorithm 1).
+
+    sqrt(alpha_bar) is shifted and scaled, so that its first value stays.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alphas_cumprod[-1] = NEARLY_ZERO
+    return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+
+
 class DiffusionWrapper(nn.Module):
     """Pass the conditioning to the UNet as its context (`conditioning_key` "crossattn"), or not at all (None)."""
 
@@ -79,6 +93,8 @@ class LatentDiffusion(nn.Module):
     loss_weight: weight of the loss at t, with SNR_t = alpha_bar_t / (1 - alpha_bar_t). "uniform" is DDPM's. "min_snr"
         is min(SNR_t, `snr_gamma`) / SNR_t (Hang et al. 2023). "debiased" is 1 / sqrt(SNR_t) (Yu et al. 2023), scaled
         to mean 1: it gives more weight to the noisy steps, which decide what is drawn, and where.
+    rescale_betas_zero_snr: rescale the schedule so that x_t is noise alone at the last timestep (Lin et al.,
+        arXiv:2305.08891), but for an alpha_bar of NEARLY_ZERO, so that no sampler divides by zero.
     num_timesteps_cond, log_every_t, image_size, monitor, scheduler_config: how a checkpoint was trained; kept as
         attributes.
     neutral: the other arguments of CompVis's class, accepted only at the values that change nothing.
@@ -128,10 +144,13 @@ class LatentDiffusion(nn.Module):
         loss_weight: str = "uniform",
         snr_gamma: float = 5.0,
         scheduler_config: Mapping[str, Any] | None = None,
+        rescale_betas_zero_snr: bool = False,
         **neutral: Any,
     ) -> None:
         super().__init__()
         check_neutral(type(self), neutral, NEUTRAL)
+        if rescale_betas_zero_snr and parameterization != "v":
+            raise ValueError("rescale_betas_zero_snr needs parameterization v: noise alone tells no eps apart")
         if parameterization not in ("eps", "v"):
             raise ValueError(f"parameterization {parameterization!r} is not supported: a UNet predicts eps or v")
         if loss_type not in ("l1", "l2"):
@@ -141,6 +160,7 @@ class LatentDiffusion(nn.Module):
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.rescale_betas_zero_snr = rescale_betas_zero_snr
         self.num_timesteps = timesteps
         self.v_posterior = v_posterior
         self.loss_type = loss_type
@@ -181,6 +201,8 @@ class LatentDiffusion(nn.Module):
     def register_schedule(self) -> None:
         """Compute the 12 buffers of the noise process from the config, in float64, and keep them as float32."""
         betas = make_beta_schedule(*self.schedule).numpy()
+        if self.rescale_betas_zero_snr:
+            betas = with_zero_terminal_snr(betas)
         alphas_cumprod = np.cumprod(1.0 - betas)
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
         # DDPM eq. 7; v_posterior mixes it with the upper bound beta_t.
