@@ -139,7 +139,8 @@ def test_flags_in_documents_exist():
         for script, flags in commands(document.read_text(encoding="utf-8")):
             assert (ROOT / "scripts" / script).is_file(), f"{document.relative_to(ROOT)}: {script}"
             source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
-            shared = cli["arguments"] + (cli["drawing"] if "drawing.add_arguments" in source else "")
+            used = [name for name in cli if name == "arguments" or f"{name}.add_arguments" in source]
+            shared = "".join(cli[name] for name in used)
             known = re.findall(r'"--([\w-]+)"', shared + source)
             unknown = [flag for flag in flags if flag.removeprefix("no-") not in known]
             assert not unknown, f"{document.relative_to(ROOT)}: {script} has no {unknown}"
