@@ -19,7 +19,8 @@ Speed does not depend on the values of the weights: --random_weights measures th
 of any --config, without a checkpoint. Prints tables; writes benchmark.json, benchmark.md and benchmark.png to OUTDIR.
 
 --pictures measures whole pictures instead: each in a process of its own, from the start of the process to the PNG on
-disk, by {float32, bf16, int8} with each --ratio and drawn in each way of --draws, and by --peers. Of many steps it
+disk, by {float32, bf16, int8} with each --ratio and drawn in each way of --draws, and by --peers (OpenVINO alone with
+a tiny decoder). Of many steps it
 takes 4 (--steps_measured), and says so; --full takes all. Writes pictures.json, pictures.md, pictures.png, and to
 OUTDIR/pictures the pictures and the files that they are drawn from, such as a checkpoint with random weights.
 
@@ -73,8 +74,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch", type=number(int, 1), default=2, metavar="N", help="samples of a UNet call (default: %(default)s)")
     add("--latents", type=size, metavar="HxW", help="size of a UNet call's latents (default: the model's)")
     add("--pictures", action="store_true", help="measure whole pictures in place of UNet calls")
-    draws = "how to draw (default: plms:50 dpm_solver:20 dpm_solver:4:1)"
-    add("--draws", type=draw, nargs="+", default=DRAWS, metavar="SAMPLER:STEPS[:SCALE]", help=draws)
+    draws = "how to draw (default: plms:50 dpm_solver:20 dpm_solver:4:1 lcm:4:tiny)"
+    add("--draws", type=draw, nargs="+", default=DRAWS, metavar="SAMPLER:STEPS[:SCALE][:tiny]", help=draws)
     steps = "take no more steps of a picture, and extrapolate (default: %(default)s)"
     add("--steps_measured", type=number(int, 2), default=4, metavar="N", help=steps)
     add("--full", action="store_true", help="take all steps of a picture")

@@ -80,7 +80,7 @@ def _cell(row: Mapping[str, Any], seconds: str) -> str:
 
 
 def _draw(row: Mapping[str, Any]) -> str:
-    return str(Draw(sampler=row["sampler"], steps=row["steps"], scale=row["scale"]))
+    return str(Draw(sampler=row["sampler"], steps=row["steps"], scale=row["scale"], tiny=row["tiny"]))
 
 
 def _left_out(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:

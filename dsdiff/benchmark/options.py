@@ -26,6 +26,7 @@ PEERS = (*DIFFUSERS, *OPENVINO, *SDCPP)
 CALL_PEERS = (*DIFFUSERS, *OPENVINO)  # those of which UNet calls can be measured
 PICTURE_PEERS = (*DIFFUSERS, "openvino-int8", "openvino-int8-tome", *SDCPP)  # the default for whole pictures
 MERGED_RATIO = 0.5
+TINY = "tiny"  # ends the ways to draw with a tiny decoder, which diffusers and stable-diffusion.cpp are not asked for
 
 WEIGHT_BITS = (4, 8)
 RATIOS, PICTURE_RATIOS = (0.0, 0.3, 0.5), (0.0, 0.5)  # defaults, of UNet calls and of whole pictures
@@ -48,39 +49,42 @@ IDLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How a picture is drawn: the sampler, the number of steps, and the scale of guidance (None: the model's)."""
+    """How a picture is drawn: the sampler, the number of steps, the scale of guidance (None: the model's, and none with
+    samplers of few steps), and whether a tiny decoder makes it."""
 
     sampler: str
     steps: int
     scale: float | None = None
+    tiny: bool = False
 
     def __post_init__(self) -> None:
         DrawOptions(sampler=self.sampler, steps=self.steps, scale=self.scale)  # which tells what is out of range
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read SAMPLER:STEPS or SAMPLER:STEPS:SCALE. Raises ValueError for anything else."""
-        sampler, *numbers = text.split(":")
+        """Read SAMPLER:STEPS or SAMPLER:STEPS:SCALE, and :tiny behind them. Raises ValueError for anything else."""
+        sampler, *numbers = text.removesuffix(f":{TINY}").split(":")
         if len(numbers) not in (1, 2):
-            raise ValueError(f"{text!r} is no SAMPLER:STEPS or SAMPLER:STEPS:SCALE, such as dpm_solver:20")
+            raise ValueError(f"{text!r} is no SAMPLER:STEPS[:SCALE][:tiny], such as dpm_solver:20")
         try:
             steps, scale = int(numbers[0]), float(numbers[1]) if numbers[1:] else None
         except ValueError:
             raise ValueError(f"{text!r}: STEPS must be a whole number and SCALE a number") from None
         try:
-            return cls(sampler=sampler, steps=steps, scale=scale)
+            return cls(sampler=sampler, steps=steps, scale=scale, tiny=text.endswith(f":{TINY}"))
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else " without guidance" if self.scale == 1 else f" at scale {self.scale:g}"
-        return f"{self.steps} {self.sampler}{scale}"
+        return f"{self.steps} {self.sampler}{scale}{', tiny decoder' if self.tiny else ''}"
 
 
 DRAWS = (
     Draw(sampler="plms", steps=50),
     Draw(sampler="dpm_solver", steps=20),
     Draw(sampler="dpm_solver", steps=4, scale=1.0),
+    Draw(sampler="lcm", steps=4, tiny=True),
 )
 
 

@@ -54,15 +54,15 @@ class CompiledText(nn.Module):
 
 
 class CompiledDecoder(nn.Module):
-    """The part of an autoencoder that a Pipeline calls to decode."""
+    """The part of an autoencoder that a Pipeline calls to decode. A tiny decoder takes its place."""
 
-    def __init__(self, xml: str, precision: str, shape: Sequence[int]):
+    def __init__(self, xml: str, precision: str, shape: Sequence[int], scale: float):
         super().__init__()
-        self.decoder = Compiled(xml, precision, [shape])
+        self.decoder, self.scale = Compiled(xml, precision, [shape]), scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures [1, 3, H, W] of latents [1, C, h, w]."""
-        return self.decoder(latents)
+        """Return pictures [1, 3, H, W] of latents [1, C, h, w], which are multiplied by `scale` first."""
+        return self.decoder(latents * self.scale)
 
 
 class OpenVINOPipeline(Pipeline):
@@ -86,7 +86,9 @@ class OpenVINOPipeline(Pipeline):
         inputs = [torch.empty(size) for size in ((batch, *shape), (batch,), (batch, encoder.max_length, width))]
         model.cond_stage_model = CompiledText(encoder, files["text"], precision)
         model.model.diffusion_model = CompiledDenoiser(Path(files["unet"]), precision, inputs)
-        model.first_stage_model = CompiledDecoder(files["decoder"], precision, (1, *shape))
+        # A tiny decoder takes latents as the UNet has them, which a LatentDiffusion has divided by its scale.
+        scale = float(model.scale_factor) if self.request.tiny else 1.0
+        model.first_stage_model = CompiledDecoder(files["decoder"], precision, (1, *shape), scale)
         self._model = model
         return model
 

@@ -50,7 +50,8 @@ def options(request: PictureRequest) -> DrawOptions:
         steps=request.steps,
         scale=request.scale,
         precision=PRECISIONS.get(request.name),
-        vae="float32" if request.name == "float32" else None,
+        vae="tiny" if request.tiny else "float32" if request.name == "float32" else None,
+        tiny_decoder=Path(request.files["tiny"]) if request.tiny else None,
         merge=MergeOptions(ratio=request.ratio) if request.ratio else None,
     )
 
@@ -60,9 +61,10 @@ def quantization(request: PictureRequest) -> QuantizationOptions | None:
     if request.name in ("float32", "bf16"):
         return None
     engine = "simulate" if request.name == "simulate" else "int8"
-    return QuantizationOptions(engine=engine, cali_ckpt=None if not request.files else Path(request.files["cali_ckpt"]))
+    cali_ckpt = request.files.get("cali_ckpt")
+    return QuantizationOptions(engine=engine, cali_ckpt=None if cali_ckpt is None else Path(cali_ckpt))
 
 
 def is_bundle(request: PictureRequest) -> bool:
     """Tell whether the weights are a bundle, which holds its config."""
-    return quantization(request) is not None and not request.files
+    return quantization(request) is not None and "cali_ckpt" not in request.files

@@ -48,7 +48,7 @@ class RowMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFigures:
-    """The figures of a row. sampler, steps, scale, measured: see Draw and Row. phases: medians. total: seconds a
+    """The figures of a row. sampler, steps, scale, tiny, measured: see Draw and Row. phases: medians. total: seconds a
     picture. speedup, speedup_openvino: the total of float32 and of OpenVINO's int8, both without merging and drawn in
     the same way, divided by this one's within each repeat; None where those were not measured. peak_bytes: the median.
     """
@@ -58,6 +58,7 @@ class RowFigures:
     sampler: str
     steps: int
     scale: float | None
+    tiny: bool
     measured: int
     phases: dict[str, float]
     total: Spread
@@ -112,6 +113,7 @@ def _figures(found: Mapping[Row, RowMeasured], row: Row, measured: RowMeasured) 
         sampler=row.draw.sampler,
         steps=row.steps,
         scale=row.draw.scale,
+        tiny=row.draw.tiny,
         measured=row.measured,
         phases={phase: statistics.median(drawn.phases[phase] for drawn in measured.drawn) for phase in PHASES},
         total=Spread.over(totals),

@@ -4,25 +4,30 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdiff.benchmark import peers, peers_openvino
-from dsdiff.benchmark.options import DIFFUSERS, FLOAT_ENGINES, OPENVINO, SDCPP, BenchmarkOptions
+from dsdiff.benchmark.options import DIFFUSERS, FLOAT_ENGINES, OPENVINO, SDCPP, TINY, BenchmarkOptions
 from dsdiff.benchmark.process import WorkerError
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.startup import random_bundle
 from dsdiff.models.configs import read_config
-from dsdiff.models.registry import CALI_CKPTS, EMBEDDED, STABLE_DIFFUSION, TOKENIZER
+from dsdiff.models.registry import CALI_CKPTS, EMBEDDED, STABLE_DIFFUSION, TINY_DECODERS, TOKENIZER
 from ldm.checkpoint import save_checkpoint
+from ldm.fileio import write_atomically
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import for_inference, instantiate_from_config, load_model_from_config
 
 logger = logging.getLogger(__name__)
+
+TINY_RANDOM = "tiny-random.safetensors"  # a tiny decoder with random weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +74,20 @@ class Files:
             return "no calibration comes with this checkpoint: use --random_weights"
         return None
 
-    def of(self, name: str, scale: float) -> ModelFiles:
-        """Return the files of an engine or a peer, for pictures with this scale of guidance.
+    def of(self, name: str, scale: float, *, tiny: bool = False) -> ModelFiles:
+        """Return the files of an engine or a peer, for pictures with this scale of guidance. tiny: by a tiny decoder.
 
         Raises WorkerError if they cannot be made.
         """
         if name in OPENVINO:
-            return self._openvino(name, scale)
+            return self._openvino(name, scale, tiny)
+        made = self._of(name)
+        if not tiny:
+            return made
+        decoder = self._tiny()
+        return replace(made, others={**made.others, TINY: decoder}, stored=[*made.stored, decoder])
+
+    def _of(self, name: str) -> ModelFiles:
         if name in DIFFUSERS:
             folder = self._made("diffusers", self.folder / "diffusers")
             stored = sorted(folder.rglob("*.safetensors"))
@@ -93,16 +105,24 @@ class Files:
         stored = [self.source.ckpt, calibrated]
         return ModelFiles(ckpt=stored[0], tokenizer=None, others={"cali_ckpt": calibrated}, stored=stored)
 
-    def _openvino(self, name: str, scale: float) -> ModelFiles:
+    def _openvino(self, name: str, scale: float, tiny: bool) -> ModelFiles:
         batch = 1 if scale == 1 else 2
         source = Source.read(self.source.config, self.source.ckpt is None, self.source.device, batch=batch)
         reasons = peers.convert([name], source, self.options.outdir)
         if reasons:
             raise WorkerError(reasons[name])
-        parts = {part: self._made(part, self.folder / f"{part}.xml") for part in ("text", "decoder")}
+        names = {"text": "text", "decoder": TINY if tiny else "decoder"}
+        parts = {part: self._made(kind, self.folder / f"{kind}.xml") for part, kind in names.items()}
         others = {"unet": peers_openvino.file_of(name, source, self.options.outdir), **parts}
         stored = [file for xml in others.values() for file in (xml, xml.with_suffix(".bin"))]
         return ModelFiles(ckpt=self._checkpoint(), tokenizer=self.tokenizer, others=others, stored=stored)
+
+    def _tiny(self) -> Path:
+        """Return the file of the tiny decoder: the model's own, or one with random weights."""
+        own = TINY_DECODERS.get(self.source.config)
+        if self.source.ckpt is not None and own is not None and own.is_file():
+            return own
+        return self._made(TINY_RANDOM, self.folder / TINY_RANDOM)
 
     def _checkpoint(self) -> Path:
         """Return the checkpoint of the float model."""
@@ -112,7 +132,8 @@ class Files:
         """Return a file or folder, made by a worker where it is not there yet."""
         if not path.exists():
             logger.info("making %s", path)
-            ckpt = "" if kind == "checkpoint" else str(self._checkpoint())
+            weights = self._tiny if kind == TINY else self._checkpoint
+            ckpt = "" if kind in ("checkpoint", TINY_RANDOM) else str(weights())
             path.parent.mkdir(parents=True, exist_ok=True)
             with peers.start(self.source, weight_bit=8, outdir=self.options.outdir) as process:
                 process.ask("make", kind=kind, ckpt=ckpt, path=str(path))
@@ -123,7 +144,8 @@ class Files:
 
 
 def make(kind: str, source: Source, ckpt: Path, path: Path) -> None:
-    """Make a file or a folder of these kinds: checkpoint, text, decoder, diffusers, or the name of a peer of SDCPP."""
+    """Make a file or a folder of these kinds: checkpoint, text, decoder, diffusers, tiny (a decoder of OpenVINO, of the
+    file `ckpt`), TINY_RANDOM, or the name of a peer of SDCPP."""
     if kind == "checkpoint":
         make_checkpoint(path)
     elif kind == "diffusers":
@@ -133,6 +155,15 @@ def make(kind: str, source: Source, ckpt: Path, path: Path) -> None:
             whole = Path(temporary) / "folder"
             by_diffusers.make_folder(source, TOKENIZER, whole)
             whole.replace(path)
+    elif kind == TINY_RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            weights = TinyDecoder(source.params["channels"]).half().state_dict()
+        layers = {name.replace("layers.", "decoder.layers.", 1): value for name, value in weights.items()}
+        write_atomically(path, lambda temporary: save_file(layers, temporary))
+    elif kind == TINY:
+        latents = torch.randn(1, source.params["channels"], *source.latents)
+        peers_openvino.save(peers_openvino.converted(read_tiny_decoder(ckpt), [latents]), path, half=True)
     elif kind in SDCPP:
         from dsdiff.benchmark.pictures import by_sdcpp
 

@@ -52,7 +52,7 @@ def _line(row: RowFigures) -> list[str]:
 
 def draw_of(row: RowFigures) -> str:
     """Return how a row is drawn, and how many of its steps were measured."""
-    draw = Draw(sampler=row.sampler, steps=row.steps, scale=row.scale)
+    draw = Draw(sampler=row.sampler, steps=row.steps, scale=row.scale, tiny=row.tiny)
     return f"{draw}" + (f" ({row.measured} measured)" if row.measured < row.steps else "")
 
 

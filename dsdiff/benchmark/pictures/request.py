@@ -17,9 +17,10 @@ class PictureRequest:
     """One picture, drawn in a process of its own.
 
     name: an engine or a peer. ratio: the share of tokens to merge. sampler, steps, scale: as of DrawOptions; steps are
-    those that are really taken. config: the model's yaml. ckpt: the file of its weights, or a bundle. tokenizer: a
-    folder, None for the model's own. files: all others that are read, by what they hold: the "cali_ckpt" of a quantized
-    engine, or those of a peer. png: the picture to write. device, threads: see BenchmarkOptions.
+    those that are really taken. tiny: whether a tiny decoder makes the picture. config: the model's yaml. ckpt: the
+    file of its weights, or a bundle. tokenizer: a folder, None for the model's own. files: all others that are read, by what
+    they hold: the "cali_ckpt" of a quantized engine, the "tiny" decoder, or those of a peer. png: the picture to write.
+    device, threads: see BenchmarkOptions.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PictureRequest:
     png: str
     device: str
     threads: int | None
+    tiny: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from dsdiff.benchmark import peers, variants
 from dsdiff.benchmark.options import (
+    DIFFUSERS,
     MERGED_RATIO,
     MERGING,
     PEERS,
     PICTURE_ENGINES,
     QUANTIZED_ENGINES,
     SDCPP,
+    TINY,
     BenchmarkOptions,
     Draw,
 )
@@ -76,6 +78,8 @@ def rows_of(names: Sequence[str], options: BenchmarkOptions, source: Source) -> 
     for draw in options.draws:
         steps = _steps_taken(draw, timesteps)
         for name in names:
+            if draw.tiny and name in (*DIFFUSERS, *SDCPP):
+                continue
             most = min(options.steps_measured, SLOW_STEPS if name in SDCPP else options.steps_measured)
             measured = steps if options.full else min(steps, most)
             ratios = options.chosen_ratios if name not in PEERS else (MERGED_RATIO if name in MERGING else 0.0,)
@@ -102,7 +106,7 @@ def _make_files(rows: Sequence[Row], files: Files, scale: float, left_out: dict[
         if row.name in left_out:
             continue
         try:
-            ready[row] = files.of(row.name, _scale(row.draw, scale))
+            ready[row] = files.of(row.name, _scale(row.draw, scale), tiny=row.draw.tiny)
         except WorkerError as error:
             if row.name not in PEERS:
                 raise
@@ -157,17 +161,19 @@ def request_of(row: Row, files: ModelFiles, options: BenchmarkOptions, config: P
     folder.mkdir(parents=True, exist_ok=True)
     draw = row.draw
     guided = "" if draw.scale is None else f"-scale{draw.scale:g}"
+    decoder = f"-{TINY}" if draw.tiny else ""
     return PictureRequest(
         name=row.name,
         ratio=row.ratio,
         sampler=draw.sampler,
         steps=row.measured,
         scale=_scale(draw, scale),
+        tiny=draw.tiny,
         config=str(config),
         ckpt=str(files.ckpt.resolve()),
         tokenizer=None if files.tokenizer is None else str(files.tokenizer),
         files={part: str(path.resolve()) for part, path in files.others.items()},
-        png=str(folder / f"{row.name}-ratio{row.ratio:g}-{draw.sampler}{draw.steps}{guided}.png"),
+        png=str(folder / f"{row.name}-ratio{row.ratio:g}-{draw.sampler}{draw.steps}{guided}{decoder}.png"),
         device=str(choose_device(options.device)),
         threads=options.threads,
     )

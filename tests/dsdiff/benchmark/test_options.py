@@ -60,7 +60,8 @@ def test_caps_are_those_of_the_engine():
 def test_ways_to_draw_are_read():
     assert Draw.parse("plms:50") == Draw(sampler="plms", steps=50)
     assert Draw.parse("dpm_solver:4:1") == Draw(sampler="dpm_solver", steps=4, scale=1.0)
-    told = ["50 plms", "20 dpm_solver", "4 dpm_solver without guidance"]
+    assert Draw.parse("lcm:2:1.5:tiny") == Draw(sampler="lcm", steps=2, scale=1.5, tiny=True)
+    told = ["50 plms", "20 dpm_solver", "4 dpm_solver without guidance", "4 lcm, tiny decoder"]
     assert [str(draw) for draw in DRAWS] == told
     for text in ("plms", "plms:x", "foo:20", "plms:0", "plms:5:-1", "plms:5:1:2", ""):
         with pytest.raises(ValueError, match=f"^'{text}'.*(SAMPLER:STEPS|must be)"):

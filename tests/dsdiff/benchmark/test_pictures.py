@@ -14,12 +14,13 @@ from dsdiff.benchmark.figures import Spread
 from dsdiff.benchmark.options import BenchmarkOptions, Draw
 from dsdiff.benchmark.pictures import figures, report, request, run
 from dsdiff.benchmark.pictures.figures import Drawn, Row, RowMeasured
-from dsdiff.benchmark.pictures.files import Files
+from dsdiff.benchmark.pictures.files import TINY_RANDOM, Files, make
 from dsdiff.benchmark.pictures.request import PHASES, PROMPT, SEED, Clock
 from dsdiff.benchmark.process import WorkerError
 from dsdiff.benchmark.source import Source
 from dsdiff.models.registry import CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION
 from dsdiff.options import MergeOptions
+from ldm.models.tiny_decoder import read_tiny_decoder
 
 CPU = torch.device("cpu")
 PLMS, FEW = Draw(sampler="plms", steps=50), Draw(sampler="dpm_solver", steps=2, scale=1.0)
@@ -98,6 +99,18 @@ def test_rows_and_how_many_steps_they_take(tmp_path):
     assert {each.measured for each in rows} == {31, 2}
 
 
+def test_a_tiny_decoder_is_for_us_and_openvino(tmp_path):
+    source, draw = Source.read(EMBEDDED, False, CPU), Draw.parse("lcm:4:tiny")
+    assert draw == Draw(sampler="lcm", steps=4, tiny=True) and str(draw) == "4 lcm, tiny decoder"
+    names = ["int8", "diffusers-bf16", "openvino-int8", "sdcpp-q4"]
+    rows = run.rows_of(names, options(tmp_path, draws=(draw,)), source)
+    assert [each.name for each in rows] == ["int8", "int8", "openvino-int8"]
+    random = Files(options(tmp_path, model="sd-v1", random_weights=True), Source.read(STABLE_DIFFUSION, True, CPU))
+    path = tmp_path / "tiny.safetensors"
+    make(TINY_RANDOM, random.source, tmp_path, path)
+    assert sum(tensor.numel() for tensor in read_tiny_decoder(path).parameters()) == 1_222_531  # TAESD's
+
+
 def test_models_that_cannot_be_drawn_are_told(tmp_path):
     embedded = Files(options(tmp_path), Source.read(EMBEDDED, False, CPU))
     assert embedded.why_not("int8") is None and "sizes of Stable Diffusion" in str(embedded.why_not("sdcpp-q4"))
@@ -172,7 +185,7 @@ def drawn_for(name, tmp_path, draw=FEW, ratio=0.0):
     """Draw a picture in a process; return it, and what was told of it."""
     given = options(tmp_path, engines=("float32",))
     files = Files(given, Source.read(EMBEDDED, False, CPU))
-    asked = run.request_of(row(name, ratio, draw), files.of(name, draw.scale or 4.0), given, EMBEDDED, 4.0)
+    asked = run.request_of(row(name, ratio, draw), files.of(name, draw.scale or 4.0, tiny=draw.tiny), given, EMBEDDED, 4.0)
     told = run.draw_alone(asked, draw.steps)
     return Image.open(asked.png).convert("RGB"), told
 
