@@ -20,9 +20,8 @@ of any --config, without a checkpoint. Prints tables; writes benchmark.json, ben
 
 --pictures measures whole pictures instead: each in a process of its own, from the start of the process to the PNG on
 disk, by {float32, bf16, int8} with each --ratio and drawn in each way of --draws, and by --peers (OpenVINO alone with
-a tiny decoder). Of many steps it
-takes 4 (--steps_measured), and says so; --full takes all. Writes pictures.json, pictures.md, pictures.png, and to
-OUTDIR/pictures the pictures and the files that they are drawn from, such as a checkpoint with random weights.
+a tiny decoder). Of many steps it takes 4 (--steps_measured), and says so; --full takes all. Writes pictures.json, .md
+and .png, and to OUTDIR/pictures the pictures and the files that they are drawn from, as of random weights.
 
 --isa measures under caps of the instruction set, each in a process of its own; isa.md compares them. --kernels times
 our C kernels one by one, beside PyTorch or a copy of the same features, and writes kernels.json and kernels.md.

@@ -35,7 +35,8 @@ def draw_with(pipeline: Pipeline, settings: DrawSettings, request: PictureReques
     """Load the model of a pipeline, draw the picture, and write its PNG."""
     model = pipeline.prepare(settings)
     clock.ready()
-    model.cond_stage_model.register_forward_hook(lambda *_: clock.lap("text"))
+    encoder = model.cond_stage_model
+    getattr(encoder, "transformer", encoder).register_forward_hook(lambda *_: clock.lap("text"))
     latents = pipeline.sample([PROMPT], [SEED], settings, callback=lambda _: clock.step())
     (picture,) = to_pictures(pipeline.decode(latents, settings))
     clock.lap("decoding")

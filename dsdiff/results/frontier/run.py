@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdiff.benchmark.comparison import all_cores
+from dsdiff.cache_schedule import CacheSchedule
 from dsdiff.calibration import cached_steps
 from dsdiff.calibration.cached_steps import prompts_of
 from dsdiff.draw_settings import DrawSettings
@@ -91,6 +92,7 @@ class Comparison:
         )
         self.pipeline: Pipeline = self.model.open()
         self.settings: DrawSettings = self.pipeline.resolve(options.draw)
+        self._schedules: dict[str, list[CacheSchedule]] = {}  # of all numbers of whole steps, by the hash of the rest
         self.time_of = str(self.pipeline) if options.time_of == "model" else f"sd-v1, {options.engine}"
 
     def rows(self, candidates: Sequence[Candidate]) -> Iterator[Row]:
@@ -210,13 +212,16 @@ class Comparison:
         plain = Candidate(name=candidate.name, merge=candidate.merge, drawing=own)
         settings, depth = self._of(plain), candidate.drawing.get("cache_depth", 1)
         whole = max(1, round(candidate.whole * settings.steps_taken))
-        key = _hash({**self._model_facts(settings), "depth": depth, "whole": whole})
+        facts = {**self._model_facts(settings), "depth": depth}
+        key = _hash({**facts, "whole": whole})
         path = self.options.outdir / "schedules" / f"{_slug(candidate.name)}-{key}.json"
         if not path.is_file():
-            prompts = prompts_of(self.pipeline.spec, self.options.prompts, SCHEDULE_N)
-            how = {"longest": LONGEST, "seed": SCHEDULE_SEED, "batch_size": SCHEDULE_N}
-            found = cached_steps.schedules(self.pipeline, settings, prompts, depth=depth, **how)
-            cached_steps.write(cached_steps.pick(found, whole=whole), path)
+            kept = self._schedules
+            if _hash(facts) not in kept:
+                prompts = prompts_of(self.pipeline.spec, self.options.prompts, SCHEDULE_N)
+                how = {"longest": LONGEST, "seed": SCHEDULE_SEED, "batch_size": SCHEDULE_N}
+                kept[_hash(facts)] = cached_steps.schedules(self.pipeline, settings, prompts, depth=depth, **how)
+            cached_steps.write(cached_steps.pick(kept[_hash(facts)], whole=whole), path)
         return path
 
     # --- kept files ---------------------------------------------------------------------------------------

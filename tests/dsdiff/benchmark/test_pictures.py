@@ -144,7 +144,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(run, "draw_alone", draw_alone)
     monkeypatch.setattr(run.peers, "choose_peers", lambda names, device, pictures: (list(names), {}))
-    monkeypatch.setattr(run.Files, "_openvino", lambda self, name, scale: self.of("float32", scale))
+    monkeypatch.setattr(run.Files, "_openvino", lambda self, name, scale, tiny: self.of("float32", scale))
     return pictures
 
 
@@ -185,7 +185,9 @@ def drawn_for(name, tmp_path, draw=FEW, ratio=0.0):
     """Draw a picture in a process; return it, and what was told of it."""
     given = options(tmp_path, engines=("float32",))
     files = Files(given, Source.read(EMBEDDED, False, CPU))
-    asked = run.request_of(row(name, ratio, draw), files.of(name, draw.scale or 4.0, tiny=draw.tiny), given, EMBEDDED, 4.0)
+    asked = run.request_of(
+        row(name, ratio, draw), files.of(name, draw.scale or 4.0, tiny=draw.tiny), given, EMBEDDED, 4.0
+    )
     told = run.draw_alone(asked, draw.steps)
     return Image.open(asked.png).convert("RGB"), told
 
