@@ -3,7 +3,7 @@
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,6 +138,23 @@ def _seconds(pipeline: Pipeline, settings: DrawSettings, inputs: Mapping[str, Te
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts as they are read back from JSON, so that the two can be compared."""
     return json.loads(json.dumps(facts, default=str))
+
+
+def kept_figures(
+    kept: Path, facts: Mapping[str, Any], measure: Callable[[], dict[str, list[float]]]
+) -> dict[str, list[float]]:
+    """Return the figures in a file, if they have these facts; else measure them, and write the file."""
+    plain = _plain(facts)
+    if kept.is_file():
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+            if content["facts"] == plain:
+                return content["figures"]
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("the figures in %s cannot be read (%s): measuring anew", kept, error)
+    figures = measure()
+    write_text(kept, json.dumps({"facts": plain, "figures": figures}, indent=2))
+    return figures
 
 
 def _read(kept: Path, facts: Mapping[str, Any]) -> UNetFigures | None:

@@ -1,7 +1,8 @@
 """Time our C kernels one by one, in turn with what they are measured against.
 
-Attention stands beside that of PyTorch in bfloat16, the comparison of tokens beside a product in bfloat16. The
-others are memory-bound: their bytes per second stand beside those of a copy of the same features.
+Attention stands beside that of PyTorch in bfloat16, the comparison of tokens beside a product in bfloat16, an integer
+convolution of a tiny decoder's sizes beside one in bfloat16. The others are memory-bound: their bytes per second stand
+beside those of a copy of the same features.
 """
 
 import json
@@ -22,10 +23,15 @@ from dsdiff.benchmark.roofline import HEADS, INPUT, best_seconds, codes
 from dsdiff.benchmark.run import set_threads
 from dsdiff.environment import machine
 from qdiff.engine import fused_ops, native
+from qdiff.engine.backends import onednn
+from qdiff.engine.backends.onednn import OneDNNLayer
+from qdiff.engine.decoder.layers import FloatConvolution, IntegerConvolution, Kernel
 from qdiff.engine.matching import nearest
 
 ATTENTIONS = ((4096, 4096, 40), (2048, 2048, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40))
 FEATURES = (2, 320, 64, 64)  # of Stable Diffusion v1's widest maps
+TINY_SIDES = (64, 128, 256, 512)  # of the maps of a tiny decoder, for pictures of 512x512
+TINY_WIDTH = 64
 SIDE = 64  # of the grid whose tokens are compared, a quarter of which are destinations
 
 
@@ -57,7 +63,7 @@ def benchmark(options: BenchmarkOptions) -> list[KernelFigures]:
         raise ValueError("there are no kernels of ours here: they need a C compiler, Linux, and a CPU with AVX2")
     figures = []
     with torch.no_grad():
-        for case in tqdm([*_attentions(), _nearest(), *_memory_bound()], "timing", unit="kernel"):
+        for case in tqdm([*_attentions(), _nearest(), *_convolutions(), *_memory_bound()], "timing", unit="kernel"):
             for call in (case.own, case.other):  # once, untimed
                 call()
             pairs = [
@@ -100,6 +106,21 @@ def _nearest() -> Case:
         return (unit[:, sources] @ unit[:, targets].mT).max(dim=-1).indices
 
     return Case(name=f"nearest of {len(targets)} tokens", own=lambda: nearest(x, sources, targets), other=product)
+
+
+def _convolutions() -> list[Case]:
+    """Return convolutions of a tiny decoder: on codes that are made of features, and on codes that are there."""
+    conv = nn.Conv2d(TINY_WIDTH, TINY_WIDTH, 3, padding=1)
+    kernel = Kernel.of("tiny", conv)
+    integers = IntegerConvolution(kernel, torch.bfloat16, INPUT, OneDNNLayer)
+    floats, cases = FloatConvolution(kernel, torch.bfloat16), []
+    for side in TINY_SIDES if onednn.largest_exact_weight() == onednn.LARGEST else ():
+        x = torch.randn(1, TINY_WIDTH, side + 2, side).bfloat16().contiguous(memory_format=torch.channels_last)
+        operand, name = integers.operand(x), f"3x3 convolution of {TINY_WIDTH} channels, {side}x{side}"
+        other = lambda x=x: floats(x)  # noqa: E731
+        cases.append(Case(name=name, own=lambda x=x: integers(integers.operand(x)), other=other))
+        cases.append(Case(name=f"{name}, codes given", own=lambda codes=operand: integers(codes), other=other))
+    return cases
 
 
 def _memory_bound() -> list[Case]:

@@ -11,22 +11,26 @@ from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, versions
 from dsdiff.jobs import draw_missing
 from dsdiff.models.spec import ModelSpec
-from dsdiff.options import DrawOptions, QuantizationOptions
+from dsdiff.options import DrawOptions, LoraOptions, QuantizationOptions
 from dsdiff.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawModel:
-    """A pipeline that can be opened: its model, its device, and the calibrated model asked for (None: a float one)."""
+    """A pipeline that can be opened: its model, its device, the calibrated model asked for (None: a float one), and
+    its LoRAs."""
 
     spec: ModelSpec
     device: str
     tokenizer: Path | None = None
     quantization: QuantizationOptions | None = None
+    lora: tuple[LoraOptions, ...] = ()
 
     def open(self) -> Pipeline:
         """Return a new pipeline. Its weights are read at first use, and let go with it."""
-        return Pipeline(self.spec, device=self.device, tokenizer=self.tokenizer, quantization=self.quantization)
+        return Pipeline(
+            self.spec, device=self.device, tokenizer=self.tokenizer, quantization=self.quantization, lora=self.lora
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

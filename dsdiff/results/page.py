@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -15,6 +16,13 @@ from dsdiff.metrics.scores import Score, cell
 from dsdiff.results.record import Results, RowResult
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # can be told apart by the colour blind
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # of the ways to draw
+# Scores that are plotted against time, and their titles.
+TIMED = {
+    "fid": "FID, lower is better",
+    "psnr": "PSNR to FP32 in dB, higher is better",
+    "attributes": "attributes right in %, higher is better",
+}
 THEIRS = "FID the original published (SD v1.4, Inception)"
 SHOWN_SIDE = 256  # pixels of a picture on the page, at most
 STYLE = """
@@ -55,6 +63,14 @@ def speed_cell(row: RowResult) -> str:
     return f"{speed.median:.2f} ({speed.min:.2f}..{speed.max:.2f})"
 
 
+def picture_cell(row: RowResult) -> str:
+    """Return the seconds of a picture, and how many times as fast it is as the baseline's; - without them."""
+    if row.picture is None:
+        return "-"
+    speed = row.picture.speed
+    return f"{row.picture.seconds:.3g}; {speed.median:.2f} ({speed.min:.2f}..{speed.max:.2f})"
+
+
 def cells(row: RowResult) -> list[str]:
     """Return a row of the table, without the original's figure."""
     return [
@@ -68,6 +84,7 @@ def cells(row: RowResult) -> list[str]:
         score_cell(row, "attributes"),
         f"{row.unet.weight_bytes / 1e6:.2f}",
         speed_cell(row),
+        picture_cell(row),
     ]
 
 
@@ -84,6 +101,7 @@ def head(base: RowResult) -> list[str]:
         "attributes right, %",
         "UNet, MB",
         "speed of a UNet call, FP32 = 1",
+        "seconds a picture; speed, FP32 = 1",
     ]
 
 
@@ -164,6 +182,8 @@ def page(results: Results, folder: Path) -> str:
 </tbody></table></div>
 <h2>Against the ratio of merged tokens</h2>
 <div class="plots">{plots}</div>
+<h2>Against the seconds of a picture</h2>
+<div class="plots">{against_time(rows)}</div>
 <h2>The same prompts from the same noise</h2>
 <div class="wide">{pictures(results, folder)}</div>
 <h2>Notes</h2>
@@ -182,19 +202,54 @@ def plot(rows: Sequence[RowResult], key: str, title: str) -> str:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for colour, name in zip(COLOURS * 9, dict.fromkeys(row.row.name for row in rows), strict=False):
-        found = [(row.row.ratio, row.scores[key]) for row in rows if row.row.name == name and key in row.scores]
+        lines = [row for row in rows if row.row.name == name and key in row.scores and not row.row.drawn]
+        found = [(row.row.ratio, row.scores[key]) for row in lines]
         found = [(ratio, score) for ratio, score in found if math.isfinite(score.value)]
         if found:
             ratios, values = [ratio for ratio, _ in found], [score.value for _, score in found]
             bars = [[_reach(score, score.low) for _, score in found], [_reach(score, score.high) for _, score in found]]
             axes.errorbar(ratios, values, bars, label=name, color=colour, marker="o", capsize=3)
     axes.set(xlabel="ratio of merged tokens", title=title)
+    return _svg(figure, axes, key)
+
+
+def against_time(rows: Sequence[RowResult]) -> str:
+    """Return plots of the scores against the seconds of a picture, for those that rows have."""
+    plots = [plot_time(rows, key, title) for key, title in TIMED.items() if any(key in row.scores for row in rows)]
+    return "".join(plots)
+
+
+def plot_time(rows: Sequence[RowResult], key: str, title: str) -> str:
+    """Return a score against the seconds of a picture as SVG: a colour for each bit width, a mark for each way to draw,
+    larger for a larger ratio. What is infinite, or was not timed, is left out."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(dict.fromkeys(row.row.name for row in rows), COLOURS * 9, strict=False))
+    marks = dict(zip(dict.fromkeys(row.row.drawn_words for row in rows), MARKS * 9, strict=False))
+    for row in rows:
+        score = row.scores.get(key)
+        if score is None or row.picture is None or not math.isfinite(score.value):
+            continue
+        name, words = row.row.name, row.row.drawn_words
+        bars = [[_reach(score, score.low)], [_reach(score, score.high)]]
+        style = {"color": colours[name], "marker": marks[words], "markersize": 5 + 6 * row.row.ratio}
+        axes.errorbar(row.picture.seconds, score.value, bars, linestyle="", capsize=2, **style)
+    for name, colour in colours.items():
+        axes.plot([], [], color=colour, marker="o", linestyle="", label=name)
+    for words, mark in marks.items():
+        axes.plot([], [], color="#555555", marker=mark, linestyle="", label=words or "as the baseline")
+    axes.set(xlabel="seconds a picture (larger marks: more merged)", title=title, xscale="log")
+    return _svg(figure, axes, f"time {key}")
+
+
+def _svg(figure: Figure, axes: Axes, salt: str) -> str:
+    """Return a figure as SVG, the same bytes each time."""
     if axes.has_data():
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dsdiff.benchmark.comparison import UNetFigures
 from dsdiff.metrics.report import ScoringProtocol
 from dsdiff.metrics.scores import Score
 from dsdiff.options import DrawOptions
+from dsdiff.results.picture_time import PictureTime
 from dsdiff.results.table import Row
 
 
@@ -25,7 +27,7 @@ class RowResult:
     """A row with its figures.
 
     n: number of pictures. features: whose the scores are, "" for Inception's. engine, precision: what computed the
-    UNet. pictures: their folder, below that of the results. change: None for the baseline.
+    UNet. pictures: their folder, below that of the results. change: None for the baseline. picture: its time.
     """
 
     row: Row
@@ -39,6 +41,7 @@ class RowResult:
     unet: UNetFigures
     pictures: str
     change: Change | None
+    picture: PictureTime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the replicates of the scores."""
@@ -52,10 +55,12 @@ class RowResult:
             "engine": self.engine,
             "precision": self.precision,
             "unet": asdict(self.unet),
+            "picture": None if self.picture is None else asdict(self.picture),
             "pictures": self.pictures,
             "change": None if self.change is None else asdict(self.change),
         }
-        return {**asdict(self.row), **plain}
+        row = asdict(self.row)
+        return {**row, "cache": str(row["cache"]) if isinstance(row["cache"], Path) else row["cache"], **plain}
 
 
 @dataclass(frozen=True, kw_only=True)

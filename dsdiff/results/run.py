@@ -26,6 +26,7 @@ from dsdiff.pipeline import Pipeline
 from dsdiff.results import page
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.options import ResultsOptions
+from dsdiff.results.picture_time import picture_time
 from dsdiff.results.prompt_scores import add_shapes_scores
 from dsdiff.results.record import Change, Results, RowResult
 from dsdiff.results.table import Protocol, Row, read_table
@@ -149,10 +150,11 @@ def plan_tasks(
             device=options.device,
             tokenizer=options.tokenizer,
             quantization=row.quantization(cali_ckpt),
+            lora=row.loras,
         )
         pictures = DrawTask.plan(
             model,
-            replace(protocol.drawing, merge=row.merge),
+            row.options(protocol.drawing),
             title=row.title,
             prompts=prompts,
             seed=protocol.seed,
@@ -224,6 +226,9 @@ def measure(
     other = own if task is base else base.pictures.model.open()
     kept = task.pictures.folder / "unet.json"
     figures = unet_figures(own, task.pictures.settings, other, base.pictures.settings, kept, options.repeats)
+    seconds = picture_time(
+        own, pictures.settings, other, base.pictures.settings, pictures.folder / "picture.json", options.repeats
+    )
     row = RowResult(
         row=task.row,
         n=report.protocol.pictures["n"],
@@ -234,6 +239,7 @@ def measure(
         engine=task.pictures.engine,
         precision=task.pictures.settings.precision,
         unet=figures,
+        picture=seconds,
         pictures=str(task.pictures.folder.relative_to(options.outdir)),
         change=None if base_scores is None else fid_change(report.scores, base_scores),
     )

@@ -5,7 +5,7 @@ Its sections hold the fields of the option classes, so that they are checked bef
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,13 +14,15 @@ import yaml
 from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.metrics.options import ScoringOptions
 from dsdiff.models.registry import ROOT
-from dsdiff.options import DrawOptions, MergeOptions, QuantizationOptions
+from dsdiff.options import FEW_STEP, DrawOptions, LoraOptions, MergeOptions, QuantizationOptions
 
 T = TypeVar("T")
 
 W4A8 = {"weight_bit": 4, "quant_act": True, "act_bit": 8, "sm_abit": 16, "split": True, "cond": True}
 # Fields that the rows, the command or W4A8 set.
 DRAWN_ELSEWHERE = ("merge",)
+# Fields of DrawOptions that a row may have of its own.
+DRAWN = ("sampler", "steps", "scale", "guidance_start", "guidance_stop", "cache", "cache_depth", "vae")
 CALIBRATED_ELSEWHERE = (*W4A8, "model", "merge", "device", "outdir", "resume", "format")
 SCORED_ELSEWHERE = ("reference", "paired", "inception_weights", "device", "cache", "save_stats")
 
@@ -30,7 +32,9 @@ class Row:
     """A way to run a model.
 
     ratio: of token merging, 0 for none. weight_bit, act_bit: None for float. published: the FID of the original work.
-    Raises ValueError for quantized activations with float weights, and for a ratio out of range.
+    Fields of DRAWN: how its pictures are drawn, see DrawOptions; None draws as the model's other rows, and without
+    guidance with samplers of few steps. lora: a LoRA, FILE or FILE:SCALE, from the root of the repository.
+    Raises ValueError for quantized activations with float weights, and for a value out of range.
     """
 
     name: str
@@ -38,6 +42,15 @@ class Row:
     weight_bit: int | None = None
     act_bit: int | None = None
     published: float | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    scale: float | None = None
+    guidance_start: float | None = None
+    guidance_stop: float | None = None
+    cache: int | Path | None = None
+    cache_depth: int | None = None
+    vae: str | None = None
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         MergeOptions(ratio=self.ratio)  # which checks it
@@ -45,13 +58,49 @@ class Row:
             raise ValueError(f"{self.name}: activations of {self.act_bit} bits need a weight_bit")
 
     @property
+    def drawn(self) -> dict[str, Any]:
+        """The fields of DRAWN that the row has, and its LoRA."""
+        return {name: value for name in (*DRAWN, "lora") if (value := getattr(self, name)) is not None}
+
+    @property
+    def drawn_words(self) -> str:
+        """How it is drawn unlike the model's other rows, in words; empty if it is not."""
+        values = {name: value.name if isinstance(value, Path) else value for name, value in self.drawn.items()}
+        if self.lora is not None:
+            values["lora"] = Path(self.lora).name
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+    @property
     def title(self) -> str:
-        return f"{self.name}, ratio {self.ratio:g}"
+        words = self.drawn_words
+        return f"{self.name}, ratio {self.ratio:g}" + (f", {words}" if words else "")
 
     @property
     def key(self) -> str:
         """A name for a folder."""
-        return f"{self.name}-{self.ratio:g}"
+        words = self.drawn_words.replace(", ", "-")
+        mild = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in words)
+        return f"{self.name}-{self.ratio:g}" + (f"-{mild}" if mild else "")
+
+    def options(self, base: DrawOptions) -> DrawOptions:
+        """Return how its pictures are drawn. base: how those of the model's other rows are.
+
+        Raises ValueError for what cannot be.
+        """
+        own = {name: value for name, value in self.drawn.items() if name != "lora"}
+        unguided = {"scale": None, "guidance_start": 0.0, "guidance_stop": 1.0, "negative_prompt": ""}
+        few = unguided if self.sampler in FEW_STEP else {}
+        try:
+            return replace(base, **{**few, **own, "merge": self.merge})
+        except ValueError as error:
+            raise ValueError(f"{self.title}: {error}") from error
+
+    @property
+    def loras(self) -> tuple[LoraOptions, ...]:
+        if self.lora is None:
+            return ()
+        lora = LoraOptions.parse(self.lora)
+        return (replace(lora, path=ROOT / lora.path),)
 
     @property
     def merge(self) -> MergeOptions | None:
@@ -105,10 +154,13 @@ def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
         protocols = {name: _protocol(values, name) for name, values in content["models"].items()}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {error}") from error
-    if not rows or rows[0].weight_bit is not None or rows[0].ratio:
-        raise ValueError(f"table {str(path)!r}: its first row must be full precision without merging, the baseline")
+    if not rows or rows[0].weight_bit is not None or rows[0].ratio or rows[0].drawn:
+        raise ValueError(
+            f"table {str(path)!r}: its first row must be full precision without merging, drawn as the model says: the "
+            "baseline"
+        )
     if len({row.key for row in rows}) < len(rows):
-        raise ValueError(f"table {str(path)!r}: two rows have the same name and ratio")
+        raise ValueError(f"table {str(path)!r}: two rows have the same name and ratio, and are drawn alike")
     return rows, protocols
 
 

@@ -18,9 +18,9 @@ class PictureRequest:
 
     name: an engine or a peer. ratio: the share of tokens to merge. sampler, steps, scale: as of DrawOptions; steps are
     those that are really taken. tiny: whether a tiny decoder makes the picture. config: the model's yaml. ckpt: the
-    file of its weights, or a bundle. tokenizer: a folder, None for the model's own. files: all others that are read, by what
-    they hold: the "cali_ckpt" of a quantized engine, the "tiny" decoder, or those of a peer. png: the picture to write.
-    device, threads: see BenchmarkOptions.
+    file of its weights, or a bundle. tokenizer: a folder, None for the model's own. files: all others that are read, by
+    what they hold: the "cali_ckpt" of a quantized engine, the "tiny" decoder, or those of a peer. png: the picture to
+    write. device, threads: see BenchmarkOptions.
     """
 
     name: str

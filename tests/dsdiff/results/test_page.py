@@ -9,6 +9,7 @@ from dsdiff.metrics.report import ScoringProtocol
 from dsdiff.metrics.scores import Score
 from dsdiff.options import DrawOptions
 from dsdiff.results import page
+from dsdiff.results.picture_time import PictureTime
 from dsdiff.results.record import Change, Results, RowResult
 from dsdiff.results.table import Row
 
@@ -54,6 +55,22 @@ def test_cells_of_a_row():
     assert cells["PSNR to FP32, dB"] == "inf" and row.to_dict()["scores"]["psnr"]["value"] is None
     assert cells["UNet, MB"] == "1.23" and cells["speed of a UNet call, FP32 = 1"] == "1.50 (1.25..1.75)"
     assert page.plot([row], "psnr", "PSNR").startswith("<svg")  # without the infinite one
+    assert cells["seconds a picture; speed, FP32 = 1"] == "-"
+
+
+def test_quality_is_plotted_against_the_seconds_of_a_picture():
+    plain = row_of("FP32", [])
+    speed = Spread(median=5.0, min=4.0, max=6.0)
+    timed = replace(
+        row_of("W4A8", []),
+        row=Row(name="W4A8", ratio=0.5, sampler="lcm", steps=4),
+        picture=PictureTime(seconds=0.1234, speed=speed),
+    )
+    assert page.picture_cell(timed) == "0.123; 5.00 (4.00..6.00)"
+    svg = page.against_time([plain, timed])
+    assert svg.count("<svg") == 1 and "sampler lcm, steps 4" in svg and "seconds a picture" in svg  # of the FID alone
+    assert svg == page.against_time([plain, timed])
+    assert "sampler lcm" not in page.plot([plain, timed], "fid", "FID")
 
 
 def test_the_text_says_how_pictures_were_drawn():

@@ -1,16 +1,25 @@
 """configs/eval/table.yaml, and tables that are none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dsdiff.calibration.options import PRESETS
+from dsdiff.models.registry import ROOT
 from dsdiff.options import DrawOptions, MergeOptions, QuantizationOptions
 from dsdiff.results.options import TABLE, ResultsOptions
 from dsdiff.results.table import Row, read_table
 
 CALI = Path("cali.safetensors")
+
+
+def test_the_table_of_steps_is_read():
+    rows, protocols = read_table(TABLE.with_name("table_steps.yaml"))
+    assert list(protocols) == ["embedded"] and {row.steps for row in rows} == {None, 8}
+    for row in rows:
+        row.options(protocols["embedded"].drawing)
 
 
 def test_shipped_table_is_that_of_the_original():
@@ -111,3 +120,23 @@ def test_options_out_of_range_are_refused():
     for name, value in (("pictures", 1), ("batch_size", 0), ("repeats", 0), ("shown", 2.5)):
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             ResultsOptions(**{name: value})
+
+
+def test_rows_may_be_drawn_in_ways_of_their_own(tmp_path):
+    base = DrawOptions(sampler="dpm_solver", steps=20, scale=4.0, guidance_stop=0.5)
+    few = Row(name="W4A8", ratio=0.5, weight_bit=4, act_bit=8, sampler="lcm", steps=4, vae="tiny", lora="a/b.pt:0.5")
+    assert few.title == "W4A8, ratio 0.5, sampler lcm, steps 4, vae tiny, lora b.pt:0.5"
+    assert few.key == "W4A8-0.5-sampler_lcm-steps_4-vae_tiny-lora_b.pt_0.5"
+    own = few.options(base)
+    assert (own.sampler, own.steps, own.scale, own.guidance_stop, own.vae) == ("lcm", 4, None, 1.0, "tiny")
+    assert own.merge == MergeOptions(ratio=0.5)
+    (lora,) = few.loras
+    assert (lora.path, lora.scale) == (ROOT / "a/b.pt", 0.5)
+    cached = Row(name="FP32", ratio=0.0, cache=Path("x/cache.json"))
+    assert cached.title == "FP32, ratio 0, cache cache.json" and cached.options(base) == replace(
+        base, cache=Path("x/cache.json")
+    )
+    with pytest.raises(ValueError, match="FP32, ratio 0, cache 0: cache is 0"):
+        Row(name="FP32", ratio=0.0, cache=0).options(base)
+    plain = Row(name="FP32", ratio=0.0)
+    assert plain.drawn == {} and plain.options(base) == base and plain.loras == ()
