@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What is not as in the base, as plain values."""
+        """The changes to the base, as plain values."""
         merge = {} if self.merge is None else {"merge": asdict(self.merge)}
         return {**merge, **self.drawing, **({} if self.whole is None else {"whole": self.whole})}
 
