@@ -54,7 +54,7 @@ class ConsistencyDistillation(nn.Module):
     average_decay: of the running average of the factors, which is exported. average_target: the far end of the step
         is seen by the average in place of the student itself.
     scheduler_config: how training changes the learning rate; kept as an attribute.
-    Raises ValueError for values out of range.
+    Raises ValueError for values out of range, and for a teacher that predicts v.
     """
 
     times: Tensor
@@ -80,6 +80,8 @@ class ConsistencyDistillation(nn.Module):
         self.guidance, self.skip, self.huber = tuple(guidance), skip, huber
         self.average_target, self.scheduler_config = average_target, scheduler_config
         model = cast(LatentDiffusion, load_model_from_config(OmegaConf.load(teacher).model, ckpt))
+        if model.parameterization != "eps":
+            raise ValueError(f"{teacher!r} predicts {model.parameterization}: only a teacher that predicts eps works")
         self._teacher = (model.requires_grad_(False),)  # in a tuple: not a submodule
         shapes = layer_shapes(self.teacher.model.diffusion_model, self.teacher.cond_stage_model)
         self.layers = [name for name in shapes if name.startswith(UNET)]

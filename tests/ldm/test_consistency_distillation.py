@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.lora import layer_shapes, merge_lora, read_lora, save_lora
@@ -153,6 +154,14 @@ def test_the_file_holds_the_changes_and_draws_what_training_drew(tmp_path):
             generator = torch.Generator().manual_seed(0)
             pictures.append(LCMSampler(each).sample(4, 2, (4, 8, 8), **arguments, generator=generator)[0])
     assert (pictures[0] - pictures[1]).abs().max() < 0.02 * pictures[0].abs().max()
+
+
+def test_a_teacher_that_predicts_v_is_refused(tmp_path):
+    config = OmegaConf.load(FILES["teacher"])
+    config.model.params.parameterization = "v"
+    OmegaConf.save(config, tmp_path / "v.yaml")
+    with pytest.raises(ValueError, match="only a teacher that predicts eps works"):
+        ConsistencyDistillation(teacher=str(tmp_path / "v.yaml"), ckpt=FILES["ckpt"])
 
 
 def test_settings_out_of_range_are_refused():
