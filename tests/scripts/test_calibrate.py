@@ -171,6 +171,19 @@ def test_mixed_bits_are_in_the_file_and_drawn_by_all_engines(make, calibrated, d
     assert np.abs(picture(draw("plain", "--ptq", "--cali_ckpt", plain, "--precision", "full")) - pictures[0]).max() > 1
 
 
+def test_dynamic_ranges_are_in_the_file_and_drawn_by_all_engines(make, calibrated, draw, tmp_path, capsys):
+    data = next(calibrated.glob("data-*"))
+    linear = ["--quant_mode", "linear", "--quant_act", "--split", "--data_path", data]
+    folder = make(tmp_path / "dynamic", *linear, "--act_range", "dynamic", "--mixed_act", "2")
+    flags = ["--ptq", "--cali_ckpt", folder / "cali.safetensors", "--precision", "full"]
+    assert read_cali_header(folder / "cali.safetensors").config.act_range == "dynamic"
+    pictures = [picture(draw("simulated", *flags, "--engine", "simulate"))]
+    if onednn.largest_exact_weight():
+        pictures.append(picture(draw("int8", *flags, "--engine", "int8", "--act_range", "dynamic")))
+        assert np.abs(pictures[1] - pictures[0]).max() <= 1
+    assert "act_range static contradicts" in error_of(capsys, draw, "refused", *flags, "--act_range", "static")
+
+
 # --- flags -------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +197,8 @@ def test_bad_flags(make, tmp_path, capsys):
         (["--quant_act", "--mixed_act_bit", "12"], "--mixed_act_bit has no effect"),
         (["--quant_act", "--mixed_act", "6", "--mixed_act_bit", "8"], "in 9..16"),
         (["--quant_act", "--mixed_act", "6", "--format", "qdiff"], "one width for all activations"),
+        (["--act_range", "dynamic"], "--act_range has no effect"),
+        (["--quant_act", "--act_range", "dynamic", "--format", "qdiff"], "a fixed range for each activation"),
         (["--running_stat"], "--running_stat has no effect"),
         (["--quant_mode", "linear", "--iters_w", "5"], "--iters_w has no effect"),
         (["--rounding", "adaround", "--iters_w", "0", "--warmup", "0.1"], "--warmup has no effect"),
