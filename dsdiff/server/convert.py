@@ -1,4 +1,4 @@
-"""What bodies of requests mean to the studio, and what its drawings mean to clients."""
+"""Turn bodies of the API into requests for the studio, and its drawings into replies."""
 
 import json
 from typing import Any

@@ -12,7 +12,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a single request may ask for, and how many may wait.
+    """The limits of a single request, and of how many may wait.
 
     side: pixels of the longer side. steps: of sampling, as asked. batch: pictures drawn at a time. pictures: in all.
     queue: requests that wait while one is drawn; more are refused. prompt: characters. body: bytes of a request.

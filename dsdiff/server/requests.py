@@ -1,4 +1,4 @@
-"""What is asked of the server, whoever asks, and what it answers with."""
+"""Requests for pictures, whoever asks, and the drawings that answer them."""
 
 import re
 import secrets

@@ -1,4 +1,4 @@
-"""What the page's fields mean: requests for the studio, and the variants of a comparison."""
+"""Turn the page's fields into requests for the studio, and into the variants of a comparison."""
 
 import itertools
 import re
