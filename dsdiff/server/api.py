@@ -57,7 +57,7 @@ class Api:
         for (method, path), route in routes.items():
             self.router.add_api_route(path, route, methods=[method])
         for name in NOTHING_OF_IT:
-            self.router.add_api_route(f"/{name}", list, methods=["GET"], name=name, response_model=list)
+            self.router.add_api_route(f"/{name}", self.nothing, methods=["GET"], name=name)
 
     # --- pictures -----------------------------------------------------------------------------------------
 
@@ -152,6 +152,10 @@ class Api:
     def scripts(self) -> dict[str, Any]:
         """List the scripts, of which there are none."""
         return {"txt2img": [], "img2img": []}
+
+    def nothing(self) -> list[str]:
+        """List what this server has none of."""
+        return []
 
     def memory(self) -> dict[str, Any]:
         """Tell the memory of this process and its machine, in bytes."""

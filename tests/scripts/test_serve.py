@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -45,29 +46,32 @@ def test_without_the_extra_it_tells_how_to_get_it(capsys, monkeypatch):
 @pytest.mark.slow
 def test_signals_end_the_picture_at_hand(tmp_path):
     pytest.importorskip("fastapi")
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        flags = ["--no_page", "--port", "0", "--outdir", tmp_path, "--config", "configs/shapes/txt2img.yaml"]
-        process = subprocess.Popen(
-            [sys.executable, "scripts/serve.py", *flags, "--device", "cpu"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
+    started = {stop: _start(tmp_path / stop.name) for stop in (signal.SIGTERM, signal.SIGINT)}
+    for stop, process in started.items():
         port = next(found[1] for line in process.stdout if (found := re.match(r"http://127.0.0.1:(\d+)", line)))
         url, replies = f"http://127.0.0.1:{port}/sdapi/v1", []
         asking = threading.Thread(target=lambda url=url, replies=replies: replies.append(_post(f"{url}/txt2img", LONG)))
         asking.start()
         while not json.load(urllib.request.urlopen(f"{url}/progress"))["state"]["sampling_step"]:
-            pass
+            time.sleep(0.05)
         process.send_signal(stop)
         _, error = process.communicate(timeout=60)
         asking.join()
         assert process.returncode == 128 + stop and error.strip() == "interrupted"
         assert replies == [(503, "the server is being stopped")]
-        assert list(tmp_path.iterdir()) == []
+        assert list((tmp_path / stop.name).iterdir()) == []
+
+
+def _start(outdir):
+    flags = ["--no_page", "--port", "0", "--outdir", outdir, "--config", "configs/shapes/txt2img.yaml"]
+    return subprocess.Popen(
+        [sys.executable, "scripts/serve.py", *flags, "--device", "cpu"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _post(url, body):

@@ -49,6 +49,7 @@ class DrawTab:
                 self.gallery = gr.Gallery(
                     label="Pictures",
                     columns=3,
+                    fit_columns=False,
                     height=440,
                     object_fit="contain",
                     format="png",

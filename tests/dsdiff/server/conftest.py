@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 
@@ -37,7 +39,10 @@ def _serving(studio, options):
 
 @pytest.fixture(scope="package")
 def studio(tmp_path_factory):
-    """The studio of the embedded model, with narrow limits, a LoRA, and a folder that keeps what is drawn."""
+    """The studio of the embedded model, with narrow limits, two LoRAs, and a folder that keeps what is drawn.
+
+    own.safetensors fits the model, other.safetensors does not.
+    """
     pytest.importorskip("fastapi")
     from dsdiff.models.registry import EMBEDDED
     from dsdiff.options import ModelOptions
@@ -46,6 +51,10 @@ def studio(tmp_path_factory):
     from dsdiff.server.studio import Studio
 
     loras = tmp_path_factory.mktemp("loras")
+    torch.manual_seed(0)
+    layer, (rows, columns) = "lora_te_text_model_encoder_layers_0_mlp_fc1", (512, 128)
+    own = {f"{layer}.lora_down.weight": torch.randn(2, columns), f"{layer}.lora_up.weight": torch.randn(rows, 2)}
+    save_file(own, loras / "own.safetensors")
     shutil.copy(GOLDENS / "lora.safetensors", loras / "other.safetensors")
     choice = ModelChoice(model=ModelOptions(config=EMBEDDED), device="cpu", lora_dir=loras)
     limits = Limits(side=128, steps=60, batch=2, pictures=3, queue=1)

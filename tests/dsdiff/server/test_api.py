@@ -103,10 +103,26 @@ def test_models_and_settings(api, post, studio):
     assert post("options", {"sd_vae": "x"})[0] == 422 and post("options", {"sd_model_checkpoint": "x"})[0] == 422
 
 
+def test_lists_that_clients_ask_for(api, post):
+    assert api.get_scripts() == {"txt2img": [], "img2img": []} and api.get_cmd_flags() == {}
+    lists = (api.get_sd_vae, api.get_upscalers, api.get_latent_upscale_modes, api.get_hypernetworks)
+    lists += (api.get_face_restorers, api.get_realesrgan_models, api.get_prompt_styles)
+    assert all(call() == [] for call in lists)
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}} and api.get_memory()["ram"]["used"] > 0
+    before = api.get_sd_models()
+    assert all("/" not in str(value) for model in before for value in model.values())  # no paths
+    assert api.refresh_checkpoints() == {} and api.get_sd_models() == before
+
+
 def test_loras_by_their_names_in_prompts(api, post):
-    assert [lora["name"] for lora in api.get_loras()] == ["other"]
+    assert [lora["name"] for lora in api.get_loras()] == ["other", "own"]
+    plain = api.txt2img(**SMALL).image
+    changed = api.txt2img(**SMALL | {"prompt": f"{PROMPT} <lora:own:0.5>"})
+    assert changed.info["prompt"] == PROMPT and "LoRA: " in changed.info["infotexts"][0]
+    assert "own.safetensors:0.5" in changed.info["infotexts"][0] and not same(changed.image, plain)
+    assert same(api.txt2img(**SMALL).image, plain)
     status, reply = post("txt2img", SMALL | {"prompt": f"{PROMPT} <lora:none:1>"})
-    assert status == 422 and "there is no LoRA 'none'" in reply["detail"] and "'other'" in reply["detail"]
+    assert status == 422 and "there is no LoRA 'none': the LoRAs are 'other', 'own'" in reply["detail"]
     status, reply = post("txt2img", SMALL | {"prompt": f"{PROMPT} <lora:other:0.5>"})
     assert status == 422 and "other.safetensors" in reply["detail"]  # it is for another model
     assert post("txt2img", SMALL)[0] == 200
