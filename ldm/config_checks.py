@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 LARGEST_NUMBER = 65_536  # more than any size that models of this kind have and their weights do not show
-MOST_LAYERS = 1000  # where no weights are at hand
+MOST_LAYERS = 1000  # as above; so many are built in a second or two
 # What repeats layers: numbers, and lists with an entry for each level.
 DEPTHS = ("transformer_depth", "num_res_blocks", "num_hidden_layers")
 LEVELS = ("channel_mult", "ch_mult")
@@ -22,13 +22,13 @@ OF_TRAINING = ("scheduler_config", "lossconfig")  # of which nothing is built to
 def check_sizes(config: Any, shapes: Iterable[Sequence[int]] | None, source: str) -> None:
     """Raise ValueError if a config has sizes that its weights cannot have.
 
-    config: plain containers. shapes: of all weights, None where they are not known. source: names the config's file in
-    the message. No number may be larger than the largest side of a weight (or LARGEST_NUMBER), and nothing may be
-    repeated more often than there are weights.
+    config: plain containers, or a node of OmegaConf. shapes: of all weights, None where they are not known. source:
+    names the config's file in the message. No number may be larger than the largest side of a weight, and no layer may
+    be repeated more often than there are weights; LARGEST_NUMBER and MOST_LAYERS are allowed in any case.
     """
     known = [] if shapes is None else [tuple(shape) for shape in shapes]
     largest = max((side for shape in known for side in shape), default=0)
-    _check_node(config, "", max(largest, LARGEST_NUMBER), len(known) or MOST_LAYERS, source)
+    _check_node(config, "", max(largest, LARGEST_NUMBER), max(len(known), MOST_LAYERS), source)
 
 
 def _check_node(node: Any, path: str, largest: int, most: int, source: str) -> None:
@@ -43,7 +43,7 @@ def _check_node(node: Any, path: str, largest: int, most: int, source: str) -> N
             if name in OF_TRAINING:
                 continue
             _check_node(value, f"{path}.{name}" if path else str(name), largest, most, source)
-    elif isinstance(node, list | tuple):
+    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         if len(node) > LARGEST_NUMBER:
             raise ValueError(f"{source}: {path} has {len(node)} entries")
         for value in node:

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
+from ldm.config_checks import check_sizes, check_types
 from ldm.diffusers_folder import files_read, is_diffusers_folder, read_folder, read_vae
 from ldm.diffusers_names import PREFIXES
 from ldm.half_storage import drop_mapped
 from ldm.weight_files import some
 
 T = TypeVar("T")
+PACKAGES = ("ldm.", "torch.nn.")  # whose classes a config may name
 ALL = tuple(PREFIXES)  # the networks of a model, by their folders in diffusers
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,8 @@ def instantiate_from_config(config: Mapping[str, Any]) -> Any:
     """Call `config["target"]` with the keyword arguments `config["params"]`, and return the result.
 
     `config` is a dict or an OmegaConf node; `params` may be absent or empty. Nested configs are passed on as they
-    are. Raises ValueError without a target, for a target that cannot be imported, for params that are no mapping,
-    and for params whose names do not fit the target.
+    are. A target is a class of this project or of torch.nn: a config runs no other code. Raises ValueError without a
+    target, for another target, for params that are no mapping, and for params whose names or types do not fit.
     """
     if not isinstance(config, Mapping) and not hasattr(config, "keys"):
         raise ValueError(f"a config with 'target' and 'params' is expected, got {type(config).__name__}")
@@ -69,10 +71,18 @@ def instantiate_from_config(config: Mapping[str, Any]) -> Any:
     params = {} if params is None else params
     if not hasattr(params, "keys"):
         raise ValueError(f"params of {config['target']} must be a mapping, got {type(params).__name__}")
-    target = get_obj_from_str(config["target"])
+    target = _class_of(config["target"])
     arguments = {str(key): params[key] for key in params}
     _check_arguments(config["target"], target, arguments)
     return target(**arguments)
+
+
+def _class_of(path: Any) -> type:
+    """Return the class of a target. Raises ValueError for one that is not of PACKAGES, and imports nothing else."""
+    found = get_obj_from_str(path) if str(path).startswith(PACKAGES) else None
+    if not isinstance(found, type) or not f"{found.__module__}.".startswith(PACKAGES):
+        raise ValueError(f"target {str(path)[:100]!r} is no class of ldm or of torch.nn: refused")
+    return found
 
 
 def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> None:
@@ -84,6 +94,7 @@ def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> No
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"params of {name}: {error}") from error
+    check_types(name, target, arguments)
 
 
 class _NoInitialWeights(TorchFunctionMode):
@@ -106,6 +117,24 @@ def without_weights() -> Iterator[None]:
     """
     with torch.device("meta"), _NoInitialWeights():
         yield
+
+
+def build_model(config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, source: str) -> nn.Module:
+    """Return the model of a config, for drawing, without the numbers of its weights.
+
+    config: a whole config, or its `model` node. shapes: of the weights that will fill it, None where they are not
+    known. source: names the config in messages. Raises ValueError, in one line, for sizes that the weights cannot have,
+    and for a config that describes no model.
+    """
+    node = config.get("model", config)
+    check_sizes(node, shapes, source)
+    try:
+        with without_weights():  # they come from a file; the noise schedule is computed
+            model = instantiate_from_config(for_inference(node))
+    except Exception as error:  # values that fit their types, but not each other, lead to errors of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source} describes no model: {reason}") from error
+    return model
 
 
 def load_model_from_config(
@@ -137,8 +166,8 @@ def load_model_from_config(
     """
     source = str(ckpt)
     tensors = {} if is_diffusers_folder(ckpt) else read_weights(ckpt)
-    with without_weights():  # they come from the file; the noise schedule is computed
-        model = instantiate_from_config(for_inference(config.get("model", config)))
+    shapes = None if is_diffusers_folder(ckpt) else [each.shape for each in tensors.values() if is_plain(each)]
+    model = build_model(config, shapes, f"config for {source!r}")
     _place_tokenizer(model, Path(ckpt), tokenizer)
     if is_diffusers_folder(ckpt):
         tensors = read_folder(Path(ckpt), model)

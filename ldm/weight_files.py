@@ -3,6 +3,7 @@
 Files are memory-mapped, where their format allows it: a tensor costs no memory until it is used.
 """
 
+import functools
 import pickletools
 import re
 import zipfile
@@ -21,6 +22,9 @@ ZIP_MAGIC = b"PK\x03\x04"
 # The begin of a file of torch before 1.6: a pickle of torch's magic number. OLD_PICKLES pickles stand before the data.
 OLD_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 OLD_PICKLES = 5
+# What describes the tensors of a file is small beside them. A larger one is an attack on the memory of its reader.
+LARGEST_HEADER = 16 * 2**20
+LARGEST_PICKLE = 64 * 2**20
 
 # Packages whose classes training stores beside the weights: callbacks, settings, scalars. When a file is read,
 # stand-ins replace them.
@@ -74,13 +78,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _is_safetensors(path: Path) -> bool:
     """Tell safetensors (True) from a file of torch (False) by the first bytes, or else by the suffix.
 
-    Raises ValueError if neither content nor suffix is that of a checkpoint.
+    Raises ValueError if neither content nor suffix is that of a checkpoint, and for a header that is too large.
     """
     with path.open("rb") as file:
         start = file.read(len(OLD_MAGIC))
     if start.startswith(ZIP_MAGIC) or start == OLD_MAGIC:
         return False
     if start[8:9] == b"{":  # the header, in JSON, after its length in 8 bytes
+        if int.from_bytes(start[:8], "little") > LARGEST_HEADER:
+            raise ValueError(f"checkpoint {str(path)!r} has a header of more than {LARGEST_HEADER >> 20} MB: refused")
         return True
     if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
         suffixes = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
@@ -128,6 +134,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(path)
     if not zipped and not _is_old(path):
         raise ValueError(f"checkpoint {str(path)!r} is corrupt, truncated, or no torch zip file")
+    if zipped:
+        _check_archive(path)
     try:
         classes = get_unsafe_globals_in_checkpoint(str(path)) if zipped else list(_old_classes(path))
     except Exception as error:  # whatever a damaged archive or pickle leads to
@@ -146,6 +154,47 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not named tensors")
     named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     return {name: value.detach() for name, value in named.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a zip that would unpack to more than it is, or whose content is not as it was written."""
+    status = path.stat()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # whatever a damaged archive leads to
+        raise _unreadable(path, error) from error
+    if sum(entry.file_size for entry in entries) > status.st_size:
+        raise ValueError(f"checkpoint {str(path)!r} is compressed, or overlaps itself: torch writes no such files")
+    pickles = [entry.file_size for entry in entries if entry.filename.endswith("data.pkl")]
+    if max(pickles, default=0) > LARGEST_PICKLE:
+        raise ValueError(f"checkpoint {str(path)!r} has a pickle of more than {LARGEST_PICKLE >> 20} MB: refused")
+    damaged = _damaged_entry(path.resolve(), status.st_size, status.st_mtime_ns)
+    if damaged is not None:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: the check sum of {damaged!r} is wrong")
+
+
+@functools.cache
+def _damaged_entry(path: Path, size: int, mtime_ns: int) -> str | None:
+    """Return the name of the first entry of a zip whose check sum is wrong; None for a whole file.
+
+    A file is read once, as long as `size` and `mtime_ns` are the same. torch can write files without check sums, where
+    all are wrong: these count as whole.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        wrong = [name for name in names if not _is_whole(archive, name)]
+    return wrong[0] if wrong and len(wrong) < len(names) else None
+
+
+def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
+    try:
+        with archive.open(name) as file:
+            while file.read(2**24):
+                pass
+    except Exception:  # a wrong check sum, or a place that is not in the file
+        return False
+    return True
 
 
 def _is_old(path: Path) -> bool:

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdiff.models.configs import config_for_drawing
-from ldm.checkpoint import fill, read_metadata, read_weights
+from ldm.checkpoint import fill, is_plain, read_metadata, read_weights
 from ldm.fileio import write_atomically
 from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import for_inference, get_obj_from_str, instantiate_from_config, without_weights
+from ldm.util import build_model, get_obj_from_str
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.decoder_ranges import HIGH, Ranges
 from qdiff.engine.quant_params import QuantParams
@@ -137,15 +137,15 @@ def load_bundle(path: Path, device: torch.device) -> tuple[LatentDiffusion, Quan
     source, config, header = str(path), bundle_config(path), read_cali_header(path)
     if config is None:
         raise ValueError(f"{source!r} is no bundle: scripts/export.py makes one")
+    tensors = read_weights(path)
+    shapes = [each.shape for each in tensors.values() if is_plain(each)]
     try:
-        with without_weights():
-            model = instantiate_from_config(for_inference(config_for_drawing(config)["model"]))
+        model = build_model(config_for_drawing(config)["model"], shapes, "its config")
         kinds = {LatentDiffusion: model, UNetModel: model.model.diffusion_model, AutoencoderKL: model.first_stage_model}
-    except Exception as error:  # the sizes are the file's: whatever they lead to
-        raise ValueError(f"{source!r} is damaged: its config describes no model ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source!r} is damaged: {error}") from error
     if not all(isinstance(part, kind) for kind, part in kinds.items()):
         raise ValueError(f"{source!r} is damaged: its config describes no latent diffusion model")
-    tensors = read_weights(path)
     for part in PARTS:
         network = getattr(model, part)
         fill(network, _below(tensors, f"{part}."), source)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import is_plain, read_weights
+from ldm.util import without_weights
 
 BLOCKS = (3, 3, 3, 1)  # residual blocks at each size; the size doubles after all but the last
 FACTOR = 2 ** (len(BLOCKS) - 1)  # pixels of a latent, along a side
@@ -74,9 +75,10 @@ def read_tiny_decoder(path: str | Path) -> TinyDecoder:
     first = weights.get("layers.0.weight")
     if first is None or first.ndim != 4 or not all(map(is_plain, weights.values())):
         raise ValueError(f"{str(path)!r} holds no tiny decoder: give TAESD's taesd_decoder, or diffusers' file of it")
-    decoder = TinyDecoder(channels=first.shape[1], width=first.shape[0])
+    with without_weights():  # a damaged file may ask for more than there is memory
+        decoder = TinyDecoder(channels=first.shape[1], width=first.shape[0])
     try:
-        decoder.load_state_dict(_floats(weights, str(path)))
+        decoder.load_state_dict(_floats(weights, str(path)), assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{str(path)!r} is no tiny decoder of TAESD's architecture: {reason}") from error

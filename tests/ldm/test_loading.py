@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import stat
+import tracemalloc
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -541,6 +542,40 @@ def test_truncated_file(config, golden, tmp_path):
             assert ("is empty" if keep == 0 else "truncated") in refused(config, path), (keep, name)
 
 
+def test_files_that_would_take_more_memory_than_they_are(config, golden, tmp_path):
+    whole = tmp_path / "whole.ckpt"
+    torch.save(golden, whole)
+    packed, huge, header = (tmp_path / name for name in ("packed.ckpt", "huge.ckpt", "header.safetensors"))
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name) + (bytes(10**8) if name.endswith("data.pkl") else b""))
+    with zipfile.ZipFile(huge, "w") as other:
+        other.writestr("archive/data.pkl", bytes(65 * 2**20))
+    header.write_bytes((17 * 2**20).to_bytes(8, "little") + b"{" + bytes(100))
+    for path, message in ((packed, "compressed"), (huge, "pickle of more than 64 MB"), (header, "more than 16 MB")):
+        tracemalloc.start()
+        assert message in refused(config, path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10**6, path
+        tracemalloc.stop()
+
+
+def test_a_hole_of_zeros_in_a_file_is_found(config, golden, tmp_path):
+    path = tmp_path / "hole.ckpt"
+    torch.save(golden, path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)
+    path.write_bytes(content)
+    assert "check sum" in refused(config, path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # such files have wrong sums everywhere, and are whole
+    try:
+        torch.save(golden, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    load_model_from_config(config, path)
+
+
 def test_arbitrary_bytes(config, tmp_path):
     for name in ("m.ckpt", "m.safetensors"):
         (tmp_path / name).write_bytes(bytes(range(256)) * 40)
@@ -652,18 +687,28 @@ def test_instantiate_passes_nested_nodes_on():
     layer = instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2}})
     assert layer.weight.shape == (2, 3)
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity", "params": None}), torch.nn.Identity)
+    unet = OmegaConf.load(GOLDENS / "q_unet.yaml")
+    target = "ldm.models.diffusion.ddpm.DiffusionWrapper"
     nested = instantiate_from_config(
-        OmegaConf.create({"target": "builtins.dict", "params": {"inner": {"target": "torch.nn.Identity"}}})
+        OmegaConf.create({"target": target, "params": {"unet_config": unet, "conditioning_key": "crossattn"}})
     )
-    assert nested["inner"].target == "torch.nn.Identity"
+    assert nested.diffusion_model.model_channels == unet.params.model_channels
 
 
 def test_bad_configs():
     for config, message in (
         ("torch.nn.Identity", "got str"),
         ({"params": {}}, "has no 'target'"),
-        ({"target": "Identity"}, "not a dotted path"),
-        ({"target": "no_such_package.Thing"}, "no module named 'no_such_package'"),
+        ({"target": "ldm.no_such_module.Thing"}, "no module named 'ldm.no_such_module'"),
+        *(
+            ({"target": target}, "is no class of ldm or of torch.nn: refused")
+            for target in (
+                *("Identity", "no_such_package.Thing", "os.system", "builtins.dict", None, 3, ["ldm.util.exists"]),
+                *("ldm.fileio.Path", "ldm.util.exists", "torch.nn.functional.relu", "torch.nnx.Thing"),
+            )
+        ),
+        ({"target": "ldm.checkpoint.torch.load"}, "no module named 'ldm.checkpoint.torch'"),
+        ({"target": "torch.nn.Linear", "params": {"in_features": "1", "out_features": 1}}, "in_features is '1'"),
         ({"target": "torch.nn.NoSuchLayer"}, "has no 'NoSuchLayer'"),
         ({"target": "torch.nn.Linear", "params": [1]}, "must be a mapping"),
         ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, "'out_features'"),
@@ -677,3 +722,5 @@ def test_small_helpers():
     assert exists(0) and not exists(None)
     assert (default(None, 3), default(None, lambda: 4), default(0, 3)) == (3, 4, 0)
     assert get_obj_from_str("torch.nn.Identity") is torch.nn.Identity
+    with pytest.raises(ValueError, match="not a dotted path"):
+        get_obj_from_str("Identity")

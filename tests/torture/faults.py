@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from subjects import End, Subject, end, run, start
-from wholeness import broken_files, leftovers
+from tests.torture.subjects import End, Subject, end, run, start
+from tests.torture.wholeness import broken_files, leftovers
 
 SMALL = "300k"  # of a disk
 

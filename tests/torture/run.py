@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Torture the commands: kill and stop them at random moments, on full disks, beside each other.
 
-    python tests/torture/run.py [--kills 20] [--seed 0] [--only NAME] [--write docs/reliability.md]
+    python tests/torture/run.py [--kills 20] [--seed 0] [--only NAME]
 
 Prints a table, with a line for everything that went wrong, and exits with 1 if anything did.
 """
@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults import Outcome, Torturer
-from subjects import SUBJECTS
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.torture.faults import Outcome, Torturer
+from tests.torture.subjects import SUBJECTS
 
 
 def outcomes(place: Path, kills: int, stops: int, seed: int, only: list[str]) -> Iterator[Outcome]:
