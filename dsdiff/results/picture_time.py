@@ -33,26 +33,26 @@ def picture_time(
     The first one of each is not timed. The figures are written to the file `kept`, and read from there if they were
     measured in the same way on the same kind of machine.
     """
-    facts = {
-        "own": {**own.spec.hashes, **asdict(settings)},
-        "base": {**base.spec.hashes, **asdict(base_settings)},
-        "repeats": repeats,
-        "machine": machine(own.device),
-        "versions": versions(),
-    }
+    pairs = ((own, settings), (base, base_settings))
 
     def measure() -> dict[str, list[float]]:
-        pairs = ((own, settings), (base, base_settings))
         times: tuple[list[float], list[float]] = ([], [])
-        with all_cores(own.device):
-            for pair in pairs:
-                _seconds(*pair)
-            for i in range(repeats):
-                for turn in (0, 1) if i % 2 == 0 else (1, 0):
-                    times[turn].append(_seconds(*pairs[turn]))
+        for pair in pairs:
+            _seconds(*pair)
+        for i in range(repeats):
+            for turn in (0, 1) if i % 2 == 0 else (1, 0):
+                times[turn].append(_seconds(*pairs[turn]))
         return {"own": times[0], "base": times[1]}
 
-    found = kept_figures(kept, facts, measure)
+    with all_cores(own.device):
+        facts = {
+            "own": {**own.spec.hashes, **asdict(settings)},
+            "base": {**base.spec.hashes, **asdict(base_settings)},
+            "repeats": repeats,
+            "machine": machine(own.device),
+            "versions": versions(),
+        }
+        found = kept_figures(kept, facts, measure)
     ratios = [theirs / ours for theirs, ours in zip(found["base"], found["own"], strict=True)]
     return PictureTime(seconds=statistics.median(found["own"]), speed=Spread.over(ratios))
 
