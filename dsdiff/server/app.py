@@ -18,4 +18,4 @@ def build_app(studio: Studio, options: ServerOptions) -> Guard:
         from dsdiff.server.page import mount
 
         app = mount(app, studio, options)
-    return Guard(app, options)
+    return Guard(app, options, lambda: studio.is_stopping)

@@ -1,8 +1,10 @@
 """A guard before all routes: who may ask, how much may be sent, and nothing that a page loads from elsewhere."""
 
+import asyncio
 import base64
 import binascii
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -26,15 +28,20 @@ HEADERS = {
 }
 
 
+GONE: Message = {"type": "http.disconnect"}
+LOOK = 0.2  # seconds between two looks whether the server is being stopped
+
+
 class Guard:
     """An ASGI application in front of another.
 
     Refuses, with JSON: requests without the token, if there is one; those that other sites make a browser send, and
-    those that reach a local server under another name (DNS rebinding); bodies above the limit.
+    those that reach a local server under another name (DNS rebinding); bodies above the limit. Streams, which the page
+    holds open, end as `is_stopping` becomes true.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions):
-        self.app, self.options = app, options
+    def __init__(self, app: ASGIApp, options: ServerOptions, is_stopping: Callable[[], bool] = lambda: False):
+        self.app, self.options, self.is_stopping = app, options, is_stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -45,7 +52,8 @@ class Guard:
             await refusal(scope, receive, send)
             return
         with suppress(ClientDisconnect):
-            await self.app(scope, self._limited(receive), _with_headers(send))
+            receive = self._until_stopped(receive) if scope["method"] == "GET" else self._limited(receive)
+            await self.app(scope, receive, _with_headers(send))
 
     def _refusal(self, headers: Headers) -> Response | None:
         host = headers.get("host", "")
@@ -65,6 +73,21 @@ class Guard:
             return _error(413, f"a request may have {self.options.limits.body} bytes at most")
         return None
 
+    def _until_stopped(self, receive: Receive) -> Receive:
+        """Return `receive` that tells that the client has gone as the server is being stopped."""
+
+        async def until_stopped() -> Message:
+            message = asyncio.ensure_future(receive())
+            try:
+                while not (await asyncio.wait([message], timeout=LOOK))[0]:
+                    if self.is_stopping():
+                        return GONE
+                return message.result()
+            finally:
+                message.cancel()
+
+        return until_stopped
+
     def _limited(self, receive: Receive) -> Receive:
         """Return `receive` that ends a body which is longer than it said, or did not say how long it is."""
         seen = 0
@@ -73,7 +96,7 @@ class Guard:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if seen > self.options.limits.body else message
+            return GONE if seen > self.options.limits.body else message
 
         return limited
 

@@ -26,6 +26,7 @@ class StoppingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.studio.stop()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # streams that are cut now are no errors
         super().handle_exit(sig, frame)
 
 

@@ -77,6 +77,11 @@ class Studio:
         """Return how many jobs wait, the one at hand left out."""
         return len(self._line)
 
+    @property
+    def is_stopping(self) -> bool:
+        """True once it draws no more."""
+        return self._stopping
+
     def interrupt(self) -> None:
         """Stop the job at hand after its step; its picture is given as far as it is."""
         job = self.job

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,10 @@ LONG = {"prompt": "x", "steps": 150, "width": 256, "height": 256, "cfg_scale": 4
 def test_what_cannot_be_is_told_before_the_model_is_read(capsys, monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.delenv(serve.TOKEN, raising=False)
+    busy = socket.create_server(("127.0.0.1", 0))
+    port = busy.getsockname()[1]
     for argv, words in (
+        (["--port", str(port)], f"cannot listen on 127.0.0.1, port {port}: Address already in use"),
         (["--host", "0.0.0.0"], "give a --token"),
         (["--token", "short"], "8 ASCII characters"),
         (["--model_dir", "nowhere"], "No such directory: 'nowhere'"),
@@ -33,6 +37,7 @@ def test_what_cannot_be_is_told_before_the_model_is_read(capsys, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             serve.main(["--no_page", *argv])
         assert exit.value.code == 2 and words in capsys.readouterr().err, argv
+    busy.close()
 
 
 def test_without_the_extra_it_tells_how_to_get_it(capsys, monkeypatch):
@@ -53,6 +58,7 @@ def test_signals_end_the_picture_at_hand(tmp_path):
         asking = threading.Thread(target=lambda url=url, replies=replies: replies.append(_post(f"{url}/txt2img", LONG)))
         asking.start()
         while not json.load(urllib.request.urlopen(f"{url}/progress"))["state"]["sampling_step"]:
+            assert asking.is_alive()
             time.sleep(0.05)
         process.send_signal(stop)
         _, error = process.communicate(timeout=60)

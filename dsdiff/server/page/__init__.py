@@ -2,18 +2,20 @@
 
 import os
 import tempfile
-
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
 from dsdiff.server.options import ServerOptions
 from dsdiff.server.page.figures import STYLE
 from dsdiff.server.studio import Studio
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 FONTS = ("system-ui", "sans-serif")
 MONOSPACED = ("ui-monospace", "monospace")
 
 
-def mount(app: FastAPI, studio: Studio, options: ServerOptions) -> FastAPI:
+def mount(app: "FastAPI", studio: Studio, options: ServerOptions) -> "FastAPI":
     """Put the page at / of an application, below its routes. Needs gradio.
 
     Pictures that the page shows are kept in a temporary folder until the process ends.
