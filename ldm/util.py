@@ -188,7 +188,7 @@ def load_model_from_config(
         part.to(device=device, dtype=dtype or torch.float32)
         for file in files:  # its pages would count beside the converted weights
             drop_mapped(file)
-    _check_finite(model, source)
+    check_weights(model, source)
     return model.to(device).eval()
 
 
@@ -204,9 +204,13 @@ def _with_vae(tensors: dict[str, Tensor], path: Path, model: nn.Module) -> dict[
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)} | own
 
 
-def _check_finite(model: nn.Module, source: str) -> None:
-    """Raise ValueError if a weight is NaN or infinite, which would make all pictures black. A sum tells both."""
-    bad = [name for name, weight in model.named_parameters() if not weight.sum(dtype=torch.float32).isfinite()]
+def check_weights(model: nn.Module, source: str) -> None:
+    """Raise ValueError if a weight is NaN or infinite, which would make all pictures black. A sum tells both.
+
+    Weights on the meta device have no numbers and pass. source: names the file in the message.
+    """
+    held = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)
+    bad = [name for name, weight in held if not weight.sum(dtype=torch.float32).isfinite()]
     if bad:
         raise ValueError(f"checkpoint {source!r} is damaged: NaN or infinite numbers in {some(bad)}")
 

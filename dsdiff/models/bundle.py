@@ -27,7 +27,7 @@ from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import build_model, get_obj_from_str
+from ldm.util import build_model, check_weights, get_obj_from_str
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.decoder_ranges import HIGH, Ranges
 from qdiff.engine.quant_params import QuantParams
@@ -156,6 +156,8 @@ def load_bundle(path: Path, device: torch.device) -> tuple[LatentDiffusion, Quan
     for network in model.children():
         network.to(device)
     fill_unet(qnn, path, header, device)
+    for network in (*model.children(), qnn):
+        check_weights(network, source)
     return model.to(device).eval(), qnn
 
 

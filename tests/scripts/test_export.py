@@ -66,6 +66,20 @@ def test_without_ranges_there_is_no_integer_decoder(bundle, tmp_path, capsys):
     assert "no calibrated ranges" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_numbers_that_are_not_finite_are_refused(bundle, tmp_path, capsys):
+    tensors = load_file(bundle)
+    with safe_open(bundle, framework="pt") as file:
+        metadata = file.metadata()
+    for start in ("first_stage_model.", "cond_stage_model.", "model.diffusion_model.", "unet."):
+        name = next(name for name, tensor in tensors.items() if name.startswith(start) and tensor.is_floating_point())
+        damaged = tensors[name].clone()
+        damaged.view(-1)[0] = float("nan")
+        save_file(tensors | {name: damaged}, tmp_path / "nan.safetensors", metadata=metadata)
+        with pytest.raises(SystemExit):
+            draw(tmp_path / "out", "--ckpt", tmp_path / "nan.safetensors")
+        assert "is damaged: " in capsys.readouterr().err and not (tmp_path / "out").exists(), name
+
+
 def backend_exists():
     """Whether the integer engine runs W4A8 here."""
     try:
