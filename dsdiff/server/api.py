@@ -200,7 +200,7 @@ async def _finished(job: Job, request: Request) -> Any:
         while not (await asyncio.wait([future], timeout=LOOK))[0]:
             if await request.is_disconnected():
                 job.interrupt()
-                with suppress(asyncio.CancelledError):
+                with suppress(Exception):
                     await future
                 raise HTTPException(CLIENT_IS_GONE, "the client has gone")
         return future.result()

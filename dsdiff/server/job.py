@@ -14,7 +14,7 @@ class BusyError(Exception):
 
 
 class StoppingError(Exception):
-    """The server is being stopped."""
+    """The job is not done: it was stopped before it began, or the server is being stopped."""
 
 
 class WalkStoppedError(Exception):
@@ -63,9 +63,17 @@ class Job:
             raise WalkStoppedError(pred_x0)
 
     def run(self) -> None:
-        """Do the work, and give its result or its error to the future."""
-        self.started = time.time()
-        try:
-            self.future.set_result(self._work(self))
-        except BaseException as error:
-            self.future.set_exception(error)
+        """Do the work, and give its result or its error to the future; nothing if nobody waits for it any more."""
+        if self.interrupted.is_set():
+            self.refuse("stopped while it waited")
+        elif self.future.set_running_or_notify_cancel():
+            self.started = time.time()
+            try:
+                self.future.set_result(self._work(self))
+            except BaseException as error:
+                self.future.set_exception(error)
+
+    def refuse(self, line: str) -> None:
+        """Answer a job that has not begun, in a line."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(StoppingError(line))

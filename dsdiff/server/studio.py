@@ -28,6 +28,8 @@ from ldm.half_storage import give_back_freed
 
 logger = logging.getLogger(__name__)
 
+STOPPING = "the server is being stopped"
+
 
 class Studio:
     """Keeps a model, and draws.
@@ -66,7 +68,7 @@ class Studio:
         """Put a job in line. Raises BusyError if the line is full, and StoppingError."""
         with self._change:
             if self._stopping:
-                raise StoppingError("the server is being stopped")
+                raise StoppingError(STOPPING)
             if len(self._line) >= self.limits.queue + (self.job is None):
                 raise BusyError(f"{len(self._line)} requests wait already: try again later")
             self._line.append(job)
@@ -106,14 +108,11 @@ class Studio:
                 self._change.wait_for(lambda: self._line or self._stopping)
                 if self._stopping:
                     for job in self._line:
-                        job.future.set_exception(StoppingError("the server is being stopped"))
+                        job.refuse(STOPPING)
                     self._line.clear()
                     return
                 job = self.job = self._line.popleft()
-            if not job.interrupted.is_set():
-                job.run()
-            else:  # while it waited
-                job.future.cancel()
+            job.run()
             self.job = None
 
     # --- work, in the thread ------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ class Studio:
                 latents = self._sample(pipeline, request, part, settings, init, job)
             except WalkStoppedError as stopped:
                 if self._stopping:
-                    raise StoppingError("the server is being stopped") from None
+                    raise StoppingError(STOPPING) from None
                 return [*images, *_decoded(pipeline, stopped.latents, settings, init)], len(images)
             images += _decoded(pipeline, latents, settings, init)
         return images, len(images)

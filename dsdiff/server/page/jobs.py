@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
 
 import gradio as gr
 
@@ -41,8 +40,6 @@ def result_of(job: Job) -> Drawing:
     """Return the drawing of a job that is done. Raises gr.Error for one that failed."""
     try:
         return job.future.result()
-    except CancelledError as error:
-        raise gr.Error("stopped before it began", print_exception=False) from error
     except Exception as error:
         known = isinstance(error, ValueError | OSError | NotImplementedError | StoppingError)
         raise gr.Error(str(error) or type(error).__name__, print_exception=not known) from error
