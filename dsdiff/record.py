@@ -125,7 +125,10 @@ class RunRecord:
 
     def to_yaml(self) -> str:
         """Return the content of settings.yaml."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        content = self.to_dict()
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        # Some letters do not come back as they are written, such as U+0085, which yaml takes for the end of a line.
+        return text if yaml.safe_load(text) == content else yaml.safe_dump(content, sort_keys=False)
 
     # --- text chunks of PNGs ------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dsdiff.options import InitOptions
@@ -91,6 +91,8 @@ def _read(path: Path) -> Image.Image:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it has no format of pictures"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

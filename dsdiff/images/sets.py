@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -172,7 +172,8 @@ def open_picture(path: Path, content: bytes | None = None) -> Image.Image:
 
 
 def _broken(path: Path, error: Exception) -> ValueError:
-    reason = str(error).replace(str(path), "").strip() or type(error).__name__
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "no format of pictures" if unknown else str(error).replace(str(path), "").strip() or type(error).__name__
     return ValueError(f"{str(path)!r} is no readable picture ({reason}): remove or replace it")
 
 

@@ -276,6 +276,13 @@ def test_resume_of_a_complete_run_needs_no_model(run, monkeypatch, capsys):
     assert all_bytes(outdir) == before
 
 
+def test_resume_reads_any_prompt_as_it_was(run, capsys):
+    flags = ["--n_samples", 1, "--n_iter", 1, "--prompt", "a red\u0085circle\u2028 \N{UNICORN FACE}"]
+    run(*flags)
+    run(*flags, "--resume")
+    assert "nothing left to draw" in capsys.readouterr().out
+
+
 def test_resume_of_nothing_begins(run):
     outdir = run("--n_samples", 1, "--n_iter", 1, "--resume")
     assert names(outdir / "samples") == ["00000.png"]

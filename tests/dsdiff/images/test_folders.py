@@ -77,6 +77,12 @@ def test_what_is_left_out_or_ignored_is_told(tmp_path, caplog):
     ]
 
 
+def test_a_file_that_is_no_picture_is_told_with_a_reason(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match=r"a\.png' is no readable picture \(no format of pictures\)"):
+        open_source(str(tmp_path), what="pictures")
+
+
 def test_imagenet_is_the_first_of_each_class(tmp_path):
     expected = ["n01/0", "n01/1", "n01/2", "n02/0", "n02/1", "n02/2", "n03/0"]
     for case, place in (("plain", "."), ("with-val", "val")):

@@ -15,7 +15,13 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 CONFIGS = [f"{network}/config.json" for network in NETWORKS]
 WEIGHTS = [f"{network}/{STEMS[network]}.safetensors" for network in NETWORKS]
 OTHERS = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
-UNUSED = ["v1-5.ckpt", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors", "README.md", "vae/x.onnx"]
+UNUSED = [
+    "v1-5.ckpt",
+    "unet/diffusion_pytorch_model.bin",
+    "safety_checker/model.safetensors",
+    "README.md",
+    "vae/x.onnx",
+]
 
 
 @pytest.fixture
