@@ -70,7 +70,7 @@ def test_the_cache_comes_first(cache):
 def test_what_cannot_be_had_is_told_in_a_line(cache):
     fill(cache, [*CONFIGS, *WEIGHTS[1:], *OTHERS])  # the UNet's weights are missing
     for name in ("owner/name", "owner/name@other", "nobody/nothing"):
-        with pytest.raises(FileNotFoundError, match="no checkpoint at .* cannot be had from the hub") as caught:
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .* cannot be had from the hub") as caught:
             from_hub(Path(name))
         assert "\n" not in str(caught.value)
 
