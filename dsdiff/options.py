@@ -38,8 +38,8 @@ BITS = range(2, 17)
 class ModelOptions:
     """Which model to use, by its files.
 
-    ckpt: the model's weights (a file, a folder as diffusers saves it, or owner/name[@revision] on the hub), or a bundle.
-        None takes those of the config, under models/ldm.
+    ckpt: the model's weights (a file, a folder as diffusers saves it, or owner/name[@revision] on the hub), or a
+        bundle. None takes those of the config, under models/ldm.
     config: the model's yaml. None takes Stable Diffusion v1's if its checkpoint is there or `ckpt` is given, else the
         embedded model's.
     tokenizer: the folder with the tokenizer's files. None looks beside the checkpoint.

@@ -119,7 +119,7 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def build_model(config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, source: str) -> nn.Module:
+def build_model(config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, source: str) -> Any:
     """Return the model of a config, for drawing, without the numbers of its weights.
 
     config: a whole config, or its `model` node. shapes: of the weights that will fill it, None where they are not
