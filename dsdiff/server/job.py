@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -37,7 +38,7 @@ class Job:
         self.created = time.time()
         self.started: float | None = None
         self.walk = self.step = self.steps = 0
-        self.latents: Tensor | None = None  # [C, h, w], of the first picture of the walk at hand
+        self.latents: np.ndarray | None = None  # [C, h, w], of the first picture of the walk at hand
         self.interrupted = threading.Event()
         self._work = work
 
@@ -58,7 +59,7 @@ class Job:
 
     def on_step(self, pred_x0: Tensor, i: int) -> None:
         """Note a step of a walk. Raises WalkStoppedError where the job is to stop."""
-        self.step, self.latents = i + 1, pred_x0[0].detach().clone()
+        self.step, self.latents = i + 1, pred_x0[0].float().cpu().numpy().copy()
         if self.interrupted.is_set():
             raise WalkStoppedError(pred_x0)
 

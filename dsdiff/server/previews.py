@@ -1,11 +1,13 @@
-"""Previews: a linear map from latents to colours, which costs next to nothing."""
+"""Previews: a linear map from latents to colours, which costs next to nothing.
 
+Pictures are made by NumPy, in whichever thread asks: see `dsdiff.server.studio`.
+"""
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from dsdiff.images.png import to_pictures
 from dsdiff.pipeline import Pipeline
 
 PATCHES, PATCH_SIDE, SAMPLES = 8, 16, 4  # patches of one colour along a side, their pixels, and pictures of them
@@ -17,7 +19,7 @@ class LatentColors:
     weights: [C + 1, 3], the last row is the constant. factor: pixels per latent along a side.
     """
 
-    def __init__(self, weights: Tensor, factor: int):
+    def __init__(self, weights: np.ndarray, factor: int):
         self.weights, self.factor = weights, factor
 
     @classmethod
@@ -27,19 +29,14 @@ class LatentColors:
         colors = torch.rand(SAMPLES, 3, PATCHES, PATCHES, generator=generator)
         images = F.interpolate(colors, scale_factor=PATCH_SIDE, mode="nearest")
         latents = torch.cat([pipeline.encode(image[None]) for image in images]).float().cpu()
-        targets = F.avg_pool2d(images, pipeline.spec.factor).permute(0, 2, 3, 1).reshape(-1, 3)
-        weights = torch.linalg.lstsq(_rows(latents).reshape(len(targets), -1), targets).solution
-        return cls(weights, pipeline.spec.factor)
+        rows = torch.cat([latents, torch.ones_like(latents[:, :1])], 1).permute(0, 2, 3, 1).flatten(0, 2)
+        targets = F.avg_pool2d(images, pipeline.spec.factor).permute(0, 2, 3, 1).flatten(0, 2)
+        return cls(torch.linalg.lstsq(rows, targets).solution.numpy(), pipeline.spec.factor)
 
-    def picture(self, latents: Tensor, side: int | None = None) -> Image.Image:
+    def picture(self, latents: np.ndarray, side: int | None = None) -> Image.Image:
         """Return the picture of latents [C, h, w], at the size that they decode to, or at `side` for the longer one."""
-        colors = (_rows(latents[None].float().cpu()) @ self.weights).clamp(0, 1).permute(0, 3, 1, 2)
-        small = to_pictures(colors)[0]
+        colors = np.einsum("chw,cr->hwr", latents, self.weights[:-1]) + self.weights[-1]
+        small = Image.fromarray((colors.clip(0, 1) * 255).round().astype(np.uint8))
         width, height = (pixels * self.factor for pixels in small.size)
         scale = 1.0 if side is None else side / max(width, height)
         return small.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-
-
-def _rows(latents: Tensor) -> Tensor:
-    """Return [B, h, w, C + 1]: the latents, and ones, of latents [B, C, h, w]."""
-    return torch.cat([latents, torch.ones_like(latents[:, :1])], 1).permute(0, 2, 3, 1)

@@ -6,10 +6,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 from PIL import Image
 
-from dsdiff.metrics.pair_scores import psnr, squared_errors
+from dsdiff.metrics.pair_scores import psnr
 from dsdiff.server.job import Job
 from dsdiff.server.page.fields import sampler_choice, whole_number
 from dsdiff.server.page.figures import Figure, figures_html
@@ -66,7 +65,7 @@ class CompareTab:
         figures: list[Figure] = []
         for variant, job, is_counted in _jobs(self.studio, common, chosen):
             yield {self.job: job}
-            for far in following(self.studio, job):
+            for far in following(self.studio, job, previews=False):  # they would cost time that is measured
                 yield {self.progress: f"{len(figures) + 1} of {len(chosen)}: {variant.title}{far}"}
             drawing = result_of(job)
             if drawing.interrupted:
@@ -98,6 +97,6 @@ def _figure(variant: Variant, drawing: Drawing, before: Sequence[Figure]) -> Fig
 
 
 def _psnr(first: Image.Image, second: Image.Image) -> float:
-    """Return the PSNR of two pictures of a size, in dB."""
-    a, b = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None] for each in (first, second))
-    return psnr(squared_errors(a, b))
+    """Return the PSNR of two pictures of a size, in dB. It is NumPy's work, see `dsdiff.server.studio`."""
+    a, b = (np.asarray(each, dtype=np.float64) / 255 for each in (first, second))
+    return psnr(np.square(a - b).mean(keepdims=True))

@@ -55,16 +55,17 @@ def image_html(image: Image.Image, text: str) -> str:
 
 
 def progress_html(job: Job, colors: LatentColors | None, waiting: int) -> str:
-    """Return how far a job is, with a preview of its picture."""
+    """Return how far a job is, with a preview of its picture. colors: None for no preview."""
     if job.started is None:
         return f'<div class="dsdiff-progress">waiting in line, of {waiting}</div>'
     latents = job.latents
-    if latents is None or colors is None:
+    if latents is None:
         return '<div class="dsdiff-progress">reading the model</div>'
     step = f"step {job.step} of {job.steps}" + (f", batch {job.walk + 1} of {job.walks}" if job.walks > 1 else "")
+    preview = "" if colors is None else image_html(colors.picture(latents, PREVIEW_SIDE), "preview")
     return (
         f'<div class="dsdiff-progress"><progress value="{job.progress:.3f}"></progress>'
-        f"{step}, {job.seconds_left:.0f} s left{image_html(colors.picture(latents, PREVIEW_SIDE), 'preview')}</div>"
+        f"{step}, {job.seconds_left:.0f} s left{preview}</div>"
     )
 
 

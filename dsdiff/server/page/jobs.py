@@ -1,7 +1,7 @@
 """The page's way to the studio: jobs are put in line, followed, stopped, and their errors shown."""
 
-import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 
 import gradio as gr
 
@@ -12,6 +12,7 @@ from dsdiff.server.requests import Drawing
 from dsdiff.server.studio import Studio
 
 LOOK = 0.2  # seconds between two previews
+SELDOM = 1.0  # seconds between two looks at work whose time is measured
 HIDDEN = "private"  # from gradio's own API: ours is /sdapi/v1
 
 
@@ -23,11 +24,11 @@ def put_in_line(studio: Studio, form: Form) -> Job:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def following(studio: Studio, job: Job) -> Iterator[str]:
-    """Yield how far a job is, as HTML, until it is done."""
+def following(studio: Studio, job: Job, *, previews: bool = True) -> Iterator[str]:
+    """Yield how far a job is, as HTML, until it is done. previews: show its picture as it is, too, and more often."""
     while not job.future.done():
-        yield progress_html(job, studio.colors, studio.waiting())
-        time.sleep(LOOK)
+        yield progress_html(job, studio.colors if previews else None, studio.waiting())
+        wait([job.future], timeout=LOOK if previews else SELDOM)
 
 
 def interrupt(job: Job | None) -> None:

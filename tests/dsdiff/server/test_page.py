@@ -71,8 +71,9 @@ def page(studio, serving, tmp_path, monkeypatch):
 
 
 def fill(page, name, text):
-    page.locator(f"#{name} textarea, #{name} input").first.fill(str(text))
-    page.keyboard.press("Tab")
+    field = page.locator(f"#{name} textarea, #{name} input").first
+    field.fill(str(text))
+    field.blur()
 
 
 def look(page, name, part=None):
