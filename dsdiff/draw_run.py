@@ -1,5 +1,6 @@
 """A run of scripts/txt2img.py or img2img.py: batches of jobs drawn into a folder, with grids, and the time kept."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsdiff.images.png import read_whole_picture, to_pictures, write_png
 from dsdiff.jobs import Job
 from dsdiff.pipeline import Pipeline
 from dsdiff.record import RunRecord
+from qdiff.distributed import barrier, own_share, rank, restarted, world_size
 
 Batch = Sequence[Job]
 
@@ -35,22 +37,38 @@ class DrawRun:
         return self.keep and all(self._read(job) is not None for job in batch)
 
     def execute(self, outdir: Path, batches: Sequence[Batch], pending: Sequence[bool]) -> None:
-        """Draw the pending batches, and write the grids of all. A KeyboardInterrupt tells how to go on."""
-        record = self.record
-        grids = None if record.skip_grid else Grids(outdir, record.first_grid, record.n_rows)
+        """Draw the pending batches, and write the grids of all. A KeyboardInterrupt tells how to go on.
+
+        Several processes share the batches by their numbers. The first makes the grids, from files, when all are drawn.
+        """
         try:
-            for pictures in self._pictures(batches, pending):
-                if grids is not None:
-                    grids.add(pictures)
-            if grids is not None:
-                grids.flush()
+            if world_size() > 1:
+                own = [batch for batch, to_draw in own_share(list(zip(batches, pending, strict=True))) if to_draw]
+                for _ in self._pictures(own, [True] * len(own)):
+                    pass
+                barrier()
+                pending = [False] * len(batches)
+            if rank() == 0:
+                self._write_grids(outdir, batches, pending)
         except KeyboardInterrupt:
             way_on = f" in {outdir}; the same command with --resume draws the rest" if self.save else ""
             raise KeyboardInterrupt(f"{self.pictures} pictures drawn{way_on}") from None
 
+    def _write_grids(self, outdir: Path, batches: Sequence[Batch], pending: Sequence[bool]) -> None:
+        """Draw what is pending still, and write the grids of all batches."""
+        record = self.record
+        grids = None if record.skip_grid else Grids(outdir, record.first_grid, record.n_rows)
+        for pictures in self._pictures(batches, pending):
+            if grids is not None:
+                grids.add(pictures)
+        if grids is not None:
+            grids.flush()
+
     def _pictures(self, batches: Sequence[Batch], pending: Sequence[bool]) -> Iterator[list[Image.Image]]:
         """Yield the pictures of each batch: drawn and saved if it is pending, else read if grids want them."""
-        with tqdm(batches, "batches", unit="batch") as bar:  # an interrupt ends the bar's line, too
+        with tqdm(
+            batches, "batches", unit="batch", disable=rank() != 0
+        ) as bar:  # an interrupt ends the bar's line, too
             for batch, to_draw in zip(bar, pending, strict=True):
                 if to_draw:
                     pictures = self._draw(batch)
@@ -65,7 +83,7 @@ class DrawRun:
         prompts, seeds, draw = [job.prompt for job in batch], [job.seed for job in batch], batch[0].draw
         inits = [self._init(job) for job in batch] if draw.init is not None else []
         init = self.pipeline.start_from(inits, draw) if inits else None
-        latents = self.pipeline.sample(prompts, seeds, draw, init=init, verbose=True, callback=self._count_step)
+        latents = self.pipeline.sample(prompts, seeds, draw, init=init, verbose=rank() == 0, callback=self._count_step)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         self.sampling_seconds += time.perf_counter() - start
@@ -97,6 +115,34 @@ class DrawRun:
     def summary(self) -> str:
         """Return a line on what was drawn, and how fast."""
         if not self.pictures:
-            return "nothing left to draw: all pictures of this run are there"
+            whose = "of this run" if world_size() == 1 else "of the first process's share"
+            return f"nothing left to draw: all pictures {whose} are there"
         rate, pace = self.pictures / self.seconds, self.sampling_seconds / self.steps
-        return f"{self.pictures} pictures in {self.seconds:.1f} s: {rate:.3g} pictures/s, {pace:.3g} s/step"
+        who = f"the first of {world_size()} processes: " if world_size() > 1 else ""
+        return f"{who}{self.pictures} pictures in {self.seconds:.1f} s: {rate:.3g} pictures/s, {pace:.3g} s/step"
+
+
+class LaunchMark:
+    """A hidden file that torchrun's run has in its folder from its first picture to its last.
+
+    By it, restarted processes know that settings.yaml is of their own run: they go on with that one, as --resume does.
+    """
+
+    def __init__(self, outdir: Path):
+        self.path = outdir / ".begun-by-torchrun"
+
+    def goes_on(self) -> bool:
+        """Return True for restarted processes whose run has begun. Else remove what another run left."""
+        if not restarted():
+            if rank() == 0:
+                self.remove()
+            return False
+        return self.path.exists()
+
+    def set(self) -> None:
+        """Write the file, if torchrun started this process."""
+        if "LOCAL_RANK" in os.environ:
+            self.path.touch()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

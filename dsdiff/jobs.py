@@ -1,6 +1,6 @@
 """Jobs: the pictures that a run draws, without those that exist already, shared out to the processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +12,7 @@ from dsdiff.images.init import FileRecord
 from dsdiff.images.png import to_pictures, write_png
 from dsdiff.pipeline import Pipeline
 from dsdiff.record import RunRecord
-from qdiff.distributed import rank, world_size
+from qdiff.distributed import own_share, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,8 @@ def draw_missing(
     pipeline: called if there is anything to draw. Batches are always the same, so that an interrupted run ends with the
     same pictures, bit for bit. title: of the bar.
     """
-    missing = [part for part in _own_share(len(paths), batch_size) if not all(path.exists() for path in paths[part])]
+    parts = [slice(start, start + batch_size) for start in range(0, len(paths), batch_size)]
+    missing = [part for part in own_share(parts) if not all(path.exists() for path in paths[part])]
     if not missing:
         return
     drawing = pipeline()
@@ -120,9 +121,3 @@ def draw_missing(
                 if not path.exists():
                     write_png(path, picture, {"prompt": prompt, "seed": str(seed)})
             bar.update(len(images))
-
-
-def _own_share(count: int, batch_size: int) -> Iterator[slice]:
-    """Yield the batches of this process."""
-    for start in range(0, count, batch_size)[rank() :: world_size()]:
-        yield slice(start, start + batch_size)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from dsdiff.models.lora import SOURCE_ENTRY, lora_facts
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
-from ldm.fileio import check_writable, only_run_in, write_atomically
+from ldm.fileio import check_writable, write_atomically
 from qdiff import calibrate as procedure
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.checkpoint import fingerprint, save_cali_ckpt
 from qdiff.config import MixConfig, QuantConfig, ReconConfig
-from qdiff.distributed import barrier, rank, world_size
+from qdiff.distributed import barrier, only_work_in, rank, restarted, world_size
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
 from qdiff.resume import ProgressFolder
@@ -65,7 +65,7 @@ def calibrate(options: CalibrationOptions) -> Path:
     """Calibrate a model; return the file written, which QuantizationOptions(cali_ckpt=...) draws with.
 
     In options.outdir there are afterwards that file, report.json with the errors of each unit before and after, and the
-    calibration data. Under torchrun all processes call this, and share the work.
+    calibration data. Under torchrun all processes call this, and share the work; restarted ones go on with it.
     Raises ValueError or OSError for what cannot work, such as an unfinished calibration in the folder that is not to be
     resumed. A KeyboardInterrupt leaves finished units there, and its text tells how to go on.
     """
@@ -75,7 +75,7 @@ def calibrate(options: CalibrationOptions) -> Path:
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
-    with only_run_in(options.outdir) if rank() == 0 else nullcontext():
+    with only_work_in(options.outdir):
         _calibrate(spec, options, progress)
     return options.target
 
@@ -88,7 +88,7 @@ def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressF
     with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
         _check_needs(qnn, data, cache, options)
         settings = _settings(qnn, data, options)
-        begin_or_resume(progress, asdict(settings), options.resume)
+        begin_or_resume(progress, asdict(settings), restarted() or options.resume)
         reports = _learn(qnn, data, options, progress, cache)
     barrier()  # all have read what is removed now
     if rank() == 0:

@@ -12,6 +12,7 @@ from dsdiff.prompt_rows import Row, has_rows, in_line, read_rows
 
 if TYPE_CHECKING:
     from dsdiff import DrawSettings, Pipeline
+    from dsdiff.draw_run import LaunchMark
     from dsdiff.images.init import FileRecord
     from dsdiff.options import DrawOptions
     from dsdiff.record import RunRecord
@@ -200,40 +201,69 @@ def record_of(
 
 
 def generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
-    """Draw what the arguments mean, and write it into --outdir."""
-    from ldm.fileio import check_writable, only_run_in
+    """Draw what the arguments mean, and write it into --outdir. The processes of torchrun share the batches.
 
+    Processes that torchrun restarts go on with the run that it started.
+    """
+    from dsdiff.cli.launch import own_device, processes
+
+    with processes():
+        args.device = str(own_device(args.device))
+        _generate(args, argv, log)
+
+
+def _generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
+    from dsdiff.draw_run import LaunchMark
+    from ldm.fileio import check_writable
+    from qdiff.distributed import only_work_in, world_size
+
+    if args.skip_save and world_size() > 1:
+        raise ValueError("--skip_save leaves no pictures to make a grid of several processes' work from: leave it out")
     pipeline, options = build_pipeline(args)
     logger.debug("arguments: %s", argv)
     subjects = read_subjects(args)
     check_writable(args.outdir)
     check_writable(args.outdir / "samples")
-    with only_run_in(args.outdir):  # from when its pictures get their numbers
-        _draw(args, record_of(args, subjects, pipeline, options), pipeline, log)
+    mark = LaunchMark(args.outdir)
+    with only_work_in(args.outdir):  # from when its pictures get their numbers
+        args.resume = args.resume or (mark.goes_on() and not args.skip_save)
+        _draw(args, record_of(args, subjects, pipeline, options), pipeline, log, mark)
     logger.info("written to %s", args.outdir)
 
 
-def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", log: Log) -> None:
+def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", log: Log, mark: "LaunchMark") -> None:
     from dsdiff.draw_run import DrawRun
     from dsdiff.environment import peak_memory
     from dsdiff.jobs import jobs_of
-    from dsdiff.record import SETTINGS_FILE
-    from ldm.fileio import write_atomically
+    from qdiff.distributed import barrier, own_share, rank
 
     _tell_resizing(record)
     run = DrawRun(pipeline, record, keep=args.resume, save=not args.skip_save)
     batches = jobs_of(record, args.outdir)
     pending = [not run.is_done(batch) for batch in batches]
-    if any(pending):
-        pipeline.prepare(record.draw)  # nothing is written before the model is there
-    (args.outdir if args.skip_save else args.outdir / "samples").mkdir(parents=True, exist_ok=True)
-    log.open(args.outdir / "log.txt")
-    text = record.to_yaml()
-    write_atomically(args.outdir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    if any(own_share(pending)):
+        pipeline.prepare(record.draw)
+    barrier()  # nothing is written before all processes have looked at the folder, and have the model
+    if rank() == 0:
+        (args.outdir if args.skip_save else args.outdir / "samples").mkdir(parents=True, exist_ok=True)
+        log.open(args.outdir / "log.txt")
+        _write_settings(record, args.outdir)
+        mark.set()
+    barrier()
     run.execute(args.outdir, batches, pending)
+    if rank() == 0:
+        mark.remove()
     logger.info("%s", run.summary())
     if run.pictures and (peak := peak_memory()) is not None:
         logger.info("at most %.2f GB of memory", peak / 1e9)
+
+
+def _write_settings(record: "RunRecord", outdir: Path) -> None:
+    from dsdiff.record import SETTINGS_FILE
+    from ldm.fileio import write_atomically
+
+    text = record.to_yaml()
+    write_atomically(outdir / SETTINGS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _tell_resizing(record: "RunRecord") -> None:

@@ -33,7 +33,7 @@ from dsdiff.results.table import Protocol, Row, read_table
 from ldm.data.shapes import ShapesDataset, caption
 from ldm.fileio import check_writable, write_atomically
 from qdiff.checkpoint import read_cali_header
-from qdiff.distributed import barrier, rank
+from qdiff.distributed import barrier, only_work_in, rank
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def make_results(options: ResultsOptions) -> Results:
     """Make the table; write results.json, results.md and results.html in options.outdir.
 
     Under torchrun all processes call this and share the pictures; the first one measures and writes, and the results of
-    the others have no rows. Raises ValueError or OSError, as far as possible before anything is drawn.
+    the others have no rows. Raises ValueError or OSError, as far as possible before anything is drawn, and if another
+    run is in the folder.
     """
     rows, protocols = read_table(options.table)
     if options.model not in protocols:
@@ -60,6 +61,11 @@ def make_results(options: ResultsOptions) -> Results:
     protocol = protocols[options.model]
     spec = find_model(model_options(protocol, options), accept_bundle=False)
     check(spec, protocol, options)
+    with only_work_in(options.outdir):
+        return _make_results(rows, spec, protocol, options)
+
+
+def _make_results(rows: Sequence[Row], spec: ModelSpec, protocol: Protocol, options: ResultsOptions) -> Results:
     prompts = prompts_of(protocol, options.pictures or protocol.pictures)
     cali_ckpt = choose_cali_ckpt(spec, protocol, options)
     tasks = plan_tasks(rows, spec, protocol, prompts, cali_ckpt, options)

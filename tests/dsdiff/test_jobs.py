@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from dsdiff import DrawOptions, ModelOptions, Pipeline, find_model, jobs
+from qdiff import distributed
 
 PROMPTS = ["a red circle", "a blue star", "a green heart", "a pink ring", "a white cross"]
 SEEDS = [3, 4, 5, 6, 7]
@@ -57,10 +58,10 @@ def test_an_interrupted_run_ends_with_the_same_pictures(draw, tmp_path):
 
 def test_processes_share_the_batches(draw, tmp_path, monkeypatch):
     whole = draw(tmp_path / "whole")
-    monkeypatch.setattr(jobs, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(jobs, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(len(hashes(draw(tmp_path / "shared"))))
     assert shares == [3, 5]  # batches of 2, 2, 1
     assert hashes(tmp_path / "shared") == hashes(whole)
