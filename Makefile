@@ -36,6 +36,13 @@ test-isa: $(VENV)/ready
 fast: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 
+# Thousands of damaged files before each loader; commands killed, stopped and left without room. Minutes to hours.
+fuzz: $(VENV)/ready
+	DSDIFF_FUZZ=2000 $(PYTEST) tests/fuzz
+
+torture: $(VENV)/ready
+	$(RUN) tests/torture/run.py
+
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

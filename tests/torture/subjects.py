@@ -131,7 +131,7 @@ SUBJECTS = (
         name="calibration",
         script="calibrate.py",
         flags=lambda folder: (
-            *("--quant_act", "--split", "--cond", "--rounding", "adaround", "--iters_w", "4", "--iters_a", "2"),
+            *("--quant_act", "--split", "--cond", "--rounding", "gptq", "--samples_w", "8", "--iters_a", "2"),
             *("--cali_n", "4", "--cali_st", "2", *DRAWING, "--outdir", folder),
         ),
         resumed=lambda folder: ("--resume",) if (folder / "progress").exists() else (),
