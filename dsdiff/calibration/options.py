@@ -242,6 +242,11 @@ class CalibrationOptions:
             raise ValueError(
                 "Q-Diffusion's format has a fixed range for each activation: leave out --act_range or --format"
             )
+        if self.format == "qdiff" and self.quant_mode == "qdiff" and self.effort.rounding == "gptq":
+            raise ValueError(
+                "Q-Diffusion's format holds weights rounded up or down, and GPTQ goes farther: give --rounding "
+                "adaround or nearest, or leave out --format"
+            )
         if not self.quant_act:
             idle = ("act_bit", "sm_abit", "act_range", "mixed_act", "iters_a", *STEP_SIZES, "running_stat")
             self._refuse(idle, "without --quant_act activations stay float")

@@ -199,6 +199,7 @@ def test_bad_flags(make, tmp_path, capsys):
         (["--quant_act", "--mixed_act", "6", "--format", "qdiff"], "one width for all activations"),
         (["--act_range", "dynamic"], "--act_range has no effect"),
         (["--quant_act", "--act_range", "dynamic", "--format", "qdiff"], "a fixed range for each activation"),
+        (["--format", "qdiff"], "GPTQ goes farther: give --rounding adaround or nearest"),
         (["--running_stat"], "--running_stat has no effect"),
         (["--quant_mode", "linear", "--iters_w", "5"], "--iters_w has no effect"),
         (["--rounding", "adaround", "--iters_w", "0", "--warmup", "0.1"], "--warmup has no effect"),
@@ -302,7 +303,7 @@ def test_flags_that_contradict_the_file_are_refused(draw, calibrated, capsys, tm
 
 
 def test_without_ptq_no_flag_is_accepted(draw, capsys):
-    values = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"], "engine": ["int8"]}
+    values = {"cali_ckpt": ["x.pth"], "quant_mode": ["qdiff"], "engine": ["int8"], "act_range": ["dynamic"]}
     for name in QUANTIZATION_FLAGS:
         if name != "ptq":
             value = values.get(name, [8] if "bit" in name else [])

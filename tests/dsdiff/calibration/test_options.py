@@ -55,7 +55,7 @@ def test_the_configs_of_qdiff_hold_what_is_given():
 
 def test_the_file_is_named_by_its_format():
     assert CalibrationOptions(outdir=Path("a")).target == Path("a/cali.safetensors")
-    assert CalibrationOptions(outdir=Path("a"), format="qdiff").target == Path("a/cali.pth")
+    assert CalibrationOptions(outdir=Path("a"), format="qdiff", rounding="adaround").target == Path("a/cali.pth")
     assert (
         CalibrationOptions().cache_bytes == 2 * 2**30
         and CalibrationOptions(quant_act=True, cache_gb=0.5).cache_bytes == 2**29
