@@ -19,6 +19,7 @@ CHANGED = {
         "act_scale_method": "max_scale",
         "act_symmetric": True,
         "mixed_act": {"model.out.2.act_quantizer": 12},
+        "act_range": "dynamic",
     },
     MixConfig: {"amount": 0.5, "bits": 16, "samples": 7, "probes": 2, "seed": 3},
     ReconConfig: {
