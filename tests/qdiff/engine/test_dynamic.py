@@ -7,6 +7,7 @@ from torch import nn
 
 from ldm.modules.low_rank import LowRankBranch
 from qdiff.engine import dynamic_layer, fused_ops, native
+from qdiff.engine.backends import onednn
 from qdiff.engine.backends.int_mm import int_matmul_layer
 from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.layers import integer_layer
@@ -160,6 +161,8 @@ def cases():
 def test_a_layer_computes_what_the_simulation_does(way, quantized):
     for make in (SimulatedLayer, int_matmul_layer):
         for settings in ({}, {"weight_bit": 8}, {"act_symmetric": True}, {"act_bit": 12}, {"act_bit": 5}):
+            if make is int_matmul_layer and "weight_bit" in settings and onednn.largest_exact_weight() < onednn.LARGEST:
+                continue  # PyTorch multiplies by oneDNN as well, whose sums are not exact here
             for name, layer, x, split in cases():
                 module = quantized(layer, x, split, act_range="dynamic", **settings)
                 lowered, expected = integer_layer(module, make), module(x)
