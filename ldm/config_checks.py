@@ -59,6 +59,29 @@ def _repeats(name: Any, value: Any) -> int:
     return max(len(value), 1) if name in LEVELS and isinstance(value, Sequence) else 1
 
 
+def check_parts(model: Any, source: str) -> None:
+    """Raise ValueError if the networks of a latent diffusion model do not fit each other.
+
+    source: names the config in the message. A part that lacks a size, as one of another kind does, is not compared.
+    """
+    for path, other_path in (
+        ("model.diffusion_model.in_channels", "channels"),
+        ("model.diffusion_model.out_channels", "channels"),
+        ("first_stage_model.embed_dim", "channels"),
+        ("model.diffusion_model.context_dim", "cond_stage_model.transformer.text_model.config.hidden_size"),
+    ):
+        size, other = _attribute(model, path), _attribute(model, other_path)
+        if size is not None and other is not None and size != other:
+            raise ValueError(f"{source} does not fit itself: {path} is {size}, and {other_path} is {other}")
+
+
+def _attribute(value: Any, path: str) -> Any:
+    """Return the attribute at a dotted path; None where there is none."""
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def check_types(name: str, target: Any, arguments: Mapping[str, Any]) -> None:
     """Raise ValueError if an argument is of another type than `target` declares for it.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
-from ldm.config_checks import check_sizes, check_types
+from ldm.config_checks import check_parts, check_sizes, check_types
 from ldm.diffusers_folder import files_read, is_diffusers_folder, read_folder, read_vae
 from ldm.diffusers_names import PREFIXES
 from ldm.half_storage import drop_mapped
@@ -134,6 +134,7 @@ def build_model(config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | Non
     except Exception as error:  # values that fit their types, but not each other, lead to errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{source} describes no model: {reason}") from error
+    check_parts(model, source)
     return model
 
 

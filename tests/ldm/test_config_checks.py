@@ -10,6 +10,7 @@ from ldm.config_checks import LARGEST_NUMBER, check_sizes, check_types
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import build_model
 
 SHAPES = [(64, 4, 3, 3)] * 300
 
@@ -73,3 +74,22 @@ def test_values_of_another_type_are_named():
             check_types("UNetModel", UNetModel, copy.deepcopy(unet) | {name: value})
     with pytest.raises(ValueError, match="params of AutoencoderKL: ddconfig is 3"):
         check_types("AutoencoderKL", AutoencoderKL, autoencoder | {"ddconfig": 3})
+
+
+def test_networks_that_do_not_fit_each_other_are_refused():
+    for path, value, message in (
+        ("unet_config.params.in_channels", 9, r"in_channels is 9, and channels is 4"),
+        ("unet_config.params.out_channels", 8, "out_channels is 8"),
+        ("unet_config.params.context_dim", 64, r"context_dim is 64, and .*hidden_size is 128"),
+        ("first_stage_config.params.embed_dim", 3, "embed_dim is 3"),
+        ("channels", 16, "and channels is 16"),
+    ):
+        config = config_of(EMBEDDED)
+        *parents, name = path.split(".")
+        node = config["params"]
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+        del config["params"]["cond_stage_config"]["params"]["tokenizer"]
+        with pytest.raises(ValueError, match=message):
+            build_model(config, None, "a file")

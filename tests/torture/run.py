@@ -56,6 +56,7 @@ def main() -> int:
             found.append(each)
             for line in each.bad:
                 tqdm.write(f"{each.subject}, {each.fault}: {line}")
+            tqdm.write(table([each]).splitlines()[-1])  # a row as soon as it is known
     print(table(found))
     return int(any(each.bad for each in found))
 
