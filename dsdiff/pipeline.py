@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from dsdiff.draw_settings import SAMPLERS, DrawSettings, resolve_settings
 from dsdiff.environment import choose_device, precision_context
 from dsdiff.images.init import InitPicture, drawn_latents, init_picture, pasted, to_tensor
 from dsdiff.images.png import to_pictures
-from dsdiff.models.bundle import decoder_ranges, load_bundle
+from dsdiff.models.bundle import decoder_ranges
 from dsdiff.models.decoder import FLOAT32, Decoders, choose_vae
 from dsdiff.models.embeddings import EmbeddingRecord, read_embeddings
-from dsdiff.models.float_model import load_float_model
-from dsdiff.models.lora import BranchSites, LoraRecord, Loras, merge_loras, resolve_loras
-from dsdiff.models.quantized import install, quantize, resolve_quantization
+from dsdiff.models.held import HeldModel
+from dsdiff.models.lora import LoraRecord, Loras, resolve_loras
+from dsdiff.models.quantized import resolve_quantization
 from dsdiff.models.registry import CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import (
@@ -34,14 +34,12 @@ from dsdiff.options import (
     ModelOptions,
     QuantizationOptions,
 )
-from ldm.half_storage import drop_mapped, give_back_freed
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.sampler import Init, seeded_generators
 from qdiff.engine import step_cache
 from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.lower import fits_bytes
-from qdiff.engine.matching import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +91,12 @@ class Pipeline:
         self.notes: list[str] = []  # lines to tell the user
         self.quantization = resolve_quantization(quantization, spec, self.device, self.notes.append)
         self.merge = merge
-        self.loras = self._resolve_loras(lora)
-        self._embeddings = read_embeddings([EmbeddingOptions.of(each) for each in embeddings], spec)
-        self._sites: BranchSites | None = None  # of the loaded model
+        loras = self._resolve_loras(lora)
+        named = read_embeddings([EmbeddingOptions.of(each) for each in embeddings], spec)
+        self._held = HeldModel(spec, self.device, tokenizer, self.quantization, loras, named)
         self.decoder_ranges = decoder_ranges(spec.ckpt) if spec.bundle else {}
         self._contexts = PromptContexts(self.device)
-        self._decoders = Decoders(spec.channels, self.decoder_ranges, self._give_back)
-        self._model: LatentDiffusion | None = None
-        self._merged: MergeOptions | None = None
+        self._decoders = Decoders(spec.channels, self.decoder_ranges, self._held.give_back)
 
     def __str__(self) -> str:
         parts = (self.spec, *([] if self.quantization is None else [self.quantization]), *self.lora, *self.embeddings)
@@ -135,67 +131,25 @@ class Pipeline:
     @property
     def model(self) -> LatentDiffusion:
         """The LatentDiffusion, read at first use: quantized as asked, with tokens merged as last drawn."""
-        return self._model if self._model is not None else self._load()
+        return self._held.model
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
-        """Return the model, ready to draw with these settings: order of patches is quantize, lower, merge tokens."""
+        """Return the model, ready to draw with these settings."""
         if settings.lora != self.lora:
             raise ValueError("these settings are of other LoRAs than the pipeline has now: resolve the options again")
-        model = self.model
-        if settings.merge != self._merged:
-            tomesd.remove_patch(model)
-            self._merged = None  # also where merging is refused below
-            if settings.merge is not None:
-                # A float model compares tokens as PyPI's tomesd does.
-                tomesd.apply_patch(model, **asdict(settings.merge), nearest=nearest if self._is_lowered else None)
-            self._merged = settings.merge
-        return model
-
-    @property
-    def _is_lowered(self) -> bool:
-        """True if the UNet computes from codes of bytes, simulated ones too."""
-        quantization = self.quantization
-        return quantization is not None and quantization.engine is not None and fits_bytes(quantization.effective)
-
-    def _load(self) -> LatentDiffusion:
-        self._model, self._sites, self._merged = None, None, None
-        self._decoders.clear()
-        self._contexts.clear()
-        if self.spec.bundle:
-            assert self.quantization is not None, "a bundle is quantized"
-            model, qnn = load_bundle(self.spec.ckpt, self.device)
-            logger.debug("weights read")
-            sites = BranchSites(model, qnn.model)
-            branches = sites.read(self.loras)  # before the work, so that errors come early
-            install(model, qnn, self.quantization, made=self._give_back)
-            give_back_freed()
-        else:
-            model = load_float_model(self.spec, self.device, self.tokenizer)
-            logger.debug("weights read")
-            sites = BranchSites(model, model.model.diffusion_model)
-            merge_loras(model, self.loras)
-            branches = sites.read(self.loras)
-            if self.quantization is not None:
-                quantize(model, self.quantization)
-        if branches:
-            sites.set(model, branches)
-        if self._embeddings.vectors:
-            model.cond_stage_model.set_vectors(self._embeddings.vectors)
-        logger.debug("model ready")
-        self._model, self._sites = model, sites
-        return model
+        return self._held.merged(settings.merge)
 
     @property
     def embeddings(self) -> tuple[EmbeddingRecord, ...]:
         """The records of the embeddings that prompts may name."""
-        return self._embeddings.records
+        return self._held.embeddings.records
 
     # --- LoRAs --------------------------------------------------------------------------------------------
 
     @property
     def lora(self) -> tuple[LoraRecord, ...]:
         """The records of the LoRAs that change the model."""
-        return self.loras.records
+        return self._held.loras.records
 
     def set_lora(self, *lora: Lora) -> None:
         """Change the model by these LoRAs, in place of those of before; by none, with no arguments.
@@ -205,25 +159,13 @@ class Pipeline:
         Settings must be resolved again afterwards. Raises ValueError or FileNotFoundError, and changes nothing, for
         files that do not fit.
         """
-        loras = self._resolve_loras(lora)
-        if self._model is not None and self._sites is not None:
-            if self.quantization is None:
-                self._sites.read(replace(loras, merged=0))  # checks them
-                self._model = None
-            else:
-                self._sites.set(self._model, self._sites.read(loras))
-        self.loras = loras
+        if self._held.set_loras(self._resolve_loras(lora)):
+            self._decoders.clear()  # which are made of the model's
         self._contexts.clear()
 
     def _resolve_loras(self, lora: Sequence[Lora]) -> Loras:
         cali_ckpt = None if self.quantization is None else Path(self.quantization.cali_ckpt)
         return resolve_loras([LoraOptions.of(each) for each in lora], cali_ckpt, bundle=self.spec.bundle)
-
-    def _give_back(self) -> None:
-        """Return to the system what was read of a bundle, and what is freed."""
-        if self.spec.bundle:
-            drop_mapped(self.spec.ckpt)
-            give_back_freed()
 
     # --- drawing ------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """The flags that several commands share, by subject, as arguments of a parser. `flags` makes options of them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsdiff.cli.console import number
 from dsdiff.options import (
@@ -17,6 +18,8 @@ from dsdiff.options import (
     LoraOptions,
 )
 from qdiff.config import ACT_RANGES
+
+T = TypeVar("T")
 
 
 def add_model_arguments(
@@ -54,7 +57,7 @@ def add_model_arguments(
             "--lora",
             action="append",
             default=[],
-            type=_lora,
+            type=_parsed_by(LoraOptions.parse),
             metavar="FILE[:SCALE]",
             help=f"{lora}: a file of kohya's scripts, diffusers or peft, and its scale (default: 1); several add up",
         )
@@ -69,11 +72,16 @@ def add_model_arguments(
     )
 
 
-def _lora(text: str) -> LoraOptions:
-    try:
-        return LoraOptions.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _parsed_by(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return `parse` as an argparse type, whose ValueErrors are messages about the flag."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,18 +103,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedding",
         action="append",
         default=[],
-        type=_embedding,
+        type=_parsed_by(EmbeddingOptions.parse),
         metavar="FILE[:NAME]",
         help="a textual inversion (.pt, .bin, .safetensors), and the word for it in prompts (default: the token in the "
         "file, or the file's name); several may be given",
     )
-
-
-def _embedding(text: str) -> EmbeddingOptions:
-    try:
-        return EmbeddingOptions.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:

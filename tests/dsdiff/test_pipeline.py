@@ -11,6 +11,7 @@ import torch
 
 import dsdiff
 from dsdiff import DrawOptions, MergeOptions, Pipeline, QuantizationOptions, conditioning
+from dsdiff.models.held import HeldModel
 from ldm.modules.attention import BasicTransformerBlock
 from tomesd import token_report
 
@@ -132,7 +133,7 @@ def test_load_draws_with_the_calibration_that_comes_with_the_model():
 
 
 def test_what_cannot_be_is_told_before_weights_are_read(spec, monkeypatch):
-    monkeypatch.setattr(Pipeline, "_load", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(HeldModel, "_load", lambda *args: pytest.fail("weights were read"))
     pipeline = Pipeline(spec, device="cpu")
     for options, said in (
         (DrawOptions(height=100), "100 is not a multiple of 8: use 96 or 104"),
