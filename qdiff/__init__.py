@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from qdiff.checkpoint import load_cali_ckpt, save_cali_ckpt
     from qdiff.config import QuantConfig, ReconConfig
     from qdiff.quant_block import BaseQuantBlock
-    from qdiff.quant_layer import QuantModule, UniformAffineQuantizer
+    from qdiff.quant_layer import QuantModule
     from qdiff.quant_model import QuantModel
+    from qdiff.quantizers import UniformAffineQuantizer
     from qdiff.reconstruction import block_reconstruction, layer_reconstruction
 
 _MODULES = {
@@ -23,7 +24,7 @@ _MODULES = {
     "QuantModel": "quant_model",
     "QuantModule": "quant_layer",
     "ReconConfig": "config",
-    "UniformAffineQuantizer": "quant_layer",
+    "UniformAffineQuantizer": "quantizers",
     "block_reconstruction": "reconstruction",
     "layer_reconstruction": "reconstruction",
     "load_cali_ckpt": "checkpoint",

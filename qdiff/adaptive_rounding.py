@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from qdiff.config import ReconConfig
-from qdiff.quant_layer import Quantizer, UniformAffineQuantizer
+from qdiff.quantizers import Quantizer, UniformAffineQuantizer
 
 GAMMA, ZETA = -0.1, 1.1  # how far the sigmoid is stretched beyond 0 and 1
 

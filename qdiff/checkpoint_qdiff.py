@@ -21,9 +21,10 @@ from torch import Tensor
 
 from qdiff.adaptive_rounding import AdaRoundQuantizer
 from qdiff.config import BITS, QuantConfig
-from qdiff.quant_layer import Quantizer, QuantModule
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.quant_state import check_keys, range_tensors
+from qdiff.quantizers import Quantizer
 
 # A frozen rounding is written as alpha = DECIDED, where h(alpha) reaches 1, or alpha = -DECIDED, where it reaches 0.
 DECIDED = 2.3978953

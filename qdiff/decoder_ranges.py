@@ -11,7 +11,7 @@ from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.decoder.whole import decode
 from qdiff.engine.layers import params_of
 from qdiff.engine.quant_params import QuantParams
-from qdiff.quant_layer import UniformAffineQuantizer
+from qdiff.quantizers import UniformAffineQuantizer
 
 BITS = 8
 HIGH = 2**BITS - 1  # the largest code

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from qdiff.bitpack import pack
 from qdiff.distributed import sum_over_ranks
-from qdiff.quant_layer import FrozenQuantizer, QuantModule, UniformAffineQuantizer
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizers import FrozenQuantizer, UniformAffineQuantizer
 
 BLOCK = 128  # columns between which sums over earlier ones are made by one matrix product
 EXACT = 8192  # columns up to which H is factored in float64; for more it would take too much memory

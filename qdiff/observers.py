@@ -12,8 +12,8 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Progress
 from qdiff.distributed import from_first_rank
 from qdiff.exchange import put_module
-from qdiff.quant_layer import UniformAffineQuantizer
 from qdiff.quant_model import QuantModel
+from qdiff.quantizers import UniformAffineQuantizer
 
 MOMENTUM = 0.95  # share of the earlier batches in a running range
 SAMPLED_VALUES = 2**16  # values of an activation that its range by mse is fitted to

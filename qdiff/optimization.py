@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qdiff.capture import Progress
 from qdiff.distributed import rank, sum_over_ranks, world_size
-from qdiff.quant_layer import lp_loss
+from qdiff.quantizers import lp_loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,4 +1,7 @@
-"""Layers that quantize their input and their weight. The quantizers of `qdiff.quantizers` are names here, too."""
+"""Layers that quantize their input and their weight.
+
+Names that Q-Diffusion's code has here are imported from `qdiff.quantizers` for those who know them by this path.
+"""
 
 from collections.abc import Callable
 
@@ -9,21 +12,9 @@ from torch import Tensor
 
 from qdiff.config import QuantConfig
 from qdiff.exchange import Exchanged
-from qdiff.quantizers import (
-    DynamicQuantizer,
-    FrozenQuantizer,
-    Quantizer,
-    UniformAffineQuantizer,
-    check_range,
-    lp_loss,
-    round_ste,
-)
-
-__all__ = [
-    "DynamicQuantizer", "FrozenQuantizer", "QuantModule", "Quantizer", "SplitQuantModule", "UniformAffineQuantizer",
-    "act_quantizer", "check_layer", "check_range", "input_quantizer", "lp_loss", "round_ste", "softmax_quantizer",
-    "weight_quantizer",
-]  # fmt: skip
+from qdiff.quantizers import DynamicQuantizer, Quantizer, UniformAffineQuantizer
+from qdiff.quantizers import lp_loss as lp_loss
+from qdiff.quantizers import round_ste as round_ste
 
 
 class QuantModule(Exchanged):

@@ -12,7 +12,8 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from qdiff.config import QuantConfig
 from qdiff.exchange import check_unmerged, eject, exchange, put_module, release
 from qdiff.quant_block import QUANTIZED, BaseQuantBlock
-from qdiff.quant_layer import DynamicQuantizer, FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, check_layer
+from qdiff.quant_layer import QuantModule, SplitQuantModule, check_layer
+from qdiff.quantizers import DynamicQuantizer, FrozenQuantizer, Quantizer
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 

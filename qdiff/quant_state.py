@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from qdiff.quant_layer import DynamicQuantizer, FrozenQuantizer, Quantizer, QuantModule, check_range
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
+from qdiff.quantizers import DynamicQuantizer, FrozenQuantizer, Quantizer, check_range
 
 
 def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:

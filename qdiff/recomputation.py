@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qdiff.exchange import children_of
-from qdiff.quant_layer import Quantizer
+from qdiff.quantizers import Quantizer
 
 
 class Recomputed(nn.Module):

@@ -22,8 +22,9 @@ from qdiff.capture import Cache, Progress, capture
 from qdiff.config import ReconConfig
 from qdiff.optimization import AdamSettings, Samples, mean_error, minimize
 from qdiff.quant_block import BaseQuantBlock
-from qdiff.quant_layer import QuantModule, UniformAffineQuantizer
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
+from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.recomputation import recomputed
 
 WEIGHTS, ACTIVATIONS = PHASES = ("weights", "activations")

@@ -19,8 +19,8 @@ from qdiff.capture import Progress
 from qdiff.config import MixConfig
 from qdiff.distributed import from_first_rank
 from qdiff.observers import fit_activations
-from qdiff.quant_layer import Quantizer
 from qdiff.quant_model import QuantModel
+from qdiff.quantizers import Quantizer
 
 BACKWARD = 4  # samples at most in a pass whose gradients are taken
 

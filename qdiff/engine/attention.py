@@ -11,7 +11,7 @@ from qdiff.engine.layers import CodesLayer, params_of
 from qdiff.engine.step_cache import ContextLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
-from qdiff.quant_layer import Quantizer
+from qdiff.quantizers import Quantizer
 
 FINE = 16  # a softmax quantizer of this many bits may be left out: its steps, below 2e-5, are not visible in pictures
 WHOLE = 0.95  # a softmax quantizer whose range reaches this far clips nothing that matters

@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from qdiff.engine.codes_layer import CodesLayer
 from qdiff.engine.dynamic_layer import DynamicLayer
 from qdiff.engine.quant_params import DynamicParams, QuantParams
-from qdiff.quant_layer import (
-    DynamicQuantizer,
-    FrozenQuantizer,
-    Quantizer,
-    QuantModule,
-    SplitQuantModule,
-    UniformAffineQuantizer,
-)
+from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quantizers import DynamicQuantizer, FrozenQuantizer, Quantizer, UniformAffineQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
 from qdiff.config import QuantConfig
-from qdiff.quant_layer import FrozenQuantizer, SplitQuantModule, UniformAffineQuantizer
+from qdiff.quant_layer import SplitQuantModule
+from qdiff.quantizers import FrozenQuantizer, UniformAffineQuantizer
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 with open(GOLDENS / "q_unit.json") as file:

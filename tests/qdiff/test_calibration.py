@@ -10,7 +10,7 @@ import tomesd
 from qdiff.calibration_set import CalibrationSet, chosen_calls, from_qdiffusion, recorded_inputs
 from qdiff.capture import Cache, capture
 from qdiff.observers import Observer, fit_activations
-from qdiff.quant_layer import UniformAffineQuantizer
+from qdiff.quantizers import UniformAffineQuantizer
 
 CPU = torch.device("cpu")
 

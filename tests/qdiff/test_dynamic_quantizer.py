@@ -9,8 +9,9 @@ from qdiff.calibrate import calibrate, calibration_steps
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.config import MixConfig, ReconConfig
-from qdiff.quant_layer import DynamicQuantizer, QuantModule, SplitQuantModule
+from qdiff.quant_layer import QuantModule, SplitQuantModule
 from qdiff.quant_state import activation_tensors
+from qdiff.quantizers import DynamicQuantizer
 
 LAST = "model.out.2.act_quantizer"
 

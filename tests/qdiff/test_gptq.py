@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from qdiff.config import QuantConfig
 from qdiff.gptq import Grid, InputStatistics, gptq_codes, input_columns, output_of, round_layer
-from qdiff.quant_layer import FrozenQuantizer, QuantModule, SplitQuantModule
+from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quantizers import FrozenQuantizer
 
 CONFIG = QuantConfig(weight_bit=4, quant_act=False, scale_method="mse")
 

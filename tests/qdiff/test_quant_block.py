@@ -18,7 +18,7 @@ from qdiff.quant_block import (
     QuantCrossAttention,
     QuantResBlock,
 )
-from qdiff.quant_layer import Quantizer
+from qdiff.quantizers import Quantizer
 
 HEADS, DIM = 3, 4
 BLOCKS = {

@@ -20,7 +20,8 @@ from qdiff import QuantConfig, QuantModel
 from qdiff.adaptive_rounding import AdaRoundQuantizer, soft_rounding
 from qdiff.exchange import put_module
 from qdiff.quant_block import QuantAttentionBlock, QuantBasicTransformerBlock, QuantCrossAttention, QuantResBlock
-from qdiff.quant_layer import FrozenQuantizer, Quantizer, QuantModule, SplitQuantModule, UniformAffineQuantizer
+from qdiff.quant_layer import QuantModule, SplitQuantModule
+from qdiff.quantizers import FrozenQuantizer, Quantizer, UniformAffineQuantizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"

@@ -19,7 +19,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.checkpoint import load_cali_ckpt, save_cali_ckpt
 from qdiff.observers import fit_activations
-from qdiff.quant_layer import FrozenQuantizer, UniformAffineQuantizer, lp_loss
+from qdiff.quantizers import FrozenQuantizer, UniformAffineQuantizer, lp_loss
 from qdiff.recomputation import Recomputed, recomputed
 from qdiff.reconstruction import block_reconstruction, layer_reconstruction, unit_reconstruction
 from qdiff.resume import ProgressFolder

@@ -12,8 +12,9 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache, capture
 from qdiff.checkpoint import save_cali_ckpt
 from qdiff.gptq import InputStatistics, output_of, round_layer
-from qdiff.quant_layer import FrozenQuantizer, QuantModule
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_state import load_tensors, weight_tensors
+from qdiff.quantizers import FrozenQuantizer
 from qdiff.resume import ProgressFolder
 from qdiff.rounding_pass import round_units
 

@@ -13,7 +13,7 @@ from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.layers import integer_layer
 from qdiff.engine.lora import branched
 from qdiff.engine.quant_params import DynamicParams, QuantParams
-from qdiff.quant_layer import DynamicQuantizer
+from qdiff.quantizers import DynamicQuantizer
 
 STATIC = QuantParams(delta=0.031, zero_point=113, high=255)
 WAYS = [

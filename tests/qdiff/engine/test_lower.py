@@ -19,7 +19,8 @@ from qdiff.engine.blocks import LoweredResBlock, LoweredUNet
 from qdiff.engine.layers import IntegerLayer
 from qdiff.engine.lower import backend_for, lower, small_weight_layer
 from qdiff.exchange import Exchanged
-from qdiff.quant_layer import DynamicQuantizer, QuantModule
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizers import DynamicQuantizer
 
 CPU = torch.device("cpu")
 # For CPUs on which the order of oneDNN's last products is not known. With the wrong order the golden UNet's outputs
