@@ -9,42 +9,16 @@ import torch
 import yaml
 from PIL import Image
 
-from dsdiff.models.registry import EMBEDDED
 from scripts import txt2img
 
-TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu", "--vae", "float32", "--skip_grid"]
 ONCE = ["--n_iter", "1", "--n_samples", "1"]
 LONG = "a red circle, " * 30 + "a blue star"
 
 
 @pytest.fixture
-def run(random_ckpt, tmp_path):
-    """run(*flags) -> outdir; a prompt is added where there is none."""
-
-    def call(*flags, outdir="out"):
-        flags = [str(flag) for flag in flags]
-        prompt = [] if {"--prompt", "--from-file"} & set(flags) else ["--prompt", "a red circle"]
-        folder = tmp_path / outdir
-        files = ["--config", str(EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(folder)]
-        txt2img.main([*files, *TINY, *prompt, *flags])
-        return folder
-
-    return call
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """refused(*flags) -> the one line on stderr."""
-
-    def call(*flags, outdir="refused"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(*flags, outdir=outdir)
-        lines = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-        return lines[0]
-
-    return call
+def run(run_tiny):
+    """run(*flags) -> outdir; no grid is drawn."""
+    return lambda *flags, **more: run_tiny(txt2img, "--ddim_steps", 2, "--skip_grid", *flags, **more)
 
 
 def picture(folder, i=0):
@@ -176,11 +150,9 @@ def test_rounds_of_rows_have_seeds_of_their_own(run, rows):
     assert [told(outdir, i)["seed"] for i in range(4)] == [42, 7, 44, 8]
 
 
-def test_rows_of_several_sizes_make_a_grid(run, rows, tmp_path, random_ckpt):
-    without_skip = [flag for flag in TINY if flag != "--skip_grid"]
-    files = ["--config", str(EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(tmp_path / "grid")]
-    txt2img.main([*files, *without_skip, "--from-file", str(rows(*ROWS)), "--n_rows", "2"])
-    assert Image.open(tmp_path / "grid/grid-0000.png").size == (2 * 50 + 2, 2 * 66 + 2)
+def test_rows_of_several_sizes_make_a_grid(run_tiny, rows):
+    outdir = run_tiny(txt2img, "--ddim_steps", 2, "--from-file", rows(*ROWS), "--n_rows", 2)
+    assert Image.open(outdir / "grid-0000.png").size == (2 * 50 + 2, 2 * 66 + 2)
 
 
 def test_a_run_of_rows_resumes(run, rows, refused, tmp_path):

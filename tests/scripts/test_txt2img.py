@@ -20,41 +20,11 @@ from dsdiff.models.registry import EMBEDDED, TOKENIZER
 from dsdiff.pipeline import Pipeline
 from scripts import txt2img
 
-# In float32, as bfloat16 would make differences of rounding visible.
-TINY = ["--H", "32", "--W", "48", "--ddim_steps", "2", "--device", "cpu", "--vae", "float32"]
-
 
 @pytest.fixture
-def run(random_ckpt, tmp_path):
-    """run(*flags) -> outdir; a prompt and an outdir are added where there are none."""
-
-    def call(*flags, outdir="out"):
-        flags = [str(flag) for flag in flags]
-        prompt = [] if {"--prompt", "--from-file"} & set(flags) else ["--prompt", "a red circle"]
-        folder = tmp_path / outdir
-        files = ["--config", str(EMBEDDED), "--ckpt", str(random_ckpt), "--outdir", str(folder)]
-        txt2img.main([*files, *TINY, *prompt, *flags])
-        return folder
-
-    return call
-
-
-@pytest.fixture
-def refused(run, tmp_path, capsys):
-    """refused(*flags) -> the one line on stderr, having left nothing behind."""
-
-    def call(*flags, outdir="refused"):
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(*flags, outdir=outdir)
-        lines = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        assert sorted(tmp_path.rglob("*")) == before
-        return lines[0]
-
-    return call
+def run(run_tiny):
+    """run(*flags) -> outdir."""
+    return lambda *flags, **more: run_tiny(txt2img, "--ddim_steps", 2, *flags, **more)
 
 
 def names(folder):
