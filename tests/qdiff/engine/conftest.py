@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qdiff import QuantConfig, QuantModule
+from qdiff.engine import native
 from qdiff.engine.backends import onednn
 from qdiff.engine.lower import backend_for
 from qdiff.quant_layer import SplitQuantModule
@@ -17,6 +18,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+WAYS = [
+    pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="no C compiler here")),
+    pytest.param(False, id="PyTorch"),
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Run a test by our kernels (True), and by PyTorch in their place (False)."""
+    if not request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "has_attention", lambda: False)
+    return request.param
+
+
+@pytest.fixture
+def channels_last():
+    """(*shape, dtype) -> random features in channels_last order."""
+
+    def make(*shape, dtype=torch.bfloat16):
+        return (torch.randn(shape) * 1.7 + 0.4).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    return make
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Operations and layers whose codes have ranges taken from the numbers themselves, by our kernels and by PyTorch."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ldm.modules.low_rank import LowRankBranch
-from qdiff.engine import dynamic_layer, fused_ops, native
+from qdiff.engine import dynamic_layer, fused_ops
 from qdiff.engine.backends import onednn
 from qdiff.engine.backends.int_mm import int_matmul_layer
 from qdiff.engine.backends.simulated import SimulatedLayer
@@ -16,18 +15,6 @@ from qdiff.engine.quant_params import DynamicParams, QuantParams
 from qdiff.quantizers import DynamicQuantizer
 
 STATIC = QuantParams(delta=0.031, zero_point=113, high=255)
-WAYS = [
-    pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="no C compiler here")),
-    pytest.param(False, id="PyTorch"),
-]
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(native, "has_attention", lambda: False)
-    return request.param
 
 
 def params_for(per, bits=8, symmetric=False, padding=()):
@@ -48,11 +35,7 @@ def assert_steps(codes, expected, most=1.01, share=0.02):
     assert (difference > 0.5 * steps).double().mean() <= share
 
 
-def channels_last(*shape, dtype=torch.bfloat16):
-    return (torch.randn(shape) * 1.7 + 0.4).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def test_codes_stand_for_what_the_quantizer_says_bit_for_bit(way):
+def test_codes_stand_for_what_the_quantizer_says_bit_for_bit(way, channels_last):
     for dtype in (torch.float32, torch.bfloat16):
         tokens = {
             "tokens": torch.randn(3, 5, 700).to(dtype),
@@ -77,7 +60,7 @@ def test_codes_stand_for_what_the_quantizer_says_bit_for_bit(way):
                     assert torch.equal(codes.values(torch.float32), reference(x, codes.params)), case
 
 
-def test_a_border_stands_for_0(way):
+def test_a_border_stands_for_0(way, channels_last):
     for bits in (8, 12):
         x, padding = channels_last(2, 3, 4, 5), (1, 2)
         (codes,) = fused_ops.quantize(x, params_for("sample", bits, padding=padding))
@@ -98,18 +81,15 @@ def test_equal_quantizers_share_codes_and_others_do_not(way):
 
 
 @torch.no_grad()
-def test_group_norm(way):
+def test_group_norm(way, channels_last):
     for shape, groups in (((2, 64, 6, 5), 8), ((1, 640, 17, 16), 32), ((3, 8, 1, 1), 2)):
         norm = nn.GroupNorm(groups, shape[1], eps=1e-5)
         nn.init.normal_(norm.weight, 1, 0.3)
         nn.init.normal_(norm.bias)
         x, added = channels_last(*shape, dtype=torch.float32), torch.randn(shape[:2])
         for more, silu in ((None, False), (None, True), (added, False), (added, True)):
-            if silu and shape[2:] == (
-                1,
-                1,
-            ):  # the kernel takes SiLU's least value for one that few numbers come close to
-                continue
+            if silu and shape[2:] == (1, 1):
+                continue  # SiLU's least value ends the kernel's range, also where few numbers come close to it
             for bits in (8, 12):
                 codes = fused_ops.group_norm(norm, x, params_for("sample", bits, padding=(1, 1)), added=more, silu=silu)
                 y = norm(x if more is None else x + more[:, :, None, None])

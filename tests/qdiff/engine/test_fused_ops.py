@@ -10,18 +10,6 @@ from qdiff.engine.quant_params import QuantParams
 
 TO = QuantParams(delta=0.031, zero_point=113, high=255)
 WIDE = QuantParams(delta=0.004, zero_point=900, high=4095)
-WAYS = [
-    pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="no C compiler here")),
-    pytest.param(False, id="PyTorch"),
-]
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(native, "library", lambda: None)
-        monkeypatch.setattr(native, "has_attention", lambda: False)
-    return request.param
 
 
 def exact_codes(x, to):
@@ -41,11 +29,7 @@ def assert_close(codes, values, to, share=0.02, most=1):
     assert difference.max() <= most and (difference > 0).double().mean() < share
 
 
-def channels_last(*shape, dtype=torch.bfloat16):
-    return (torch.randn(shape) * 1.7 + 0.4).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def test_codes_are_those_of_the_quantizer_bit_for_bit(way):
+def test_codes_are_those_of_the_quantizer_bit_for_bit(way, channels_last):
     narrow = QuantParams(delta=0.02, zero_point=3, high=15)
     for dtype in (torch.float32, torch.bfloat16):
         for name, x in {
@@ -74,7 +58,7 @@ def test_extremes_are_clamped(way):
 
 
 @torch.no_grad()
-def test_group_norm(way):
+def test_group_norm(way, channels_last):
     for shape, groups in (((2, 64, 6, 5), 8), ((1, 640, 17, 16), 32), ((3, 8, 1, 1), 2)):
         norm = nn.GroupNorm(groups, shape[1], eps=1e-5)
         nn.init.normal_(norm.weight, 1, 0.3)
@@ -171,7 +155,7 @@ def test_zero_points_beyond_the_codes(way):
 
 
 @torch.no_grad()
-def test_norms_in_half_precision(way):
+def test_norms_in_half_precision(way, channels_last):
     layer, group = nn.LayerNorm(64).bfloat16(), nn.GroupNorm(4, 64, affine=False)
     x = torch.randn(2, 5, 64).bfloat16()
     assert torch.allclose(fused_ops.layer_norm(layer, x).float(), F.layer_norm(x.float(), [64]), atol=0.02)
