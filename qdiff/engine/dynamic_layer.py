@@ -103,22 +103,20 @@ class DynamicLayer(CodesLayer):
 
         Feature maps are split where each pixel is computed from itself alone, and our kernels are there.
         """
-        dims = codes.codes.shape[1:] if self.params.is_wide else codes.codes.shape
-        rows = codes.codes.numel() // (codes.codes.shape[-1 if self.params.per == "token" else -3] or 1)
-        rows = rows // 2 if self.params.is_wide else rows
-        count = math.ceil(rows * len(self.sums) / PRODUCTS)
+        count = math.ceil(codes.rows * len(self.sums) / PRODUCTS)
         if count < 2 or not has_kernel(self.sums):
             return [codes]
+        rows = math.ceil(codes.rows / count)
         if self.params.per == "token":
-            return codes.split(math.ceil(rows / count))
-        return codes.pixels(math.ceil(rows / count)) if self.pointwise and len(dims) == 4 else [codes]
+            return codes.split(rows)
+        return codes.pixels(rows) if self.pointwise else [codes]
 
     def _empty(self, codes: DynamicCodes, dtype: torch.dtype) -> Tensor:
         """Return an uninitialised tensor for the outputs of tokens, or of a feature map's pixels."""
-        dims = codes.codes.shape[1:] if self.params.is_wide else codes.codes.shape
         if self.params.per == "token":
-            return torch.empty(*dims[:-1], len(self.sums), dtype=dtype)
-        return torch.empty(dims[0], *dims[2:], len(self.sums), dtype=dtype).movedim(-1, 1)
+            return torch.empty(*codes.shape[:-1], len(self.sums), dtype=dtype)
+        samples, _, *sizes = codes.shape
+        return torch.empty(samples, *sizes, len(self.sums), dtype=dtype).movedim(-1, 1)
 
 
 def _rows_of(x: Tensor) -> Tensor:

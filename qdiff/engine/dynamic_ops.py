@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.engine import native
-from qdiff.engine.features import as_bytes, empty_codes, evenly_spaced, group_norm_by_torch, has_kernel
+from qdiff.engine.features import SLICE, as_bytes, empty_codes, evenly_spaced, group_norm_by_torch, has_kernel
 from qdiff.engine.quant_params import DynamicCodes, DynamicParams, QuantParams
 from qdiff.quantizers import dynamic_range
-
-SLICE = 256  # pixels of a feature map whose sums one thread computes in a group norm
 
 
 def quantize(x: Tensor, params: DynamicParams) -> DynamicCodes:

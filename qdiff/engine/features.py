@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from qdiff.engine import native
 from qdiff.engine.quant_params import Params
 
+SLICE = 256  # pixels of a feature map whose sums one thread computes in a group norm
+
 
 def has_kernel(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm | None = None) -> bool:
     """Return whether our kernels can read x, and the weights of the norm."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qdiff.engine import dynamic_ops, native
 from qdiff.engine.features import (
+    SLICE,
     as_bytes,
     channels_at_the_end,
     empty_codes,
@@ -28,7 +29,6 @@ from qdiff.engine.features import (
 from qdiff.engine.quant_params import Codes, DynamicParams, Params, QuantParams
 
 MAX_HEAD_WIDTH = 256  # the attention kernel's limit
-SLICE = 256  # pixels of a feature map whose sums one thread computes in a group norm
 
 
 def quantize(x: Tensor, *params: Params) -> list[Any]:

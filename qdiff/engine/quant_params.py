@@ -68,6 +68,16 @@ class DynamicCodes:
     ranges: Tensor
     params: DynamicParams
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of what the codes stand for, with its padding."""
+        return self.codes.shape[1:] if self.params.is_wide else self.codes.shape
+
+    @property
+    def rows(self) -> int:
+        """The number of tokens, or of pixels."""
+        return self.shape.numel() // (self.shape[-1 if self.params.per == "token" else 1] or 1)
+
     def split(self, tokens: int) -> "list[DynamicCodes]":
         """Return the codes of so many tokens at a time, each [tokens, C] or [2, tokens, C]."""
         first = 1 if self.params.is_wide else 0
@@ -76,11 +86,6 @@ class DynamicCodes:
             DynamicCodes(codes, ranges, self.params)
             for codes, ranges in zip(parts, self.ranges.split(tokens), strict=True)
         ]
-
-    @property
-    def rows(self) -> int:
-        """The number of tokens."""
-        return self.codes.shape[-2]
 
     def pixels(self, count: int) -> "list[DynamicCodes]":
         """Return the codes of so many pixels at a time, each [count, C] or [2, count, C], none of two samples.
@@ -100,19 +105,14 @@ class DynamicCodes:
         return DynamicCodes(self.codes, self.ranges * self.ranges.new_tensor([factor, 1]), self.params)
 
     def columns(self, dims: int) -> tuple[Tensor, Tensor]:
-        """Return steps and zero points, each broadcastable to a tensor of these tokens or samples. dims: its number."""
-        if self.params.per == "token":
-            shape = (*self.codes.shape[1 if self.params.is_wide else 0 : -1], 1)
-        else:
-            shape = (-1, *[1] * (dims - 1))
+        """Return steps and zero points, each broadcastable to these tokens or samples in a tensor of `dims` dimensions."""
+        shape = (*self.shape[:-1], 1) if self.params.per == "token" else (-1, *[1] * (dims - 1))
         steps, zero_points = self.ranges.unbind(1)
         return steps.reshape(shape), zero_points.reshape(shape)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the codes stand for, without padding."""
-        codes = (
-            self.codes[0].float().add_(self.codes[1].float(), alpha=256) if self.params.is_wide else self.codes.float()
-        )
+        codes = whole_codes(self.codes, self.params)
         for dim, pad in enumerate(self.params.padding, start=2):
             codes = codes.narrow(dim, pad, codes.shape[dim] - 2 * pad)
         steps, zero_points = self.columns(codes.ndim)
@@ -121,3 +121,8 @@ class DynamicCodes:
 
 Params = QuantParams | DynamicParams
 Codes = Tensor | DynamicCodes  # those of QuantParams, and those of DynamicParams
+
+
+def whole_codes(codes: Tensor, params: Params) -> Tensor:
+    """Return codes as float32 numbers, which hold them exactly. codes: uint8, [2, ...] if they are wide."""
+    return codes[0].float().add_(codes[1].float(), alpha=256) if params.is_wide else codes.float()

@@ -27,7 +27,8 @@ void quantize_tokens(const void *x, int64_t bfloat16, int64_t rows, int64_t widt
 }
 
 /* Quantize samples of `height` x `width` pixels, each sample by its own range. Pixels start `stride` numbers apart.
- * extremes: a workspace of 2 * samples * height numbers. ranges: [samples]. out: uint8, a padded map, or two of them. */
+ * extremes: a workspace of 2 * samples * height numbers. ranges: [samples]. out: uint8, a padded map, or two of them.
+ */
 void quantize_samples(const void *x, int64_t bfloat16, int64_t samples, int64_t height, int64_t width, int64_t channels,
                       int64_t stride, int64_t above, int64_t beside, float high, int64_t symmetric, float *extremes,
                       Range *ranges, uint8_t *out) {

@@ -37,8 +37,8 @@ static void channel_sums(const void *x, int64_t bfloat16, int64_t sample, int64_
  * sums: of all slices of the sample, as channel_sums writes them. Means and variances of a group are merged channel by
  * channel (Chan et al. 1983). */
 static void group_norm_lines(const void *x, int64_t bfloat16, int64_t sample, int64_t size, int64_t channels,
-                             double gain, const float *added, int64_t groups, int64_t slices, const float *sums, const float *weight,
-                             const float *bias, float eps, float *scale, float *offset) {
+                             double gain, const float *added, int64_t groups, int64_t slices, const float *sums,
+                             const float *weight, const float *bias, float eps, float *scale, float *offset) {
     int64_t width = channels / groups;
     for (int64_t group = 0; group < groups; group++) {
         double mean = 0, spread = 0;
@@ -50,9 +50,10 @@ static void group_norm_lines(const void *x, int64_t bfloat16, int64_t sample, in
                 square += sums[(2 * k + 1) * channels + c];
             }
             load(x, bfloat16, sample * size * channels + c, 1, &first);
-            double own = gain * (sum / size + first) + more, steps = c - group * width + 1;
-            spread += gain * gain * (square / size - sum / size * (sum / size)) + (own - mean) * (own - mean) * (steps - 1) / steps;
-            mean += (own - mean) / steps;
+            double shift = sum / size, variance = square / size - shift * shift;
+            double own = gain * (shift + first) + more, away = own - mean, count = c - group * width + 1;
+            spread += gain * gain * variance + away * away * (count - 1) / count;
+            mean += away / count;
             offset[c] = more;
         }
         double deviation = sqrt((spread > 0 ? spread : 0) / width + eps);
@@ -107,9 +108,9 @@ void group_norm(const void *x, int64_t bfloat16, int64_t samples, int64_t size, 
     }
 }
 
-/* Return the range of one sample after GroupNorm, and SiLU where `with_silu` is 1. extremes: of all slices of the sample,
- * [slices, 2, channels]. SiLU falls up to x = -1.2784645 and rises from there: its extremes are those of the ends, or its least
- * value, which one of thousands of numbers all but reaches. */
+/* Return the range of one sample after GroupNorm, and SiLU where `with_silu` is 1. extremes: of all slices of the
+ * sample, [slices, 2, channels]. SiLU falls up to x = -1.2784645 and rises from there. So its extremes are at the ends,
+ * or its least value is one, which no number may quite reach. */
 static Range range_of_sample(const float *extremes, int64_t slices, int64_t channels, const float *scale,
                              const float *offset, int64_t with_silu, Dynamic dynamic) {
     float least = INFINITY, most = -INFINITY;
@@ -130,12 +131,12 @@ static Range range_of_sample(const float *extremes, int64_t slices, int64_t chan
 }
 
 /* Quantize GroupNorm(gain x + added), or SiLU of it, each sample by its own range, which costs no further pass over x.
- * Arguments are those of group_norm, with these differences: a sample has height * width pixels; out is a padded map, or
- * two of them; gains: [samples], or NULL for 1; ranges: [samples]; sums: has twice as many floats. */
+ * Arguments are those of group_norm, with these differences: a sample has height * width pixels; out is a padded map,
+ * or two of them; gains: [samples], or NULL for 1; ranges: [samples]; sums: has twice as many floats. */
 void group_norm_samples(const void *x, int64_t bfloat16, int64_t samples, int64_t height, int64_t width,
                         int64_t channels, const float *gains, const float *added, int64_t groups, const float *weight,
-                        const float *bias, float eps, int64_t with_silu, float high, int64_t symmetric, int64_t above, int64_t beside,
-                        int64_t slices, float *sums, float *lines, Range *ranges, uint8_t *out) {
+                        const float *bias, float eps, int64_t with_silu, float high, int64_t symmetric, int64_t above,
+                        int64_t beside, int64_t slices, float *sums, float *lines, Range *ranges, uint8_t *out) {
     int64_t size = height * width;
     float *extremes = sums + samples * slices * 2 * channels;
     Dynamic dynamic = {high, symmetric};
