@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ldm.fileio import write_atomically
+from ldm.fileio import json_object, write_atomically
 
 FORMAT = "dsdiff cache schedule 1"
 Guidance = tuple[float, float] | None  # the shares of the steps between which there is guidance; None for none
@@ -67,7 +67,7 @@ class CacheSchedule:
     def read(cls, path: Path) -> Self:
         """Read a file of `write`. Raises OSError if there is none, and ValueError if it is another one."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json_object(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
             return cls(

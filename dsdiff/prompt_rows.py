@@ -1,14 +1,13 @@
 """Rows of prompts: a file in JSON lines, whose lines may have settings of their own."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dsdiff.options import DrawOptions
+from ldm.fileio import json_object
 
 SUFFIXES = (".jsonl", ".ndjson")  # of files in JSON lines; others hold a prompt in each line
 MAX_SEED = 2**63 - 1
@@ -103,12 +102,7 @@ def in_line(error: ValueError, path: Path, line: int, flag: str) -> ValueError:
 
 
 def _row(text: str, line: int) -> Row:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{text.strip()[:40]!r} is no object: write {{...}}")
+    content = json_object(text)
     known = [each.name for each in fields(Row) if each.name != "line"]
     unknown = [name for name in content if name not in known]
     if unknown:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ldm.architectures import other_file
 from ldm.fileio import write_atomically
-from ldm.weight_files import SAFETENSORS_SUFFIX, read_metadata, read_weights, some
+from ldm.messages import some
+from ldm.weight_files import SAFETENSORS_SUFFIX, read_metadata, read_weights
 
 __all__ = ["averaged_weights", "fill", "is_plain", "read_metadata", "read_weights", "save_checkpoint"]
 

@@ -1,6 +1,5 @@
 """Read the weights of a folder as diffusers saves it: a network a subfolder, its weights in one file or in shards."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.diffusers_names import PREFIXES, our_names
+from ldm.fileio import json_object
 from ldm.weight_files import read_weights
 
 INDEX_FILE = "model_index.json"
@@ -70,12 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}: a folder as diffusers saves it has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is damaged: it holds a {type(content).__name__}, no object")
-    return content
+        return json_object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def read_network(folder: Path, network: str) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""Write files atomically, hash them, and check where they can be written."""
+"""Write files atomically, hash them, check where they can be written, and read JSON."""
 
 import errno
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from ldm.messages import first_line
 
 try:
     import fcntl
@@ -30,12 +34,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         with write_errors_naming(path, temporary):
             write(temporary)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # safetensors makes its files readable by the owner alone
+            _allow_as_usual(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _allow_as_usual(path: Path) -> None:
+    """Give a file the permissions of any new file: safetensors makes its files readable by the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextmanager
@@ -69,7 +78,8 @@ def _write_failure(error: Exception, temporary: Path | None) -> tuple[int, str |
 def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` with a new folder, then rename it to `path`: complete or not there.
 
-    The temporary folder lies beside `path`, is hidden, and does not survive an error. Parents are created.
+    Its files get the permissions of any new file. The temporary folder lies beside `path`, is hidden, and does not
+    survive an error. Parents are created.
     Raises ValueError if `path` is a file, or a folder with content.
     """
     path = Path(path)
@@ -80,6 +90,9 @@ def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -
     try:
         with write_errors_naming(path, temporary):
             write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _allow_as_usual(file)
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,3 +176,14 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     """Hash the file at `path`; `size` and `mtime_ns` make a changed file another entry of the cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds. Raises ValueError, in one line, for any other text."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, no object")
+    return content

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ldm.checkpoint import is_plain, read_weights, save_checkpoint
 from ldm.lora_names import TEXT, UNET, context_kind, foreign_kind, kohya_names, names_in_files, split_key
 from ldm.lora_settings import PeftSettings
+from ldm.messages import some
 from ldm.modules.low_rank import LowRank
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight", "label_emb.weight")
-SHOWN = 3  # names of keys in a message
 
 
 @dataclass(kw_only=True)
@@ -88,9 +88,8 @@ def _by_layer(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
             raise ValueError(f"LoRA {source} changes one layer twice: {parts.key} and {key}")
         parts.tensors[part] = tensor
     if unknown:
-        listed = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
         kind = foreign_kind(tensors) or context_kind({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        raise ValueError(f"LoRA {source} has keys that name no layer of this model: {listed}{kind}")
+        raise ValueError(f"LoRA {source} has keys that name no layer of this model: {some(unknown)}{kind}")
     return found
 
 

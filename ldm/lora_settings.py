@@ -1,6 +1,5 @@
 """Settings of a LoRA outside of its tensors: peft's config, in a file beside it or in diffusers' header."""
 
-import json
 import logging
 import math
 import re
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint import read_metadata
+from ldm.fileio import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,6 @@ def _below(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json(text: str, source: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_object(text)
+    except ValueError as error:
         raise ValueError(f"{source} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} is damaged: it holds no settings of peft")
-    return content

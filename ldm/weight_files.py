@@ -8,6 +8,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ldm.messages import first_line, some
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -101,11 +104,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     if Path(path).is_dir() or not _is_safetensors(Path(path)):
         return {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}
-    except Exception as error:  # the library has its own exception type beside OSError
-        raise _unreadable(Path(path), error) from error
+    with _opened(Path(path)) as file:
+        return file.metadata() or {}
 
 
 def has_mark(path: str | Path, name: str) -> bool:
@@ -115,19 +115,23 @@ def has_mark(path: str | Path, name: str) -> bool:
     """
     if Path(path).is_dir() or not _is_safetensors(Path(path)):
         return False
+    with _opened(Path(path)) as file:
+        return name in file.keys()  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a .safetensors within the block. Raises ValueError, in one line, for what cannot be read of it."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return name in file.keys()  # noqa: SIM118 (not a mapping)
+            yield file
     except Exception as error:  # the library has its own exception type beside OSError
-        raise _unreadable(Path(path), error) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:  # the library has its own exception type beside OSError
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -232,10 +236,4 @@ def _is_harmless(name: str) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ValueError(f"checkpoint {str(path)!r} cannot be read, it is corrupt or truncated: {reason}")
-
-
-def some(names: list[str], limit: int = 4) -> str:
-    """Join the first names with commas and count the rest."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ValueError(f"checkpoint {str(path)!r} cannot be read, it is corrupt or truncated: {first_line(error)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from ldm.diffusers_config import SCHEDULER_FILE
 from ldm.diffusers_folder import CONFIG_FILE, INDEX_FILE, choose_weights, files_read, read_json
 from ldm.diffusers_names import PREFIXES
+from ldm.messages import first_line
 from ldm.weight_files import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -38,10 +39,9 @@ def from_hub(path: Path, networks: Collection[str] = tuple(PREFIXES)) -> Path:
     try:
         return _downloaded(repository, revision, networks)
     except Exception as error:  # no network, no such model, no access, no room: in each case we lack the files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"no checkpoint at {str(path)!r}, and it cannot be had from the hub ({reason}): give the path of a file or "
-            "of a folder as diffusers saves it"
+            f"no checkpoint at {str(path)!r}, and it cannot be had from the hub ({first_line(error)}): give the path "
+            "of a file or of a folder as diffusers saves it"
         ) from error
 
 

@@ -44,6 +44,7 @@ def test_other_files_are_refused(tmp_path):
     for text in (
         "",
         "[]",
+        "[" * 100_000,
         json.dumps({**content, "format": "another"}),
         json.dumps({**content, "whole": "all"}),
         json.dumps({**content, "guidance": [1]}),

@@ -40,7 +40,7 @@ def test_rows_have_what_their_lines_say(file):
 def test_what_is_wrong_is_refused_with_its_file_and_line(file):
     cases = {
         "a red circle": "no JSON",
-        '["a"]': "is no object",
+        '["a"]': "it holds a list, no object",
         '{"seed": 3}': "there is no prompt",
         '{"prompt": null}': "prompt is None",
         '{"prompt": " "}': "prompt is ' ': it must be a text",

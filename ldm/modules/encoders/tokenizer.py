@@ -9,6 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from ldm.messages import first_line
+
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 SINGLE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -86,7 +88,7 @@ class ClipTokenizer:
         try:
             return cls._read(Path(directory))
         except Exception as error:  # the parsers behind it raise many types, a plain Exception among them
-            raise ValueError(f"the tokenizer in {str(directory)!r} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"the tokenizer in {str(directory)!r} cannot be read: {first_line(error)}") from error
 
     @classmethod
     def _read(cls, directory: Path) -> "ClipTokenizer":
@@ -193,9 +195,5 @@ def _hub_directory(name: str) -> tuple[Path | None, str]:
             get_session().head(hf_hub_url(name, VOCABULARY_FILES[0]), timeout=HUB_TIMEOUT)
             cached = [hf_hub_download(name, file) for file in VOCABULARY_FILES]
     except Exception as error:  # no network, no such repository, no room: in each case we lack the files
-        return None, _first_line(error)
+        return None, first_line(error)
     return Path(str(cached[0])).parent, ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
