@@ -16,7 +16,7 @@ MOST_LAYERS = 1000  # as above; so many are built in a second or two
 # What repeats layers: numbers, and lists with an entry for each level.
 DEPTHS = ("transformer_depth", "num_res_blocks", "num_hidden_layers")
 LEVELS = ("channel_mult", "ch_mult")
-OF_TRAINING = ("scheduler_config", "lossconfig")  # of which nothing is built to draw
+NOT_BUILT = "scheduler_config"  # of training, which builds the learning rates itself
 
 
 def check_sizes(config: Any, shapes: Iterable[Sequence[int]] | None, source: str) -> None:
@@ -40,9 +40,8 @@ def _check_node(node: Any, path: str, largest: int, most: int, source: str) -> N
                 f"{source}: {path or 'the config'} asks for {layers} layers ({repeats}), {most} at most fit"
             )
         for name, value in node.items():
-            if name in OF_TRAINING:
-                continue
-            _check_node(value, f"{path}.{name}" if path else str(name), largest, most, source)
+            if name != NOT_BUILT:
+                _check_node(value, f"{path}.{name}" if path else str(name), largest, most, source)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         if len(node) > LARGEST_NUMBER:
             raise ValueError(f"{source}: {path} has {len(node)} entries")

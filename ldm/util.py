@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import averaged_weights, fill, is_plain, read_metadata, read_weights
-from ldm.config_checks import check_parts, check_sizes, check_types
+from ldm.config_checks import NOT_BUILT, check_parts, check_sizes, check_types
 from ldm.diffusers_folder import files_read, is_diffusers_folder, read_folder, read_vae
 from ldm.diffusers_names import PREFIXES
 from ldm.half_storage import drop_mapped
-from ldm.weight_files import some
+from ldm.messages import first_line, some
 
 T = TypeVar("T")
 PACKAGES = ("ldm.", "torch.nn.")  # whose classes a config may name
+NETWORKS = ("ldm.models.", "ldm.modules.")  # whose modules the config of a model to draw with may name
+NO_NETWORK = "torch.nn.Identity"  # in the place of one
 ALL = tuple(PREFIXES)  # the networks of a model, by their folders in diffusers
 
 logger = logging.getLogger(__name__)
@@ -124,18 +126,31 @@ def build_model(config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | Non
 
     config: a whole config, or its `model` node. shapes: of the weights that will fill it, None where they are not
     known. source: names the config in messages. Raises ValueError, in one line, for sizes that the weights cannot have,
-    and for a config that describes no model.
+    for a class that is no network of this project, and for a config that describes no model.
     """
     node = config.get("model", config)
     check_sizes(node, shapes, source)
     try:
+        node = for_inference(node)
+        _check_networks(node)
         with without_weights():  # they come from a file; the noise schedule is computed
-            model = instantiate_from_config(for_inference(node))
+            model = instantiate_from_config(node)
     except Exception as error:  # values that fit their types, but not each other, lead to errors of many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source} describes no model: {reason}") from error
+        raise ValueError(f"{source} describes no model: {first_line(error)}") from error
     check_parts(model, source)
     return model
+
+
+def _check_networks(node: Any) -> None:
+    """Raise ValueError if a config names a class that is no network: a data set, say, reads and writes files."""
+    if isinstance(node, Mapping):
+        target = str(node.get("target", NO_NETWORK))
+        if target != NO_NETWORK and not (target.startswith(NETWORKS) and issubclass(_class_of(target), nn.Module)):
+            raise ValueError(f"target {target[:100]!r} is no network of ldm: refused")
+        node = [value for name, value in node.items() if name != NOT_BUILT]
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        for value in node:
+            _check_networks(value)
 
 
 def load_model_from_config(

@@ -27,7 +27,7 @@ from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import build_model, check_weights, get_obj_from_str
+from ldm.util import build_model, check_weights
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.decoder_ranges import HIGH, Ranges
 from qdiff.engine.quant_params import QuantParams
@@ -53,27 +53,12 @@ def bundle_config(path: Path) -> dict[str, Any] | None:
         config = json.loads(text).get(ENTRY) if text else None
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} has a damaged header: {error}") from error
-    if config is not None:
-        _check_targets(config, str(path))
     return config
 
 
 def is_bundle(path: Path) -> bool:
     """Return True for a bundle. Raises ValueError for a damaged one."""
     return path.is_file() and bundle_config(path) is not None
-
-
-def _check_targets(config: Any, source: str) -> None:
-    """Raise ValueError if a config names anything but networks of this project: a file must not run other code."""
-    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        _check_targets(value, source)
-    target = config.get("target") if isinstance(config, dict) else None
-    if target in (None, "torch.nn.Identity"):  # the latter in place of a loss
-        return
-    ours = isinstance(target, str) and target.startswith(("ldm.models.", "ldm.modules."))
-    kind = get_obj_from_str(target) if ours else None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"{source!r} asks for {target!r}, which is no network of this project: refused")
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -97,9 +82,7 @@ def save_bundle(
     for name, params in (ranges or {}).items():
         for end, value in zip(RANGE, (params.delta, params.zero_point), strict=True):
             tensors[f"{DECODER}{name}{end}"] = torch.tensor(float(value))
-    config = config_for_drawing(config)
-    _check_targets(config, "the model's config")
-    metadata = header_metadata(header, **{ENTRY: config})
+    metadata = header_metadata(header, **{ENTRY: config_for_drawing(config)})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 

@@ -28,6 +28,7 @@ def test_sizes_beyond_the_weights_are_refused_and_named():
         ("unet_config.params.channel_mult", [1] * 2000, "layers"),
         ("cond_stage_config.params.text_config.num_hidden_layers", 10**5, "num_hidden_layers"),
         ("first_stage_config.params.ddconfig.ch_mult", [1] * 2000, "ddconfig asks for"),
+        ("first_stage_config.params.lossconfig.params", {"num_hidden_layers": 10**5}, "num_hidden_layers"),
         ("unet_config.params.attention_resolutions", [1] * (LARGEST_NUMBER + 1), "entries"),
     )
     for path, value, message in cases:
@@ -76,13 +77,18 @@ def test_values_of_another_type_are_named():
         check_types("AutoencoderKL", AutoencoderKL, autoencoder | {"ddconfig": 3})
 
 
-def test_networks_that_do_not_fit_each_other_are_refused():
+def test_models_that_cannot_be_are_refused():
+    """Networks that do not fit each other, and classes that are no networks."""
     for path, value, message in (
         ("unet_config.params.in_channels", 9, r"in_channels is 9, and channels is 4"),
         ("unet_config.params.out_channels", 8, "out_channels is 8"),
         ("unet_config.params.context_dim", 64, r"context_dim is 64, and .*hidden_size is 128"),
         ("first_stage_config.params.embed_dim", 3, "embed_dim is 3"),
         ("channels", 16, "and channels is 16"),
+        ("first_stage_config.target", "ldm.data.latents.CachedLatents", "is no network of ldm: refused"),
+        ("unet_config.target", "torch.nn.Linear", "is no network of ldm: refused"),
+        ("cond_stage_config.target", "ldm.modules.attention.rearrange", "is no class of ldm"),
+        ("first_stage_config.params.lossconfig", {"target": "ldm.lr_scheduler.LambdaLinearScheduler"}, "is no network"),
     ):
         config = config_of(EMBEDDED)
         *parents, name = path.split(".")
