@@ -32,6 +32,7 @@ QUANT_MODES = ("qdiff", "linear")
 LONG_PROMPTS = ("chunk", "cut")
 RESIZES = ("crop", "stretch")
 BITS = range(2, 17)
+MAX_BLUR = 10_000  # pixels; Pillow crashes at radii beyond the range of its integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class InitOptions:
         At 1 next to nothing of it is left.
     resize: how a picture of another size comes to the size drawn. "crop" scales it until it covers that size, and cuts
         off what stands over, on both sides alike; "stretch" scales width and height by themselves.
-    mask_blur: with a mask, the radius in pixels, 0 or more, over which the drawn part fades into the picture.
+    mask_blur: with a mask, the radius in pixels over which the drawn part fades into the picture; 0..MAX_BLUR.
     paste: with a mask, put the picture's own pixels back outside of it. False leaves those of the decoder.
     Raises ValueError for a value out of range.
     """
@@ -139,8 +140,8 @@ class InitOptions:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength!r}: it must be above 0, and 1 at most")
         _check_choice("resize", self.resize, RESIZES)
-        if not (math.isfinite(self.mask_blur) and self.mask_blur >= 0):
-            raise ValueError(f"mask_blur is {self.mask_blur!r}: it must be a number of pixels of 0 or more")
+        if not 0 <= self.mask_blur <= MAX_BLUR:
+            raise ValueError(f"mask_blur is {self.mask_blur!r}: it must be a number of pixels in 0..{MAX_BLUR}")
 
 
 @dataclass(frozen=True, kw_only=True)
