@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.config import MixConfig, ReconConfig
@@ -92,30 +94,28 @@ def calibrate(
         if step.phase in ("mixing", "ranges"):
             qnn.freeze()
         saved = folder.load(number) if folder is not None and resuming else None
-        if saved is None:
-            resuming = False
-            advance = partial(progress, step)
-            if step.phase == "weights" and recon is not None and recon.rounding == "gptq":
-                rounded = rounded or _round_by_gptq(qnn, data, recon, number, folder, progress)
-                report = rounded[step.unit]
-            else:
-                if step.phase == "mixing" and mix is not None:
-                    shares = mix_activations(qnn, data, mix, batch_size, running=running, progress=advance)
-                    report = {"phase": "mixing", "unit": "", "shares": shares}
-                elif step.phase == "ranges" or recon is None:
-                    fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
-                    report = {"phase": "ranges", "unit": ""}
-                else:
-                    options = {"batch_size": batch_size, "cache": cache, "progress": advance}
-                    report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
-                _save(folder, number, qnn, step, report)
-            barrier()
-        else:
+        if saved is not None:
             tensors, report = saved
+            _restore(qnn, step, tensors, report, mix)
+            yield step, report
+            continue
+        resuming = False
+        advance = partial(progress, step)
+        if step.phase == "weights" and recon is not None and recon.rounding == "gptq":
+            rounded = rounded or _round_by_gptq(qnn, data, recon, number, folder, progress)
+            report = rounded[step.unit]
+        else:
             if step.phase == "mixing" and mix is not None:
-                qnn.mix_act(dict.fromkeys(report["shares"], mix.bits))
-            weights = step.phase == "weights"
-            load_tensors(qnn, tensors, step.unit, weights=weights, acts=not weights)
+                shares = mix_activations(qnn, data, mix, batch_size, running=running, progress=advance)
+                report = {"phase": "mixing", "unit": "", "shares": shares}
+            elif step.phase == "ranges" or recon is None:
+                fit_activations(qnn, data, batch_size, running=running, seed=seed, progress=advance)
+                report = {"phase": "ranges", "unit": ""}
+            else:
+                options = {"batch_size": batch_size, "cache": cache, "progress": advance}
+                report = unit_reconstruction(qnn, step.unit, data, recon, phase=step.phase, **options).to_dict()
+            _save(folder, number, qnn, step, report)
+        barrier()
         yield step, report
     qnn.freeze()
     qnn.set_quant_state(True, qnn.config.quant_act)
@@ -147,3 +147,13 @@ def _save(folder: ProgressFolder | None, number: int, qnn: QuantModel, step: Ste
     if folder is not None and rank() == 0:
         tensors = weight_tensors if step.phase == "weights" else activation_tensors
         folder.save(number, tensors(qnn, step.unit), report)
+
+
+def _restore(
+    qnn: QuantModel, step: Step, tensors: dict[str, Tensor], report: dict[str, Any], mix: MixConfig | None
+) -> None:
+    """Put the model into the state after a step whose tensors and report were saved."""
+    if step.phase == "mixing" and mix is not None:
+        qnn.mix_act(dict.fromkeys(report["shares"], mix.bits))
+    weights = step.phase == "weights"
+    load_tensors(qnn, tensors, step.unit, weights=weights, acts=not weights)

@@ -105,7 +105,7 @@ class DynamicCodes:
         return DynamicCodes(self.codes, self.ranges * self.ranges.new_tensor([factor, 1]), self.params)
 
     def columns(self, dims: int) -> tuple[Tensor, Tensor]:
-        """Return steps and zero points, each broadcastable to these tokens or samples in a tensor of `dims` dimensions."""
+        """Return steps and zero points, broadcastable to these tokens or samples in a tensor of `dims` dimensions."""
         shape = (*self.shape[:-1], 1) if self.params.per == "token" else (-1, *[1] * (dims - 1))
         steps, zero_points = self.ranges.unbind(1)
         return steps.reshape(shape), zero_points.reshape(shape)
