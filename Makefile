@@ -15,10 +15,10 @@ demo: $(VENV)/ready
 		--config configs/shapes/txt2img.yaml --from-file configs/shapes/demo_prompts.txt
 
 # A page to draw on, at http://127.0.0.1:7860.
-serve: $(VENV)/ready
+serve: $(VENV)/web
 	$(RUN) scripts/serve.py
 
-test: $(VENV)/ready
+test: $(VENV)/web
 	$(PYTEST)
 
 # The tests of the integer engine as on older CPUs, one run each, with the tiles of AMX emulated, and without a C
@@ -33,7 +33,7 @@ test-isa: $(VENV)/ready
 	esac; done
 
 # The tests that take less than 3 seconds each, for use between two edits.
-fast: $(VENV)/ready
+fast: $(VENV)/web
 	$(PYTEST) -m "not slow"
 
 # Thousands of damaged files before each loader; commands killed, stopped and left without room. Minutes to hours.
@@ -43,7 +43,7 @@ fuzz: $(VENV)/ready
 torture: $(VENV)/ready
 	$(RUN) tests/torture/run.py
 
-lint: $(VENV)/ready
+lint: $(VENV)/web
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
@@ -58,10 +58,15 @@ train: $(VENV)/ready
 	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
 
 # The marker is written last, so that an interrupted installation is begun again.
-$(VENV)/ready: requirements.txt requirements-web.txt
+$(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than 3.11: name a newer one, as in make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# What the server needs as well, and the tests and type checks of it; drawing does without.
+$(VENV)/web: $(VENV)/ready requirements-web.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-web.txt
 	touch $@
 
