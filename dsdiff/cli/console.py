@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from dsdiff.cli.steady import steady_streams, stop_signals
+from dsdiff.errors import is_out_of_memory
 
 PACKAGES = ("dsdiff", "ldm", "tomesd", "qdiff")  # whose log lines are shown
 logger = logging.getLogger("dsdiff")
@@ -91,16 +92,11 @@ def _describe(error: Exception) -> str | None:
     """Return the line to print for bad input; None for an error that is a defect of the program."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {str(error.filename)!r}"
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory: use smaller batches or smaller pictures"
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         return None
     return str(error) or type(error).__name__
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return True if torch ran out of memory. Its error goes by name: a command that fails early imports no torch."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 # --- logs --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The routes of the web UI's API that its clients use. Errors are JSON, each with a line that tells what to do."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from dsdiff.errors import is_out_of_memory
 from dsdiff.record import USUAL_NAMES
 from dsdiff.server import schemas
 from dsdiff.server.convert import changed, complaint, to_reply, to_request
@@ -21,10 +23,14 @@ from dsdiff.server.names import AUTOMATIC, KARRAS
 from dsdiff.server.pictures import from_base64, open_picture, preview_base64
 from dsdiff.server.studio import Studio
 
+logger = logging.getLogger(__name__)
+
 LOOK = 0.5  # seconds between two looks whether a client that waits is still there
-NOTHING_OF_IT = ("sd-vae", "upscalers", "latent-upscale-modes", "hypernetworks", "face-restorers", "realesrgan-models")
-NOTHING_OF_IT += ("prompt-styles", "extensions", "script-info")
+# Lists that clients ask for, and of which this server has nothing.
+EMPTY_LISTS = ("sd-vae", "upscalers", "latent-upscale-modes", "hypernetworks", "face-restorers", "realesrgan-models")
+EMPTY_LISTS += ("prompt-styles", "extensions", "script-info")
 CLIENT_IS_GONE = 499  # as nginx calls it; nobody reads it
+IDLE = Job("", lambda job: None, walks=0)  # in the place of a job at hand where there is none
 
 
 class Api:
@@ -56,8 +62,8 @@ class Api:
         }
         for (method, path), route in routes.items():
             self.router.add_api_route(path, route, methods=[method])
-        for name in NOTHING_OF_IT:
-            self.router.add_api_route(f"/{name}", self.nothing, methods=["GET"], name=name)
+        for name in EMPTY_LISTS:
+            self.router.add_api_route(f"/{name}", self.empty_list, methods=["GET"], name=name)
 
     # --- pictures -----------------------------------------------------------------------------------------
 
@@ -77,12 +83,12 @@ class Api:
 
     def progress(self, skip_current_image: bool = Query(default=False)) -> dict[str, Any]:
         """Tell how far the job at hand is, with a preview."""
-        job, colors = self.studio.job, self.studio.colors
-        latents = None if job is None else job.latents
+        job, colors = self.studio.job or IDLE, self.studio.colors
+        latents = job.latents
         preview = None if skip_current_image or latents is None or colors is None else colors.picture(latents)
         return {
-            "progress": 0.0 if job is None else job.progress,
-            "eta_relative": 0.0 if job is None else job.seconds_left,
+            "progress": job.progress,
+            "eta_relative": job.seconds_left,
             "state": _state(job),
             "current_image": None if preview is None else preview_base64(preview),
             "textinfo": None,
@@ -153,7 +159,7 @@ class Api:
         """List the scripts, of which there are none."""
         return {"txt2img": [], "img2img": []}
 
-    def nothing(self) -> list[str]:
+    def empty_list(self) -> list[str]:
         """List what this server has none of."""
         return []
 
@@ -178,18 +184,17 @@ class Api:
         return {"info": items.get("parameters", ""), "items": items, "parameters": {}}
 
 
-def _state(job: Job | None) -> dict[str, Any]:
-    started = job is not None and job.started is not None
+def _state(job: Job) -> dict[str, Any]:
     return {
         "skipped": False,
-        "interrupted": job is not None and job.interrupted.is_set(),
+        "interrupted": job.interrupted.is_set(),
         "stopping_generation": False,
-        "job": "" if job is None else job.kind,
-        "job_count": 0 if job is None else job.walks,
-        "job_no": 0 if job is None else job.walk,
-        "job_timestamp": f"{job.started:.0f}" if started and job is not None else "0",
-        "sampling_step": 0 if job is None else job.step,
-        "sampling_steps": 0 if job is None else job.steps,
+        "job": job.kind,
+        "job_count": job.walks,
+        "job_no": job.walk,
+        "job_timestamp": f"{job.started or 0:.0f}",
+        "sampling_step": job.step,
+        "sampling_steps": job.steps,
     }
 
 
@@ -237,13 +242,16 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     @app.exception_handler(NotImplementedError)
     def impossible(request: Request, error: Exception) -> JSONResponse:
+        logger.debug("%s is refused", request.url.path, exc_info=error)
         return reply("invalid", str(error) or type(error).__name__, 422)
 
     @app.exception_handler(MemoryError)
-    @app.exception_handler(torch.OutOfMemoryError)
+    @app.exception_handler(RuntimeError)
     def no_memory(request: Request, error: Exception) -> JSONResponse:
+        if not is_out_of_memory(error):
+            raise error  # to `defect`
         return reply("memory", "out of memory: ask for smaller or fewer pictures", 507)
 
     @app.exception_handler(Exception)
     def defect(request: Request, error: Exception) -> JSONResponse:
-        return reply("internal", f"{type(error).__name__}, which the server's log tells more of", 500)
+        return reply("internal", f"{type(error).__name__}: the server's log tells more", 500)
