@@ -28,7 +28,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job of Stable Diffusion v1's size, and its needs in bytes, as docs/performance.md has measured them.
+    """A job of Stable Diffusion v1's size, and its needs in bytes, as docs/usage.md tells them.
 
     way_out: what needs less.
     """
@@ -43,7 +43,7 @@ JOBS = (
     Job(name="draw 512x512, W4A8 in one file", memory=1.9 * GB, disk=0.85 * GB, way_out="--low_memory, smaller --H"),
     Job(name="the same with --low_memory", memory=1.6 * GB, disk=0.85 * GB, way_out="a smaller --H and --W"),
     Job(name="draw 512x512, checkpoint in float16", memory=7.0 * GB, disk=2.1 * GB, way_out="a file of export.py"),
-    Job(name="calibrate W4A8, --preset fast", memory=13 * GB, disk=1.0 * GB, way_out="fewer --samples_w"),
+    Job(name="calibrate W4A8, as in docs/usage.md", memory=13 * GB, disk=1.0 * GB, way_out="fewer --samples_w"),
 )
 
 
@@ -148,7 +148,7 @@ def _models() -> Iterator[Finding]:
             yield Finding(topic="models", text=f"{name}: no file at {places[0]}", advice=_ways_to_models(config))
         if found and config in TINY_DECODERS:
             tiny = TINY_DECODERS[config]
-            there = f"{tiny}" if tiny.is_file() else f"none at {tiny}: --vae tiny needs --tiny_decoder FILE"
+            there = str(tiny) if tiny.is_file() else f"none at {tiny}: --vae tiny needs --tiny_decoder FILE"
             yield Finding(topic="models", text=f"{name}, tiny decoder: {there}")
     for ckpt, files in CALI_CKPTS.items():
         there = [f"W{bits} {path.name}" for bits, path in files.items() if path.is_file()]
