@@ -26,8 +26,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-
 GONE: Message = {"type": "http.disconnect"}
 LOOK = 0.2  # seconds between two looks whether the server is being stopped
 
@@ -60,7 +58,7 @@ class Guard:
         if self.options.is_local and _name(host) not in (*LOCAL_NAMES, self.options.host):
             return _error(400, f"this server is not {host!r}: it answers as localhost alone")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return _error(403, f"{origin} is another site: its pages may not use this server")
         token = self.options.token
         if token is not None and not secrets.compare_digest(_given_token(headers).encode(), token.encode()):
@@ -111,8 +109,11 @@ def _with_headers(send: Send) -> Send:
 
 
 def _name(host: str) -> str:
-    """Return the name of a Host header without its port."""
-    return urlsplit(f"//{host}").hostname or ""
+    """Return the name of a Host header without its port; "" for a header that is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _given_token(headers: Headers) -> str:

@@ -35,7 +35,6 @@ class Job:
     def __init__(self, kind: str, work: "Callable[[Job], Any]", walks: int = 1):
         self.kind, self.walks = kind, walks
         self.future: Future[Any] = Future()
-        self.created = time.time()
         self.started: float | None = None
         self.walk = self.step = self.steps = 0
         self.latents: np.ndarray | None = None  # [C, h, w], of the first picture of the walk at hand

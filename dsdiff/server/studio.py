@@ -116,9 +116,9 @@ class Studio:
                         job.refuse(STOPPING)
                     self._line.clear()
                     return
-                job = self.job = self._line.popleft()
-            job.run()
-            self.job = None
+                self.job = self._line.popleft()
+            self.job.run()
+            self.job = None  # the last reference to what it drew, or to the model of an error
 
     # --- work, in the thread ------------------------------------------------------------------------------
 

@@ -25,10 +25,16 @@ def put_in_line(studio: Studio, form: Form) -> Job:
 
 
 def following(studio: Studio, job: Job, *, previews: bool = True) -> Iterator[str]:
-    """Yield how far a job is, as HTML, until it is done. previews: show its picture as it is, too, and more often."""
-    while not job.future.done():
-        yield progress_html(job, studio.colors if previews else None, studio.waiting())
-        wait([job.future], timeout=LOOK if previews else SELDOM)
+    """Yield how far a job is, as HTML, until it is done. A visitor who leaves the page ends the job.
+
+    previews: show its picture as it is, too, and more often.
+    """
+    try:
+        while not job.future.done():
+            yield progress_html(job, studio.colors if previews else None, studio.waiting())
+            wait([job.future], timeout=LOOK if previews else SELDOM)
+    finally:  # also where gradio closes this generator, since nobody listens any more
+        job.interrupt()
 
 
 def interrupt(job: Job | None) -> None:

@@ -59,10 +59,12 @@ def test_others_sites_and_names_are_refused(ask):
         ({"host": "localhost:7860"}, 200),
         ({"host": "[::1]:7860"}, 200),
         ({"host": "rebound.example.org"}, 400),
+        ({"host": "[x"}, 400),
         ({"origin": "http://127.0.0.1:7860"}, 200),
         ({"origin": "http://127.0.0.1:1234"}, 403),
         ({"origin": "https://example.org"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://[x"}, 403),
     ):
         assert ask(local, headers).status_code == status, headers
     policy = ask(local).headers["content-security-policy"]

@@ -91,6 +91,17 @@ def red_and_blue(pixels):
 
 
 @pytest.mark.slow
+def test_leaving_the_page_ends_the_picture(page, studio):
+    fill(page, "prompt", PROMPT)
+    fill(page, "steps", studio.limits.steps)
+    page.locator("#draw").click()
+    page.wait_for_selector("#progress img")
+    job = studio.job
+    page.close()
+    assert job.future.result(60).interrupted
+
+
+@pytest.mark.slow
 def test_drawing_and_comparing(page, studio):
     look(page, "opened")
     fill(page, "prompt", PROMPT)
