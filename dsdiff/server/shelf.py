@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsdiff.models.registry import CHECKPOINTS, CONFIGS
@@ -36,7 +36,7 @@ class Shelf:
 
     A model comes once as it is, and once for each of the calibrations that come with it. Reads headers of files only.
     Raises ValueError or FileNotFoundError for a first model, or folders, that cannot be read; other files that are no
-    models are left out with a warning.
+    models, and those whose title or name another one has, are left out with a warning.
     """
 
     def __init__(self, choice: ModelChoice):
@@ -52,7 +52,9 @@ class Shelf:
         """Look at the folders again."""
         entries: dict[str, Entry] = {}
         for entry in (*self._own(), *self._known(), *self._of_folder()):
-            entries.setdefault(entry.title, entry)
+            first = entries.setdefault(entry.title, entry)
+            if first.spec.ckpt.resolve() != entry.spec.ckpt.resolve():
+                logger.warning("%s is left out: %s has its title, too", entry.spec.ckpt, first.spec.ckpt)
         self.entries, self.loras = entries, self._find_loras()
 
     @property
@@ -95,8 +97,8 @@ class Shelf:
         own = Entry(title="", spec=spec, quantization=choice.quantization, tokenizer=choice.model.tokenizer, own=True)
         quantization = self.open(own).quantization  # it tells what cannot work before the server is there
         title = _title(spec) + ("" if quantization is None or spec.bundle else f" {_bits(quantization.bits)}")
-        yield Entry(**{**vars(own), "title": title})
-        yield from (Entry(**{**vars(entry), "own": True}) for entry in _variants(spec, choice.model.tokenizer))
+        yield replace(own, title=title)
+        yield from (replace(entry, own=True) for entry in _variants(spec, choice.model.tokenizer))
 
     def _known(self) -> Iterator[Entry]:
         for config in CONFIGS.values():
@@ -117,7 +119,12 @@ class Shelf:
     def _find_loras(self) -> dict[str, Path]:
         folder = self.choice.lora_dir
         paths = [] if folder is None else [p for p in folder.rglob("*") if p.suffix.lower() in LORA_WEIGHTS]
-        return {path.stem: path for path in sorted(paths)}
+        loras: dict[str, Path] = {}
+        for path in sorted(paths):
+            first = loras.setdefault(path.stem, path)
+            if first != path:
+                logger.warning("%s is left out: %s has its name, too", path, first)
+        return loras
 
 
 def _title(spec: ModelSpec) -> str:

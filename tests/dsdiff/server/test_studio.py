@@ -1,5 +1,6 @@
 """The studio's line: order, limit, jobs that are stopped or given up before they begin, and its end."""
 
+import shutil
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from dsdiff.models.registry import EMBEDDED
 from dsdiff.options import ModelOptions
 from dsdiff.server.job import BusyError, Job, StoppingError
 from dsdiff.server.options import Limits, ModelChoice
+from dsdiff.server.previews import LatentColors
 from dsdiff.server.requests import split_loras
 from dsdiff.server.shelf import Shelf
 from dsdiff.server.studio import Studio
@@ -86,3 +88,28 @@ def test_files_that_are_no_models_are_left_out(tmp_path, small_model):
     (tmp_path / "small.safetensors").unlink()
     shelf.refresh()
     assert "small" not in shelf.entries
+
+
+def test_a_second_file_of_a_name_is_left_out_with_a_warning(tmp_path, small_model, caplog):
+    _, ckpt = small_model
+    for path in (tmp_path / "embedded.safetensors", tmp_path / "other" / "embedded.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(ckpt, path)
+    embedded = ModelOptions(config=EMBEDDED)
+    shelf = Shelf(ModelChoice(model=embedded, device="cpu", model_dir=tmp_path, lora_dir=tmp_path))
+    assert shelf.find("embedded").spec.ckpt != tmp_path / "embedded.safetensors"
+    assert shelf.lora("embedded", 1.0).path == tmp_path / "embedded.safetensors"
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("has its title, too" in line for line in lines) and any("has its name, too" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_read_leaves_the_studio_at_work(studio, monkeypatch):
+    first = studio.switch("embedded").future.result(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentColors, "of", lambda pipeline: 1 / 0)
+        assert isinstance(studio.switch("embedded W8A8").future.exception(60), ZeroDivisionError)
+    assert studio.title == "embedded"
+    again = studio.switch("embedded").future.result(60)  # it was given up for the other one
+    assert again is not first and studio.colors is not None
+    assert studio.switch("embedded").future.result(60) is again
