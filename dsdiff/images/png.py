@@ -1,5 +1,6 @@
 """PNG files of pictures, with their text chunks."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +18,20 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with the given text chunks, atomically."""
+def png_bytes(picture: Image.Image, texts: Mapping[str, str] | None = None, *, compress_level: int = 6) -> bytes:
+    """Return the bytes of a PNG with the given text chunks. compress_level: 0..9, of zlib."""
     info = PngInfo()
     for key, text in (texts or {}).items():
         info.add_text(key, text)
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info, compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def write_png(path: Path, picture: Image.Image, texts: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with the given text chunks, atomically."""
+    data = png_bytes(picture, texts)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def read_whole_picture(path: Path, size: tuple[int, int]) -> Image.Image | None:

@@ -11,7 +11,7 @@ from dsdiff.options import STOCHASTIC, DrawOptions, InitOptions, MergeOptions
 from dsdiff.record import USUAL_NAMES
 from dsdiff.server.names import find_sampler
 from dsdiff.server.options import Limits
-from dsdiff.server.pictures import from_base64, open_picture, png_bytes, record_of, to_base64
+from dsdiff.server.pictures import from_base64, open_picture, png_base64, record_of
 from dsdiff.server.requests import Drawing, DrawRequest, any_seed, split_loras
 from dsdiff.server.schemas import Img2Img, Request, Settings
 from dsdiff.server.shelf import Shelf
@@ -42,18 +42,18 @@ def changed(settings: Settings, changes: dict[str, Any], shelf: Shelf) -> Settin
     return new.model_copy(update={"sd_model_checkpoint": shelf.find(new.sd_model_checkpoint).title})
 
 
-def to_request(body: Request, settings: Settings, shelf: Shelf, limits: Limits, sampler: str = "ddim") -> DrawRequest:
-    """Return what a body asks for. sampler: where it names none. Raises ValueError for what cannot be."""
+def to_request(body: Request, settings: Settings, shelf: Shelf, limits: Limits) -> DrawRequest:
+    """Return what a body asks for. Raises ValueError for what cannot be."""
     settings = changed(settings, body.override_settings, shelf)
     prompt, loras = split_loras(body.prompt, shelf.lora)
-    own = sampler if not body.sampler_name else find_sampler(body.sampler_name, body.scheduler)
+    sampler = find_sampler(body.sampler_name or DrawOptions.sampler, body.scheduler)
     drawn_from = _init(body, limits) if isinstance(body, Img2Img) else {}
     options = DrawOptions(
         height=body.height,
         width=body.width,
-        sampler=own,
+        sampler=sampler,
         steps=body.steps,
-        eta=body.eta if own in STOCHASTIC else None,  # clients send one with every sampler
+        eta=body.eta if sampler in STOCHASTIC else None,  # clients send one with every sampler
         scale=body.cfg_scale,
         negative_prompt=body.negative_prompt,
         prompt_weights=shelf.choice.prompt_weights,
@@ -90,7 +90,7 @@ def _init_options(body: Img2Img) -> InitOptions:
 
 def _init(body: Img2Img, limits: Limits) -> dict[str, Any]:
     data = from_base64(body.init_images[0], "init_images[0]")
-    init = flattened(open_picture(data, "init_images[0]", limits.init_pixels), "white")
+    init = open_picture(data, "init_images[0]", limits.init_pixels)
     if body.mask is None:
         return {"init": init, "init_file": record_of(data)}
     mask = flattened(open_picture(from_base64(body.mask, "mask"), "mask", limits.init_pixels), "black").convert("L")
@@ -105,7 +105,7 @@ def to_reply(body: Request, drawing: Drawing) -> dict[str, Any]:
     """Return the reply of /txt2img and /img2img. The pictures that clients sent are not sent back."""
     parameters = body.model_dump(exclude={"init_images", "mask"})
     return {
-        "images": [to_base64(png_bytes(picture)) for picture in drawing.pictures if body.send_images],
+        "images": [png_base64(each.image, each.texts) for each in drawing.pictures if body.send_images],
         "parameters": parameters,
         "info": json.dumps(_info(drawing), ensure_ascii=False),
     }

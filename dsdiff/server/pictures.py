@@ -1,37 +1,33 @@
-"""Pictures as the API passes them: base64, PNG with text chunks."""
+"""Pictures as the API passes them: PNG in base64."""
 
 import base64
 import binascii
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from dsdiff.images.init import FileRecord
-from dsdiff.server.requests import Drawn
+from dsdiff.images.png import png_bytes
+
+# Formats that are read. Pillow knows more: EPS, for one, would be given to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
-def png_bytes(picture: Drawn) -> bytes:
-    """Return the PNG of a picture with its text chunks."""
-    info = PngInfo()
-    for key, text in picture.texts.items():
-        info.add_text(key, text)
-    buffer = io.BytesIO()
-    picture.image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def to_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def png_base64(image: Image.Image, texts: Mapping[str, str] | None = None) -> str:
+    """Return a picture as PNG with the given text chunks, in base64."""
+    return _to_base64(png_bytes(image, texts))
 
 
 def preview_base64(image: Image.Image) -> str:
-    """Return a preview as PNG in base64."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return to_base64(buffer.getvalue())
+    """Return a picture as PNG in base64, compressed little and fast, as it is seen for a moment only."""
+    return _to_base64(png_bytes(image, compress_level=1))
+
+
+def _to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def from_base64(text: str, name: str) -> bytes:
@@ -48,15 +44,18 @@ def from_base64(text: str, name: str) -> bytes:
 
 
 def open_picture(data: bytes, name: str, most: int) -> Image.Image:
-    """Return the picture in bytes, turned as the camera says. Raises ValueError for none, or one of more pixels."""
+    """Return the picture in bytes, turned as the camera says.
+
+    name: the field, for messages. Raises ValueError for other bytes, and for a picture of more than `most` pixels.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
             if width * height <= most:
                 picture.load()
                 return ImageOps.exif_transpose(picture)
     except Exception as error:  # a damaged file raises many types
-        raise ValueError(f"{name} is no picture that can be read") from error
+        raise ValueError(f"{name} is no picture that can be read: send {', '.join(FORMATS)}") from error
     raise ValueError(f"{name} has {width}x{height} pixels: this server takes {most} at most")
 
 

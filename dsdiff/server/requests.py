@@ -11,9 +11,9 @@ from PIL import Image
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.init import FileRecord
 from dsdiff.options import DrawOptions, LoraOptions
+from dsdiff.prompt_rows import MAX_SEED
 from dsdiff.server.options import Limits
 
-MAX_SEED = 2**63 - 1
 LORA_TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
 
 
@@ -46,6 +46,8 @@ class DrawRequest:
         for name, text in texts:
             if len(text) > limits.prompt:
                 raise ValueError(f"{name} has {len(text)} characters: this server takes {limits.prompt} at most")
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{name} has half a letter in it (a surrogate without its pair): leave it out")
         for name, value, most in (
             ("width", options.width, limits.side),
             ("height", options.height, limits.side),

@@ -1,8 +1,6 @@
 """Pieces of HTML for the page: progress with a preview, and pictures with what they cost."""
 
-import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from dsdiff.server.job import Job
+from dsdiff.server.pictures import png_base64
 from dsdiff.server.previews import LatentColors
 
 PREVIEW_SIDE = 256  # pixels
@@ -48,10 +47,7 @@ def psnr_text(psnr: float | None) -> str:
 
 def image_html(image: Image.Image, text: str) -> str:
     """Return an <img> that holds its picture. text: what it shows."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png_base64(image)}">'
 
 
 def progress_html(job: Job, colors: LatentColors | None, waiting: int) -> str:

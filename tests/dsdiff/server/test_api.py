@@ -5,8 +5,10 @@ import io
 import json
 import threading
 import time
+from http.client import HTTPConnection
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 import dsdiff
@@ -15,6 +17,13 @@ from dsdiff.server.options import ServerOptions
 pytest.importorskip("fastapi")
 webuiapi = pytest.importorskip("webuiapi")
 requests = pytest.importorskip("requests")
+pytest.importorskip("httpx")  # of TestClient
+
+from fastapi import FastAPI  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from dsdiff.server.api import add_errors  # noqa: E402
+from dsdiff.server.job import StoppingError  # noqa: E402
 
 PROMPT = "a red circle on a blue background"
 SMALL = {
@@ -141,6 +150,8 @@ def test_what_cannot_be_is_told_in_a_line(post):
         ({"prompt": "x" * 10_001}, "the prompt has 10001 characters"),
         ({"sampler_name": "Heun"}, "there is no sampler 'Heun'"),
         ({"scheduler": "karras"}, "DDIM has no scheduler 'karras'"),
+        ({"scheduler": "karras", "sampler_name": None}, "ddim has no scheduler 'karras'"),
+        ({"prompt": "\ud800"}, "the prompt has half a letter in it"),
         ({"enable_hr": True}, "enable_hr has no effect on this server"),
         ({"s_churn": 0.5}, "s_churn has no effect on this server"),
         ({"s_noise": 0.5}, "s_noise: "),
@@ -150,9 +161,13 @@ def test_what_cannot_be_is_told_in_a_line(post):
     ):
         status, reply = post("txt2img", SMALL | change)
         assert status == 422 and words in reply["detail"] == reply["errors"] and "\n" not in reply["detail"], reply
-    for picture in ("%", base64.b64encode(b"no picture").decode()):
+    for picture in ("%", base64.b64encode(b"no picture").decode(), encoded(Image.new("RGB", (64, 64)), "GIF")):
         status, reply = post("img2img", SMALL | {"init_images": [picture]})
         assert status == 422 and "init_images[0]" in reply["detail"], reply
+    white = encoded(Image.new("RGB", (64, 64), "white"), "PNG")
+    masked = {"init_images": [white], "mask": white, "inpaint_full_res": False}
+    status, reply = post("img2img", SMALL | masked | {"mask_blur": 1e10})  # Pillow would crash
+    assert status == 422 and "mask_blur is 10000000000.0" in reply["detail"], reply
     assert post("nowhere", {})[0] == 404 and "detail" in post("nowhere", {})[1]
     assert post("txt2img", None, "get")[0] == 405
 
@@ -184,11 +199,41 @@ def test_progress_interrupt_and_line(api, post, studio):
 
 
 def test_a_client_that_goes_away_ends_its_job(port, studio):
-    with pytest.raises(requests.ReadTimeout):
-        body = SMALL | {"steps": 50, "batch_size": 1, "n_iter": 3, "width": 128, "height": 128}
-        requests.post(f"http://127.0.0.1:{port}/sdapi/v1/txt2img", json=body, timeout=0.2)
-    job = studio.job
-    assert job is not None and job.future.result(60).interrupted
+    body = SMALL | {"steps": 50, "batch_size": 1, "n_iter": 3, "width": 128, "height": 128}
+    client = HTTPConnection("127.0.0.1", port)
+    client.request("POST", "/sdapi/v1/txt2img", json.dumps(body), {"Content-Type": "application/json"})
+    job = until(lambda: studio.job, lambda job: job is not None and job.step)
+    client.close()
+    assert job.future.result(60).interrupted
+
+
+def test_errors_of_work_have_their_status():
+    app = FastAPI()
+    add_errors(app)
+    errors = {
+        "gpu": (torch.OutOfMemoryError("CUDA out of memory"), 507),
+        "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 507),
+        "python": (MemoryError(), 507),
+        "missing": (FileNotFoundError(2, "No such file", "x"), 422),
+        "defect": (RuntimeError("a defect"), 500),
+        "stopping": (StoppingError("the server is being stopped"), 503),
+    }
+
+    @app.get("/{name}")
+    def fail(name: str):
+        raise errors[name][0]
+
+    client = TestClient(app, raise_server_exceptions=False)
+    for name, (_, status) in errors.items():
+        reply = client.get(f"/{name}")
+        assert reply.status_code == status and reply.json()["detail"], name
+
+
+def encoded(image, kind):
+    """Return a picture in a format, in base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def until(look, right, seconds=60):
