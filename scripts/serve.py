@@ -91,9 +91,8 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    missing = [
-        name for name in (*PACKAGES, *(() if args.no_page else ("gradio",))) if not importlib.util.find_spec(name)
-    ]
+    packages = PACKAGES if args.no_page else (*PACKAGES, "gradio")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'{", ".join(missing)} is missing: pip install ".[web]", or -r requirements-web.txt')
     choice, options = options_of(args)
