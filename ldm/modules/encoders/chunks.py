@@ -72,10 +72,6 @@ class Chunker:
             filled.pop()
         return [self._chunk(words) for words in filled], ""
 
-    def empty(self) -> Chunk:
-        """Return the chunk of no text."""
-        return self._chunk([])
-
     def _add(self, filled: list[list[Word]], word: Word) -> None:
         """Add a word to the last chunk, or to a new one, which takes over what follows a comma near the end."""
         last = filled[-1]

@@ -15,6 +15,7 @@ from ldm.modules.encoders.tokenizer import FILES_WANTED, ClipTokenizer, Tokenize
 logger = logging.getLogger(__name__)
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
+AS_TEXT = PromptStyle(weights=False, long="cut")  # as the original reads prompts
 
 
 class FrozenCLIPEmbedder(nn.Module):
@@ -105,25 +106,19 @@ class FrozenCLIPEmbedder(nn.Module):
         return self._tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return token ids [B, max_length]: start, text, end, padding.
+        """Return token ids [B, max_length]: start, text, end, padding. Brackets and the names of vectors are text.
 
         A longer prompt is cut; the first time, a warning shows the part that is not seen.
         """
-        return torch.tensor([self._token_ids(prompt) for prompt in prompts], dtype=torch.long)
+        chunker = Chunker(self.tokenizer, self.max_length)
+        return torch.tensor([self._split(chunker, prompt, AS_TEXT)[0].ids for prompt in prompts], dtype=torch.long)
 
-    def _token_ids(self, prompt: str) -> list[int]:
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(prompt)
-        if len(ids) > self.max_length:
-            cut = ids[self.max_length - 1 : -1]
-            ids = [*ids[: self.max_length - 1], ids[-1]]
-            self._report_cut(prompt, tokenizer.decode(cut))
-        return ids + [tokenizer.pad_id] * (self.max_length - len(ids))
-
-    def _report_cut(self, prompt: str, cut: str) -> None:
-        if prompt not in self._reported:
+    def _split(self, chunker: Chunker, prompt: str, style: PromptStyle) -> list[Chunk]:
+        chunks, cut = chunker.split(prompt, style)
+        if cut and prompt not in self._reported:
             self._reported.add(prompt)
             logger.warning("prompt longer than %d tokens, its end is not seen: %r", self.max_length, cut)
+        return chunks
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Return the tower's last hidden states of prompts [B], after the final norm: [B, max_length, hidden_size]."""
@@ -158,10 +153,7 @@ class FrozenCLIPEmbedder(nn.Module):
         for name, rows in self._added.items():
             added[name] = range(end, end + len(rows))
             end += len(rows)
-        chunks, cut = Chunker(self.tokenizer, self.max_length, added).split(prompt, style)
-        if cut:
-            self._report_cut(prompt, cut)
-        return chunks
+        return self._split(Chunker(self.tokenizer, self.max_length, added), prompt, style)
 
     def encode_chunks(self, batch: Sequence[Sequence[Chunk]]) -> Tensor:
         """Return the contexts [B, n max_length, hidden_size] of prompts [B] of n chunks each, float32.
