@@ -12,6 +12,7 @@ from torch.func import functional_call
 from ldm.lora import layer_shapes, merge_lora
 from ldm.lora_names import UNET
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.guidance import guide
 from ldm.models.diffusion.lcm import TEACHER_STEPS, boundary_scalings
 from ldm.modules.ema import LitEma
 from ldm.modules.low_rank import LowRank
@@ -162,7 +163,7 @@ class ConsistencyDistillation(nn.Module):
         weights = self.changed_weights()
         predicted = self._consistent(weights, x, place, context)
         with torch.no_grad():
-            x_further = self._solve(x, place, further, torch.cat((context, empty)), guidance)
+            x_further = self._solve(x, place, further, torch.cat((empty, context)), guidance)
             if self.average_target:
                 with self.average.average_parameters(self.factors):
                     weights = self.changed_weights()
@@ -179,11 +180,9 @@ class ConsistencyDistillation(nn.Module):
         return c_skip * x + c_out * self.teacher.predict_start_from_noise(x, t, eps)
 
     def _solve(self, x: Tensor, place: Tensor, further: Tensor, contexts: Tensor, guidance: Tensor) -> Tensor:
-        """Return x after one guided DDIM step of the teacher. contexts: of the captions, then of ""."""
+        """Return x after one guided DDIM step of the teacher. contexts: of "", then of the captions."""
         t = self.times[place]
-        both = self.teacher.apply_model(torch.cat((x, x)), torch.cat((t, t)), contexts).float()
-        eps_c, eps_u = both.chunk(2)
-        eps = eps_u + guidance * (eps_c - eps_u)
+        eps = guide(self.teacher.apply_model(torch.cat((x, x)), torch.cat((t, t)), contexts).float(), guidance)
         pred_x0 = self.teacher.predict_start_from_noise(x, t, eps)
         alpha_bar = self.alpha_bar[further].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * pred_x0 + (1 - alpha_bar).sqrt() * eps

@@ -83,7 +83,7 @@ def guided(
     return predict_eps
 
 
-def guide(eps: Tensor, scale: float) -> Tensor:
+def guide(eps: Tensor, scale: float | Tensor) -> Tensor:
     """Return eps_u + scale (eps_c - eps_u), [B, ...], of the batch [eps_u; eps_c], [2 B, ...]."""
     eps_u, eps_c = eps.chunk(2)
     return eps_u + scale * (eps_c - eps_u)

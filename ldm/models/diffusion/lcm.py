@@ -66,7 +66,7 @@ class LCMSampler(ConsistencySampler):
             c_skip, c_out = boundary_scalings(t)
             x = c_skip * x + c_out * pred_x0
             if i < n_steps - 1:
-                x = alpha_bar[i + 1] ** 0.5 * x + (1 - alpha_bar[i + 1]) ** 0.5 * noise()
+                x = diffuse(x, noise(), alpha_bar[i + 1])
             yield x, pred_x0
 
 

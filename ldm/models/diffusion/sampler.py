@@ -108,6 +108,11 @@ def draw_noise(batch_shape: Sequence[int], generator: Generators, device: torch.
     return torch.stack([randn(*batch_shape[1:], generator=g) for g in generator]).to(device)
 
 
+def diffuse(x0: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """Return x_t of x_0 and its noise (DDPM eq. 4)."""
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
+
+
 def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int], noise: DrawNoise) -> KeepKnown:
     """Return the function that restores the known region before each step of inpainting.
 
@@ -123,11 +128,7 @@ def keep_known(mask: Tensor | None, x0: Tensor | None, batch_shape: Sequence[int
         if value.ndim > 4 or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=False)):
             raise ValueError(f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(batch_shape)}")
 
-    def keep(x: Tensor, alpha_bar: float) -> Tensor:
-        known = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise()
-        return mask * known + (1 - mask) * x
-
-    return keep
+    return lambda x, alpha_bar: mask * diffuse(x0, noise(), alpha_bar) + (1 - mask) * x
 
 
 # --- starting from latents ---------------------------------------------------------------------------------
@@ -158,11 +159,6 @@ def steps_from(n_steps: int, strength: float) -> int:
     if taken == 0:
         raise ValueError(f"strength {strength:g} takes none of {n_steps} steps: use {1 / n_steps:.2g} or more")
     return taken
-
-
-def diffuse(x0: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
-    """Return x_t of x_0 and its noise (DDPM eq. 4)."""
-    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
 
 
 def put_back(init: Init, noise: Tensor) -> KeepKnown:
