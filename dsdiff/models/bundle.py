@@ -9,7 +9,6 @@ decoder.NAME.delta, .zero_point   the ranges of the autoencoder's decoder, for `
 Its header is a cali_ckpt's, with the model's config in it.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from dsdiff.models.configs import config_for_drawing
 from ldm.checkpoint import fill, is_plain, read_metadata, read_weights
-from ldm.fileio import write_atomically
+from ldm.fileio import json_object, write_atomically
 from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -50,10 +49,9 @@ def bundle_config(path: Path) -> dict[str, Any] | None:
     except ValueError:  # loading the file will tell why
         return None
     try:
-        config = json.loads(text).get(ENTRY) if text else None
-    except (ValueError, AttributeError, RecursionError) as error:
+        return json_object(text).get(ENTRY) if text else None
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} has a damaged header: {error}") from error
-    return config
 
 
 def is_bundle(path: Path) -> bool:
