@@ -65,20 +65,18 @@ def main(argv: list[str]) -> None:
     flags.check_latent_flags(args, spec)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
     pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=args.lora)
-    prompts = cached_steps.prompts_of(spec, args.prompts, args.n)
+    search = cached_steps.Search(
+        prompts=cached_steps.prompts_of(spec, args.prompts, args.n),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        depth=args.cache_depth or 1,
+        longest=args.longest,
+    )
     check_writable(args.file.parent)
     with logs(args.verbose):
         for line in (pipeline, *pipeline.notes):
             logger.info("%s", line)
-        found = cached_steps.schedules(
-            pipeline,
-            pipeline.resolve(draw),
-            prompts,
-            depth=args.cache_depth or 1,
-            longest=args.longest,
-            seed=args.seed,
-            batch_size=args.batch_size,
-        )
+        found = cached_steps.schedules(pipeline, pipeline.resolve(draw), search)
         chosen = cached_steps.pick(found, error=args.error, whole=args.whole)
         cached_steps.write(chosen, args.file)
         print(cached_steps.markdown(found, chosen))

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from dsdiff.benchmark.figures import Spread
 from dsdiff.benchmark.report import write_text
 from dsdiff.benchmark.source import TIMESTEP, inputs_of
-from dsdiff.benchmark.timing import seconds_per_call
+from dsdiff.benchmark.timing import in_turn, seconds_per_call
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import machine, precision_context, usable_cores, versions
 from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
@@ -47,27 +48,19 @@ def unet_figures(
 ) -> UNetFigures:
     """Time the UNet of `own` and that of the baseline in turn, on all cores.
 
-    The batch is 2, as for one picture with guidance. The figures are written to the file `kept`, and read from there if
-    they were measured in the same way on the same kind of machine.
+    The batch is 2, as for one picture with guidance. kept: the file of the figures, see `kept_figures`.
     """
-    with all_cores(own.device):
-        facts = _plain(
-            {
-                "own": {**own.spec.hashes, **asdict(own_settings)},
-                "base": {**base.spec.hashes, **asdict(base_settings)},
-                "repeats": repeats,
-                "machine": machine(own.device),
-                "versions": versions(),
-            }
-        )
-        if (figures := _read(kept, facts)) is not None:
-            return figures
+
+    def measure() -> dict[str, Any]:
         size = weight_bytes(as_calibrated(own))  # before the others are read: three models may not fit into memory
         seconds, others = side_by_side(own, own_settings, base, base_settings, repeats)
-    ratios = [theirs / ours for theirs, ours in zip(others, seconds, strict=True)]
-    figures = UNetFigures(weight_bytes=size, seconds=statistics.median(seconds), speed=Spread.over(ratios))
-    write_text(kept, json.dumps({"facts": facts, "figures": asdict(figures)}, indent=2))
-    return figures
+        speed = Spread.over([theirs / ours for theirs, ours in zip(others, seconds, strict=True)])
+        return asdict(UNetFigures(weight_bytes=size, seconds=statistics.median(seconds), speed=speed))
+
+    with all_cores(own.device):
+        facts = facts_of(own, own_settings, base, base_settings, repeats)
+        found = kept_figures(kept, facts, measure)
+    return UNetFigures(**{**found, "speed": Spread(**found["speed"])})
 
 
 def weight_bytes(pipeline: Pipeline) -> int:
@@ -117,11 +110,8 @@ def side_by_side(
     shape = (2, own.spec.channels, own_settings.height // own.spec.factor, own_settings.width // own.spec.factor)
     inputs["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own.device)
     pairs = ((own, own_settings), (base, base_settings))
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats):
-        for turn in (0, 1) if i % 2 == 0 else (1, 0):
-            times[turn].append(_seconds(*pairs[turn], inputs))
-    return times
+    seconds, others = in_turn([partial(_seconds, *pair, inputs) for pair in pairs], repeats)
+    return seconds, others
 
 
 @torch.no_grad()
@@ -135,16 +125,22 @@ def _seconds(pipeline: Pipeline, settings: DrawSettings, inputs: Mapping[str, Te
 # --- the file ----------------------------------------------------------------------------------------------
 
 
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts as they are read back from JSON, so that the two can be compared."""
-    return json.loads(json.dumps(facts, default=str))
+def facts_of(
+    own: Pipeline, own_settings: DrawSettings, base: Pipeline, base_settings: DrawSettings, repeats: int
+) -> dict[str, Any]:
+    """Return all that the figures of a comparison depend on."""
+    return {
+        "own": {**own.spec.hashes, **asdict(own_settings)},
+        "base": {**base.spec.hashes, **asdict(base_settings)},
+        "repeats": repeats,
+        "machine": machine(own.device),
+        "versions": versions(),
+    }
 
 
-def kept_figures(
-    kept: Path, facts: Mapping[str, Any], measure: Callable[[], dict[str, list[float]]]
-) -> dict[str, list[float]]:
-    """Return the figures in a file, if they have these facts; else measure them, and write the file."""
-    plain = _plain(facts)
+def kept_figures(kept: Path, facts: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures in a file if it has these facts; else measure them, and write the file."""
+    plain = json.loads(json.dumps(facts, default=str))  # as they are read back from JSON, so that the two compare
     if kept.is_file():
         try:
             content = json.loads(kept.read_text(encoding="utf-8"))
@@ -155,17 +151,3 @@ def kept_figures(
     figures = measure()
     write_text(kept, json.dumps({"facts": plain, "figures": figures}, indent=2))
     return figures
-
-
-def _read(kept: Path, facts: Mapping[str, Any]) -> UNetFigures | None:
-    """Return the figures in a file, if they have these facts; None for other facts, no file, or a damaged one."""
-    if not kept.exists():
-        return None
-    try:
-        content = json.loads(kept.read_text(encoding="utf-8"))
-        figures = content["figures"]
-        size, seconds, speed = figures["weight_bytes"], figures["seconds"], Spread(**figures["speed"])
-        return UNetFigures(weight_bytes=size, seconds=seconds, speed=speed) if content["facts"] == facts else None
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("the figures in %s cannot be read (%s): measuring anew", kept, error)
-        return None

@@ -8,6 +8,7 @@ beside those of a copy of the same features.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,8 @@ def _convolutions() -> list[Case]:
     for side in TINY_SIDES if onednn.largest_exact_weight() == onednn.LARGEST else ():
         x = torch.randn(1, TINY_WIDTH, side + 2, side).bfloat16().contiguous(memory_format=torch.channels_last)
         operand, name = integers.operand(x), f"3x3 convolution of {TINY_WIDTH} channels, {side}x{side}"
-        other = lambda x=x: floats(x)  # noqa: E731
-        cases.append(Case(name=name, own=lambda x=x: integers(integers.operand(x)), other=other))
-        cases.append(Case(name=f"{name}, codes given", own=lambda codes=operand: integers(codes), other=other))
+        cases.append(Case(name=name, own=lambda x=x: integers(integers.operand(x)), other=partial(floats, x)))
+        cases.append(Case(name=f"{name}, codes given", own=partial(integers, operand), other=partial(floats, x)))
     return cases
 
 

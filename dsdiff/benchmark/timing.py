@@ -77,6 +77,19 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, *, seconds: 
     return passed / calls
 
 
+def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
+    """Return what each of `measures` returns, one value a repeat.
+
+    Every second repeat goes backwards, so that a slow drift of the machine favours none.
+    """
+    found: list[list[float]] = [[] for _ in measures]
+    for i in range(repeats):
+        numbers = range(len(measures))
+        for number in numbers if i % 2 == 0 else reversed(numbers):
+            found[number].append(measures[number]())
+    return found
+
+
 def measure(
     engines: Mapping[str, Timeable], settings: Sequence[Setting], repeats: int, *, seconds: float
 ) -> tuple[dict[Setting, Measured], dict[str, str]]:

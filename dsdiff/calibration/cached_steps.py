@@ -25,6 +25,26 @@ from dsdiff.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """How schedules are looked for.
+
+    prompts: of the pictures that are drawn. seed: picture i starts from the noise of seed + i. batch_size: pictures at
+    a time. depth: see DrawSettings. longest: for how many steps features may be kept, at most.
+    Raises ValueError if features may be kept for less than 2 steps.
+    """
+
+    prompts: Sequence[str]
+    seed: int
+    batch_size: int
+    depth: int
+    longest: int
+
+    def __post_init__(self) -> None:
+        if self.longest < 2:
+            raise ValueError(f"longest is {self.longest}: features must be kept for 2 steps or more to gain anything")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The best schedule of so many whole steps: their numbers, and the weighted mean error of eps over all steps."""
 
@@ -35,36 +55,27 @@ class Choice:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def measure(
-    pipeline: Pipeline,
-    settings: DrawSettings,
-    prompts: Sequence[str],
-    *,
-    depth: int,
-    longest: int,
-    seed: int,
-    batch_size: int,
-) -> np.ndarray:
+def measure(pipeline: Pipeline, settings: DrawSettings, search: Search) -> np.ndarray:
     """Return the error of eps in step j on deep features of step i as table[i, j], the mean over prompts.
 
-    settings: without cached features. depth: see DrawSettings. longest: for how many steps features may be kept, at
-    most. Where i >= j it is 0; where features are kept for longer, or are of another batch, it is infinite.
+    settings: without cached features. Where i >= j it is 0; where features are kept for too long, or are of another
+    batch, it is infinite.
 
     A walk whose whole steps are `longest` apart measures an error in each step, so as many walks measure all.
     """
-    errors = EpsErrors(pipeline, settings, prompts, seed, batch_size)
+    errors = EpsErrors(pipeline, settings, search.prompts, search.seed, search.batch_size)
     step_of = [step for step, (_, calls) in enumerate(groupby(_times(pipeline, settings))) for _ in calls]
     n = step_of[-1] + 1
     batches = [len(output) for output in errors.exact[0].outputs]
     batch_of = [batches[step_of.index(step)] for step in range(n)]
     table = np.where(np.arange(n)[:, None] < np.arange(n), np.inf, 0.0)
-    for first in tqdm(range(min(longest, n)), "schedules", unit="walk"):
-        whole = sorted({0, *range(first, n, longest)})
-        cached = replace(settings, cache=tuple(whole), cache_depth=depth)
+    for first in tqdm(range(min(search.longest, n)), "schedules", unit="walk"):
+        whole = sorted({0, *range(first, n, search.longest)})
+        cached = replace(settings, cache=tuple(whole), cache_depth=search.depth)
         means = errors.of(cached, f"whole from step {first} on").mean(0).numpy()
         by_step = [means[[call for call, own in enumerate(step_of) if own == step]].mean() for step in range(n)]
         for start, stop in zip(whole, [*whole[1:], n], strict=True):
-            for step in range(start + 1, min(stop, start + longest)):
+            for step in range(start + 1, min(stop, start + search.longest)):
                 if len(set(batch_of[start : step + 1])) == 1:
                     table[start, step] = by_step[step]
     return table
@@ -134,35 +145,24 @@ def pick(choices: Sequence[CacheSchedule], *, error: float | None = None, whole:
 # --- the whole ---------------------------------------------------------------------------------------------
 
 
-def schedules(
-    pipeline: Pipeline,
-    settings: DrawSettings,
-    prompts: Sequence[str],
-    *,
-    depth: int,
-    longest: int,
-    seed: int,
-    batch_size: int,
-) -> list[CacheSchedule]:
+def schedules(pipeline: Pipeline, settings: DrawSettings, search: Search) -> list[CacheSchedule]:
     """Return the best schedule for each number of whole steps, see `measure` and `choose`.
 
     Raises ValueError for settings that keep features already, and for a depth that the UNet does not have.
     """
     if settings.keeps_features:
         raise ValueError("a schedule is found on pictures without cached features: leave --cache out")
-    if not 1 <= depth < pipeline.spec.output_blocks:
-        raise ValueError(f"cache_depth is {depth}: this model's UNet takes 1 to {pipeline.spec.output_blocks - 1}")
-    if longest < 2:
-        raise ValueError(f"longest is {longest}: features must be kept for 2 steps or more to gain anything")
-    table = measure(pipeline, settings, prompts, depth=depth, longest=longest, seed=seed, batch_size=batch_size)
-    choices = choose(table * weights(pipeline, settings))
+    deepest = pipeline.spec.output_blocks - 1
+    if not 1 <= search.depth <= deepest:
+        raise ValueError(f"cache_depth is {search.depth}: this model's UNet takes 1 to {deepest}")
+    choices = choose(measure(pipeline, settings, search) * weights(pipeline, settings))
     made = {
         "ckpt": pipeline.spec.ckpt.name,
         **pipeline.spec.hashes,
         "bits": None if settings.quantization is None else settings.quantization.bits,
-        "prompts": len(prompts),
-        "seed": seed,
-        "longest": longest,
+        "prompts": len(search.prompts),
+        "seed": search.seed,
+        "longest": search.longest,
         "scale": settings.scale,
         "merge": None if settings.merge is None else asdict(settings.merge),
         "versions": versions(),
@@ -172,7 +172,7 @@ def schedules(
             sampler=settings.sampler,
             steps=settings.steps_taken,
             guidance=(settings.guidance_start, settings.guidance_stop) if settings.guides else None,
-            depth=depth,
+            depth=search.depth,
             whole=choice.whole,
             error=choice.error,
             made=made,

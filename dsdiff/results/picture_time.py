@@ -2,15 +2,16 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dsdiff.benchmark.comparison import all_cores, kept_figures
+from dsdiff.benchmark.comparison import all_cores, facts_of, kept_figures
 from dsdiff.benchmark.figures import Spread
+from dsdiff.benchmark.timing import in_turn
 from dsdiff.draw_settings import DrawSettings
-from dsdiff.environment import machine, versions
 from dsdiff.pipeline import Pipeline
 
 PROMPT, SEED = "a small red circle", 0
@@ -30,29 +31,18 @@ def picture_time(
 ) -> PictureTime:
     """Draw a picture by `own` and by the baseline in turn, on all cores, once more than `repeats` times each.
 
-    The first one of each is not timed. The figures are written to the file `kept`, and read from there if they were
-    measured in the same way on the same kind of machine.
+    The first one of each is not timed. kept: the file of the figures, see `kept_figures`.
     """
-    pairs = ((own, settings), (base, base_settings))
 
     def measure() -> dict[str, list[float]]:
-        times: tuple[list[float], list[float]] = ([], [])
+        pairs = ((own, settings), (base, base_settings))
         for pair in pairs:
             _seconds(*pair)
-        for i in range(repeats):
-            for turn in (0, 1) if i % 2 == 0 else (1, 0):
-                times[turn].append(_seconds(*pairs[turn]))
-        return {"own": times[0], "base": times[1]}
+        times = in_turn([partial(_seconds, *pair) for pair in pairs], repeats)
+        return dict(zip(("own", "base"), times, strict=True))
 
     with all_cores(own.device):
-        facts = {
-            "own": {**own.spec.hashes, **asdict(settings)},
-            "base": {**base.spec.hashes, **asdict(base_settings)},
-            "repeats": repeats,
-            "machine": machine(own.device),
-            "versions": versions(),
-        }
-        found = kept_figures(kept, facts, measure)
+        found = kept_figures(kept, facts_of(own, settings, base, base_settings, repeats), measure)
     ratios = [theirs / ours for theirs, ours in zip(found["base"], found["own"], strict=True)]
     return PictureTime(seconds=statistics.median(found["own"]), speed=Spread.over(ratios))
 

@@ -218,9 +218,14 @@ class Comparison:
         if not path.is_file():
             kept = self._schedules
             if _hash(facts) not in kept:
-                prompts = prompts_of(self.pipeline.spec, self.options.prompts, SCHEDULE_N)
-                how = {"longest": LONGEST, "seed": SCHEDULE_SEED, "batch_size": SCHEDULE_N}
-                kept[_hash(facts)] = cached_steps.schedules(self.pipeline, settings, prompts, depth=depth, **how)
+                search = cached_steps.Search(
+                    prompts=prompts_of(self.pipeline.spec, self.options.prompts, SCHEDULE_N),
+                    seed=SCHEDULE_SEED,
+                    batch_size=SCHEDULE_N,
+                    depth=depth,
+                    longest=LONGEST,
+                )
+                kept[_hash(facts)] = cached_steps.schedules(self.pipeline, settings, search)
             cached_steps.write(cached_steps.pick(kept[_hash(facts)], whole=whole), path)
         return path
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import tomesd
 from dsdiff.benchmark.source import GUIDED, TIMESTEP, Source, inputs_of
+from dsdiff.benchmark.timing import in_turn
 from dsdiff.benchmark.variants import build, quant_config, why_not
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import precision_context
@@ -103,11 +105,8 @@ def side_by_side(
     ways = (own, base)
     for way in ways:
         _seconds(running, way, device, calls, timed=min(calls, 2))
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats):
-        for turn in (0, 1) if i % 2 == 0 else (1, 0):
-            times[turn].append(_seconds(running, ways[turn], device, calls, timed=calls))
-    return times
+    seconds, others = in_turn([partial(_seconds, running, way, device, calls, timed=calls) for way in ways], repeats)
+    return seconds, others
 
 
 def _seconds(running: Running, way: DrawSettings, device: torch.device, calls: int, timed: int) -> float:
