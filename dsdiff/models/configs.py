@@ -20,7 +20,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"config {str(path)!r} is no valid yaml: {error}") from error
+        raise ValueError(f"config {str(path)!r} is no valid yaml: {' '.join(str(error).split())}") from error
     encoder = look_up(config, "model.params.cond_stage_config.params")
     if isinstance(encoder, dict) and encoder.get("tokenizer"):
         directory = encoder.pop("tokenizer")
