@@ -66,9 +66,8 @@ class DrawRun:
 
     def _pictures(self, batches: Sequence[Batch], pending: Sequence[bool]) -> Iterator[list[Image.Image]]:
         """Yield the pictures of each batch: drawn and saved if it is pending, else read if grids want them."""
-        with tqdm(
-            batches, "batches", unit="batch", disable=rank() != 0
-        ) as bar:  # an interrupt ends the bar's line, too
+        # A `with` block, so that an interrupt ends the bar's line, too.
+        with tqdm(batches, "batches", unit="batch", disable=rank() != 0) as bar:
             for batch, to_draw in zip(bar, pending, strict=True):
                 if to_draw:
                     pictures = self._draw(batch)

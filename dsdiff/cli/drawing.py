@@ -44,8 +44,8 @@ def add_arguments(parser: ArgumentParser, outdir: str) -> None:
         "--from-file",
         type=Path,
         metavar="FILE",
-        help="a prompt per line, empty lines left out; a .jsonl file has in each line a prompt, and if it likes, "
-        'negative, seed, steps, scale and size: {"prompt": "a cat", "seed": 7, "size": [512, 768]}',
+        help="a prompt per line, empty lines left out; a line of a .jsonl file may have negative, seed, steps, scale "
+        'and size of its own: {"prompt": "a cat", "seed": 7, "size": [512, 768]}',
     )
     add(
         "--n_iter",
