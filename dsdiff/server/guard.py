@@ -9,6 +9,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,9 +43,10 @@ class Guard:
         self.app, self.options, self.is_stopping = app, options, is_stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        assert scope["type"] == "http", "the server runs without websockets"
         refusal = self._refusal(Headers(scope=scope))
         if refusal is not None:
             await refusal(scope, receive, send)
@@ -68,8 +70,12 @@ class Guard:
                 {"WWW-Authenticate": 'Basic realm="DSDiff: any user, the token as password"'},
             )
         if _number(headers.get("content-length", "0")) > self.options.limits.body:
-            return _error(413, f"a request may have {self.options.limits.body} bytes at most")
+            return _error(413, self._too_large)
         return None
+
+    @property
+    def _too_large(self) -> str:
+        return f"a request may have {self.options.limits.body} bytes at most"
 
     def _until_stopped(self, receive: Receive) -> Receive:
         """Return `receive` that tells that the client has gone as the server is being stopped."""
@@ -87,14 +93,19 @@ class Guard:
         return until_stopped
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return `receive` that ends a body which is longer than it said, or did not say how long it is."""
+        """Return `receive` that refuses a body as it grows too long, which had not said how long it is.
+
+        The application behind answers the HTTPException.
+        """
         seen = 0
 
         async def limited() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            return GONE if seen > self.options.limits.body else message
+            if seen > self.options.limits.body:
+                raise HTTPException(413, self._too_large)
+            return message
 
         return limited
 
