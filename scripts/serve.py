@@ -60,14 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options_of(args: argparse.Namespace) -> tuple[ModelChoice, ServerOptions]:
     """Return what the flags mean. Raises ValueError for those that cannot be."""
-    bundle = False
-    if args.ckpt is not None and args.ckpt.is_file():
-        from dsdiff.models.spec import find_model
+    from dsdiff.models.spec import find_model
 
-        bundle = find_model(flags.model_options(args)).bundle
+    model = flags.model_options(args)
     choice = ModelChoice(
-        model=flags.model_options(args),
-        quantization=flags.quantization_options(args, bundle=bundle),
+        model=model,
+        quantization=flags.quantization_options(args, bundle=find_model(model).bundle),
         loras=tuple(args.lora),
         embeddings=tuple(args.embedding),
         device=args.device,

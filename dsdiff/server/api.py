@@ -111,7 +111,7 @@ class Api:
         new = changed(self.settings, changes, self.studio.shelf)
         if new.sd_model_checkpoint != self.settings.sd_model_checkpoint:
             await _finished(self.studio.switch(new.sd_model_checkpoint), request)
-        self.settings = new
+        self.settings = changed(self.settings, changes, self.studio.shelf)  # others may have changed them meanwhile
         return {}
 
     # --- what there is ------------------------------------------------------------------------------------

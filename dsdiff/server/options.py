@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsdiff.options import EmbeddingOptions, LoraOptions, ModelOptions, QuantizationOptions
+from dsdiff.options import DrawOptions, EmbeddingOptions, LoraOptions, ModelOptions, QuantizationOptions
 
 LEAST_TOKEN = 8  # characters
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -86,7 +86,7 @@ class ModelChoice:
     embeddings: tuple[EmbeddingOptions, ...] = ()
     device: str = "auto"
     precision: str | None = None
-    prompt_weights: bool = True
-    long_prompts: str = "chunk"
+    prompt_weights: bool = DrawOptions.prompt_weights
+    long_prompts: str = DrawOptions.long_prompts
     model_dir: Path | None = None
     lora_dir: Path | None = None
