@@ -1,4 +1,4 @@
-"""Operations over all processes that share a work. Each process holds the whole model."""
+"""Operations over all processes that share work. Each process holds the whole model."""
 
 import os
 import time
@@ -14,8 +14,8 @@ from torch import Tensor
 from ldm.fileio import only_run_in
 
 CHUNK = 2**24  # numbers summed over the processes at once
-Item = TypeVar("Item")
 PATIENCE = 20  # seconds that a restarted process waits for the one before it to be gone
+Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -69,8 +69,8 @@ def barrier() -> None:
 def only_work_in(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder within the block, see `only_run_in`. All processes call this.
 
-    The first process locks the folder for all, and the others wait for it. It leaves the block only when all have come
-    to a barrier at the end of the block. Restarted processes give those before them some seconds to end.
+    The first process locks the folder for all, and the others wait for it. It frees the folder when all have come to
+    the end of the block. Restarted processes give those before them PATIENCE seconds to end.
     Raises ValueError in all processes if another run is in the folder, or if it cannot be made.
     """
     patience = PATIENCE if restarted() else 0

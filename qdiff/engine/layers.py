@@ -145,16 +145,19 @@ def _part(layer: QuantModule, name: str, make: MakeLayer) -> CodesLayer:
         weight=quantizer.whole_weight(),
         step=quantizer.delta.flatten().clone(),
         bias=None if bias is None else bias.detach().float().clone(),
-        params=params_of(act)
-        if isinstance(act, UniformAffineQuantizer)
-        else QuantParams(delta=1.0, zero_point=0, high=2**act.n_bits - 1),
+        params=params_of(act) if isinstance(act, UniformAffineQuantizer) else _params_of_products(act),
         options=layer.options or None,
     )
     return _dynamic(spec, act, quantizer, make) if isinstance(act, DynamicQuantizer) else _static(spec, quantizer, make)
 
 
+def _params_of_products(quantizer: DynamicQuantizer) -> QuantParams:
+    """Return the numbers with which a backend's layer computes products of the codes themselves."""
+    return QuantParams(delta=1.0, zero_point=0, high=2**quantizer.n_bits - 1)
+
+
 def _dynamic(spec: LayerSpec, act: DynamicQuantizer, quantizer: FrozenQuantizer, make: MakeLayer) -> DynamicLayer:
-    """Return the layer of an input with dynamic ranges. spec: its quantizer is that of the products."""
+    """Return the layer of an input with dynamic ranges. spec: its params are `_params_of_products`."""
     sums = spec.weight.flatten(1).sum(1, dtype=torch.float64).mul_(spec.step).float()
     padding, options = (), spec.options
     if options is not None:
