@@ -46,6 +46,7 @@ def mount(app: "FastAPI", studio: Studio, options: ServerOptions) -> "FastAPI":
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        max_file_size=1,  # bytes: the page takes no files
         theme=theme,
         css=STYLE,
     )

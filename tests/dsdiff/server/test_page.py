@@ -138,3 +138,6 @@ def test_drawing_and_comparing(page, studio):
     assert captions[0].endswith("the first") and all("PSNR" in each and " s " in each for each in captions[1:])
     assert all(" GB " in caption for caption in captions)
     look(page, "compared")
+
+    file = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"some text"}
+    assert page.request.post(f"{page.url}gradio_api/upload", multipart={"files": file}).status == 413  # gradio's route
