@@ -5,9 +5,20 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
+
+from dsdiff.options import (
+    DrawOptions,
+    EmbeddingOptions,
+    InitOptions,
+    LoraOptions,
+    MergeOptions,
+    ModelOptions,
+    QuantizationOptions,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "models" / "ldm" / "shapes"
@@ -146,6 +157,22 @@ def test_flags_in_documents_exist():
             assert not unknown, f"{document.relative_to(ROOT)}: {script} has no {unknown}"
             count += len(flags)
     assert count > 50
+
+
+def test_all_fields_of_options_are_in_the_api_document():
+    rows = [line for line in (ROOT / "docs/api.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    for kind in (
+        ModelOptions,
+        DrawOptions,
+        InitOptions,
+        LoraOptions,
+        EmbeddingOptions,
+        QuantizationOptions,
+        MergeOptions,
+    ):
+        (row,) = (row for row in rows if f"`{kind.__name__}`" in row.split("|")[1])
+        missing = [field.name for field in fields(kind) if f"`{field.name}`" not in row]
+        assert not missing, f"docs/api.md: {kind.__name__} has {missing}"
 
 
 def test_documents_are_read_as_meant():
