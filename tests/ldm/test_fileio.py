@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.fileio import check_writable, file_sha256, only_run_in, write_atomically, write_errors_naming
+from ldm.fileio import (
+    check_writable,
+    file_sha256,
+    only_run_in,
+    write_atomically,
+    write_errors_naming,
+    write_folder_atomically,
+)
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
@@ -97,10 +104,12 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
         before = os.umask(umask)
         try:
             write_atomically(tmp_path / "file", private)
+            write_folder_atomically(tmp_path / oct(umask), lambda folder: private(folder / "file"))
             assert os.umask(umask) == umask  # left as it was
         finally:
             os.umask(before)
-        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode, oct(umask)
+        for path in (tmp_path / "file", tmp_path / oct(umask) / "file"):
+            assert stat.S_IMODE(path.stat().st_mode) == mode, path
 
 
 def test_a_missing_folder_is_named(tmp_path):
