@@ -18,6 +18,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.clip import ClipTextConfig
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import ClipTokenizer
 
 PIPELINE = {
     "_class_name": "StableDiffusionPipeline",
@@ -54,7 +55,7 @@ def save_folder(model: LatentDiffusion, ddconfig: Mapping[str, Any], folder: Pat
         INDEX_FILE: PIPELINE,
         f"unet/{CONFIG_FILE}": unet,
         f"vae/{CONFIG_FILE}": vae,
-        f"text_encoder/{CONFIG_FILE}": text_config(text),
+        f"text_encoder/{CONFIG_FILE}": text_config(text, encoder.tokenizer),
         f"scheduler/{SCHEDULER_FILE}": scheduler_config(model),
     }
     tokenizer = encoder.tokenizer
@@ -130,10 +131,11 @@ def vae_config(ddconfig: Mapping[str, Any], scale_factor: float) -> dict[str, An
     }
 
 
-def text_config(config: ClipTextConfig) -> dict[str, Any]:
-    """Return the config of transformers' CLIPTextModel."""
+def text_config(config: ClipTextConfig, tokenizer: ClipTokenizer) -> dict[str, Any]:
+    """Return the config of transformers' CLIPTextModel, with the tokenizer's special tokens."""
     own = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": config.hidden_size}
-    return own | asdict(config)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return own | ids | asdict(config)
 
 
 def scheduler_config(model: LatentDiffusion) -> dict[str, Any]:

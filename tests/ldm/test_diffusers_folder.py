@@ -326,6 +326,8 @@ def test_written_folder_gives_our_outputs_in_diffusers(folder, tmp_path):
     prompt = "a red circle above a blue square"
     tokens = theirs.tokenizer(prompt, padding="max_length", max_length=theirs.tokenizer.model_max_length)["input_ids"]
     assert tokens == model.cond_stage_model.tokenize([prompt])[0].tolist()
+    ends = [theirs.text_encoder.config.bos_token_id, theirs.text_encoder.config.eos_token_id]
+    assert ends == [tokens[0], theirs.tokenizer.eos_token_id]
     again = load(tmp_path / "ours").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="is there already"):
