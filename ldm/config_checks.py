@@ -99,4 +99,5 @@ def check_types(name: str, target: Any, arguments: Mapping[str, Any]) -> None:
         try:
             check_type(value, hints[argument], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
-            raise ValueError(f"params of {name}: {argument} is {value!r}, and {error}"[:300]) from error
+            wanted = inspect.formatannotation(hints[argument])
+            raise ValueError(f"params of {name}: {argument} is {value!r:.200}: it must be of type {wanted}") from error
