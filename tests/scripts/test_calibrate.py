@@ -16,7 +16,7 @@ from dsdiff.models.registry import CHECKPOINTS, EMBEDDED
 from qdiff.checkpoint import read_cali_header
 from qdiff.engine.backends import onednn
 from qdiff.resume import ProgressFolder
-from scripts import calibrate, txt2img
+from scripts import calibrate, export, txt2img
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,13 +52,22 @@ def calibrated(make, tmp_path_factory):
     return make(tmp_path_factory.mktemp("calibrated"), *LEARN, "--cond")
 
 
+@pytest.fixture(scope="module")
+def dynamic(make, calibrated, tmp_path_factory):
+    """A cali_ckpt with dynamic ranges, and two inputs of 12 bits."""
+    linear = ["--quant_mode", "linear", "--quant_act", "--split", "--data_path", next(calibrated.glob("data-*"))]
+    folder = make(tmp_path_factory.mktemp("dynamic"), *linear, "--act_range", "dynamic", "--mixed_act", "2")
+    return folder / "cali.safetensors"
+
+
 @pytest.fixture
 def draw(small_model, tmp_path):
-    """draw(name, *flags) -> the folder of two small pictures."""
+    """draw(name, *flags) -> the folder of two small pictures, of the small model or of a bundle."""
 
-    def call(name, *flags):
+    def call(name, *flags, bundle=None):
         config, ckpt = small_model
-        model = ["--config", config, "--ckpt", ckpt, "--outdir", tmp_path / name]
+        model = ["--config", config, "--ckpt", ckpt] if bundle is None else ["--ckpt", bundle]
+        model += ["--outdir", tmp_path / name]
         size = ["--H", "32", "--W", "32", "--ddim_steps", "2", "--device", "cpu", "--n_iter", "1", "--n_samples", "2"]
         txt2img.main([str(flag) for flag in (*model, *size, "--prompt", "a red circle", *flags)])
         return tmp_path / name
@@ -171,17 +180,25 @@ def test_mixed_bits_are_in_the_file_and_drawn_by_all_engines(make, calibrated, d
     assert np.abs(picture(draw("plain", "--ptq", "--cali_ckpt", plain, "--precision", "full")) - pictures[0]).max() > 1
 
 
-def test_dynamic_ranges_are_in_the_file_and_drawn_by_all_engines(make, calibrated, draw, tmp_path, capsys):
-    data = next(calibrated.glob("data-*"))
-    linear = ["--quant_mode", "linear", "--quant_act", "--split", "--data_path", data]
-    folder = make(tmp_path / "dynamic", *linear, "--act_range", "dynamic", "--mixed_act", "2")
-    flags = ["--ptq", "--cali_ckpt", folder / "cali.safetensors", "--precision", "full"]
-    assert read_cali_header(folder / "cali.safetensors").config.act_range == "dynamic"
-    pictures = [picture(draw("simulated", *flags, "--engine", "simulate"))]
-    if onednn.largest_exact_weight():
-        pictures.append(picture(draw("int8", *flags, "--engine", "int8", "--act_range", "dynamic")))
-        assert np.abs(pictures[1] - pictures[0]).max() <= 1
+def test_dynamic_ranges_are_in_the_file_and_drawn_by_all_engines(dynamic, draw, capsys):
+    flags = ["--ptq", "--cali_ckpt", dynamic, "--precision", "full"]
+    assert read_cali_header(dynamic).config.act_range == "dynamic"
+    for way in ([], ["--act_range", "dynamic", "--cache", "2", "--ratio", "0.5"]):
+        simulated = picture(draw(f"simulated{len(way)}", *flags, *way, "--engine", "simulate"))
+        if onednn.largest_exact_weight():
+            drawn = picture(draw(f"int8{len(way)}", *flags, *way, "--engine", "int8"))
+            assert np.abs(drawn - simulated).max() <= 1, way
     assert "act_range static contradicts" in error_of(capsys, draw, "refused", *flags, "--act_range", "static")
+
+
+def test_a_bundle_has_dynamic_ranges(dynamic, draw, small_model, tmp_path):
+    (config, ckpt), bundle = small_model, tmp_path / "bundle.safetensors"
+    model = ["--config", config, "--ckpt", ckpt, "--cali_ckpt", dynamic, "--vae_pictures", "0"]
+    export.main([str(flag) for flag in (bundle, *model)])
+    how = ["--engine", "simulate", "--precision", "full", "--vae", "float32"]
+    own, packed = draw("own", "--ptq", "--cali_ckpt", dynamic, *how), draw("packed", *how, bundle=bundle)
+    assert "dynamic" in yaml.safe_load((packed / "settings.yaml").read_text())["quantization"]["bits"]
+    assert np.abs(picture(packed) - picture(own)).mean() < 2  # a bundle's other parts are in float16
 
 
 # --- flags -------------------------------------------------------------------------------------------------
