@@ -162,7 +162,7 @@ def steps_from(n_steps: int, strength: float) -> int:
 
 
 def put_back(init: Init, noise: Tensor) -> KeepKnown:
-    """Return the function that puts x0 with the same `noise` in each step back where nothing is drawn."""
+    """Return the function that restores x0, at the noise level of x_t and with this `noise`, where nothing is drawn."""
     drawn = init.drawn
     if drawn is None:
         return lambda x, alpha_bar: x
