@@ -25,7 +25,6 @@ from dsdiff.calibration import cached_steps
 from dsdiff.calibration.cached_steps import prompts_of
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.environment import choose_device, machine, versions
-from dsdiff.jobs import check_text, read_prompt_file
 from dsdiff.metrics.attributes import Share
 from dsdiff.metrics.eps_errors import EpsErrors
 from dsdiff.metrics.intervals import mean_and_error
@@ -73,9 +72,7 @@ def compare(options: FrontierOptions) -> Costs:
 def _prompts(options: FrontierOptions, spec: ModelSpec) -> list[str]:
     """Return n prompts, those of the file in turn; without a file captions of shapes, half of them held out."""
     if options.prompts is not None:
-        read = read_prompt_file(options.prompts, "--prompts")
-        check_text(read)
-        return [read[i % len(read)] for i in range(options.n)]
+        return prompts_of(spec, options.prompts, options.n)
     if spec.config_path.resolve().is_relative_to(EMBEDDED.parent.resolve()) or spec.bundle:
         return captions_of(options.n, options.seed)
     raise ValueError(f"no prompts are known for {spec.description}: give --prompts FILE")
