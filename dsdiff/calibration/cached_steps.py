@@ -19,7 +19,6 @@ from dsdiff.draw_settings import SAMPLERS, DrawSettings
 from dsdiff.environment import versions
 from dsdiff.jobs import check_text, read_prompt_file
 from dsdiff.metrics.eps_errors import EpsErrors
-from dsdiff.models.registry import CALI_PROMPTS
 from dsdiff.models.spec import ModelSpec
 from dsdiff.pipeline import Pipeline
 
@@ -186,7 +185,7 @@ def prompts_of(spec: ModelSpec, file: Path | None, n: int) -> list[str]:
 
     Raises ValueError if the model has none.
     """
-    path = file or CALI_PROMPTS.get(spec.config_path.resolve())
+    path = file or spec.cali_prompts
     if path is None:
         raise ValueError(f"no prompts are known for {spec.description}: give --prompts FILE")
     read = read_prompt_file(path, "--prompts")

@@ -24,6 +24,21 @@ from qdiff.distributed import barrier, rank
 
 logger = logging.getLogger(__name__)
 
+# Fields of DrawSettings that the data does not depend on, and values of others that leave them out of its facts, since
+# older files do not know of them.
+WITHOUT_EFFECT = ("merge", "quantization", "vae", "vae_tiling", "tiny_decoder")
+NEUTRAL = {
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "cache": 1,
+    "cache_depth": 1,
+    "lora": (),
+    "prompt_weights": False,
+    "long_prompts": "cut",
+    "embeddings": (),
+    "init": None,
+}
+
 MAX_BATCH = 16  # pictures drawn at a time
 
 
@@ -83,27 +98,10 @@ def _prompt_file(spec: ModelSpec, options: CalibrationOptions) -> Path:
 def _facts(pipeline: Pipeline, settings: DrawSettings, prompts: Path, options: CalibrationOptions) -> dict[str, Any]:
     """Return all that the data depends on, as plain values. Kept files are named by its hash: do not change it."""
     sampling = asdict(settings)
-    for name in (
-        "merge",
-        "quantization",
-        "vae",
-        "vae_tiling",
-        "tiny_decoder",
-    ):  # none, none, and without effect on the data
+    for name in WITHOUT_EFFECT:
         del sampling[name]
-    neutral_values = {
-        "guidance_start": 0.0,
-        "guidance_stop": 1.0,
-        "cache": 1,
-        "cache_depth": 1,
-        "lora": (),
-        "prompt_weights": False,
-        "long_prompts": "cut",
-        "embeddings": (),
-        "init": None,
-    }
-    for name, neutral in neutral_values.items():
-        if sampling.get(name) == neutral:  # older files do not know of them
+    for name, neutral in NEUTRAL.items():
+        if sampling.get(name) == neutral:
             del sampling[name]
     return {
         **pipeline.spec.hashes,
