@@ -5,8 +5,8 @@ Draws the same captions from the same noise with the full-precision embedded mod
 to nearest (linear) and by Q-Diffusion (qdiff), and compares: PSNR to the full-precision pictures, the share of
 attributes that are right (colour, shape, texture, size, count and relation together, read as by
 scripts/eval_attributes.py), and the bytes of the UNet's weights. --ablation takes Q-Diffusion apart instead. --eps
-compares cali_ckpts by the squared error of guided eps in one step, for latents that no calibration saw: a minute on a
-CPU for 32 pictures.
+compares cali_ckpts by the squared error of guided eps in one step, for latents that no calibration saw: with 32
+pictures a minute or two a file on a CPU.
 
 Calibrations and pictures are kept in OUTDIR, and made only if they are not there: an interrupted run goes on with the
 same command. With torchrun the processes share the work, which is fastest with one per core:
