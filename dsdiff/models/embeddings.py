@@ -81,8 +81,10 @@ def read_embedding(options: EmbeddingOptions) -> tuple[str, Tensor]:
         raise FileNotFoundError(f"embedding {str(path)!r} {missing}")
     token, rows = _vectors(_content(path), path)
     rows = (rows[None] if rows.ndim == 1 else rows).detach().float()
-    if rows.ndim != 2 or not rows.numel() or not rows.isfinite().all():
+    if rows.ndim != 2 or not rows.numel():
         raise ValueError(f"embedding {str(path)!r} holds {tuple(rows.shape)} numbers, which are no vectors")
+    if not rows.isfinite().all():
+        raise ValueError(f"embedding {str(path)!r} holds NaN or infinite values")
     return EmbeddingOptions(path=path, name=options.name or token or path.stem).name or "", rows
 
 

@@ -52,6 +52,7 @@ def test_what_is_no_embedding_of_the_model_is_refused(tmp_path, spec, vectors):
     torch.save([vectors], tmp_path / "list.pt")
     torch.save({"a": vectors, "b": vectors}, tmp_path / "two.pt")
     torch.save({"a": torch.full((1, WIDTH), torch.nan)}, tmp_path / "nan.pt")
+    torch.save({"a": torch.zeros(1, 1, WIDTH)}, tmp_path / "cube.pt")
     save_file({"clip_l": vectors, "clip_g": vectors + 1}, tmp_path / "xl.safetensors")
     save_file({"a": torch.randn(2, 768)}, tmp_path / "wide.safetensors")
     save_file({"a": torch.randn(31, WIDTH)}, tmp_path / "many.safetensors")
@@ -63,7 +64,8 @@ def test_what_is_no_embedding_of_the_model_is_refused(tmp_path, spec, vectors):
         "code2.pt": "is damaged, or holds more than vectors",
         "list.pt": "holds a list, not named vectors",
         "two.pt": "has 2 entries with vectors",
-        "nan.pt": "which are no vectors",
+        "nan.pt": "holds NaN or infinite values",
+        "cube.pt": "holds (1, 1, 128) numbers, which are no vectors",
         "xl.safetensors": "Stable Diffusion XL",
         "wide.safetensors": f"vectors of width 768, the model's text encoder has {WIDTH}",
         "many.safetensors": "has 31 vectors: a prompt of this model has room for 30",
