@@ -238,6 +238,7 @@ def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", l
     from qdiff.distributed import barrier, own_share, rank
 
     _tell_resizing(record)
+    _tell_unused_embeddings(record)
     run = DrawRun(pipeline, record, keep=args.resume, save=not args.skip_save)
     batches = jobs_of(record, args.outdir)
     pending = [not run.is_done(batch) for batch in batches]
@@ -275,3 +276,13 @@ def _tell_resizing(record: "RunRecord") -> None:
         note = resize_note(picture_size(first), (draw.width, draw.height), record.draw.init.resize)
         if note:
             logger.info("%s: %s", first.name, note)
+
+
+def _tell_unused_embeddings(record: "RunRecord") -> None:
+    """Warn of each embedding whose name is in no prompt, such as a misspelt one."""
+    from ldm.modules.encoders.chunks import has_word
+
+    texts = [*record.prompts, *(draw.negative_prompt for draw in (record.draw, *record.row_draws))]
+    for embedding in record.draw.embeddings:
+        if not any(has_word(text, embedding.name) for text in texts):
+            logger.warning("no prompt has the word %r: the embedding of this name has no effect", embedding.name)

@@ -89,6 +89,17 @@ def test_embeddings_are_recorded_and_a_run_resumes_with_the_same_only(run, refus
     assert "vectors of width 768, the model's text encoder has 128" in refused(*flags, "--embedding", wide)
 
 
+def test_an_embedding_that_no_prompt_names_is_told(run, tmp_path, capsys):
+    torch.save({"string_to_param": {"*": torch.randn(2, 128)}}, tmp_path / "mark.pt")
+    for prompt, flags, told in (
+        ("a (Mark:1.2)", (), False),
+        ("a ring", ("--negative_prompt", "mark"), False),
+        ("a marker", (), True),
+    ):
+        run(*ONCE, "--prompt", prompt, *flags, "--embedding", tmp_path / "mark.pt")
+        assert ("no prompt has the word 'mark'" in "".join(capsys.readouterr())) == told, prompt
+
+
 def test_runs_of_older_versions_resume_where_prompts_read_alike(run, refused, tmp_path):
     for prompt, fits in (("a red circle", True), ("a (red) circle", False), (LONG, False)):
         outdir = run(*ONCE, "--prompt", prompt, outdir=prompt[:8])

@@ -135,8 +135,14 @@ def _names_pattern(names: Mapping[str, Sequence[int]]) -> re.Pattern[str] | None
     """Return what finds the names as words of their own, the longest first; None if there are none."""
     if not names:
         return None
-    found = [
-        (r"(?<!\w)" if name[0].isalnum() else "") + re.escape(name) + (r"(?!\w)" if name[-1].isalnum() else "")
-        for name in sorted(names, key=len, reverse=True)
-    ]
-    return re.compile(f"({'|'.join(found)})", re.IGNORECASE)
+    return re.compile(f"({'|'.join(map(_as_word, sorted(names, key=len, reverse=True)))})", re.IGNORECASE)
+
+
+def _as_word(name: str) -> str:
+    """Return the regular expression of a name as a word of its own."""
+    return (r"(?<!\w)" if name[0].isalnum() else "") + re.escape(name) + (r"(?!\w)" if name[-1].isalnum() else "")
+
+
+def has_word(text: str, name: str) -> bool:
+    """Return whether a prompt has the name as a word of its own, in upper or lower case."""
+    return re.search(_as_word(name), text, re.IGNORECASE) is not None
