@@ -25,7 +25,7 @@ TIMEOUT = timedelta(days=7)  # one process may draw for hours alone
 def processes() -> Iterator[None]:
     """Join the processes of torchrun into a process group within the block: by NCCL on GPUs, by gloo on CPUs.
 
-    All but the first log warnings only, until `logs` ends. Nothing happens without torchrun.
+    All but the first log warnings only. Nothing happens without torchrun.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -35,11 +35,13 @@ def processes() -> Iterator[None]:
     store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
     store = PrefixStore(_agreed_name(store, number, count), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    level = logger.level
     if rank() != 0:
         logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        logger.setLevel(level)
         dist.destroy_process_group()
 
 
