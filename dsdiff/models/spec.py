@@ -57,9 +57,12 @@ class ModelSpec:
 
     @property
     def output_blocks(self) -> int:
-        """How many output blocks the UNet has, and as many input blocks."""
-        unet = look_up(self.config, "model.params.unet_config.params")
-        return len(unet.get("channel_mult", (1, 2, 4, 8))) * (unet["num_res_blocks"] + 1)
+        """How many output blocks the UNet has, and as many input blocks. Raises ValueError if the config has no UNet."""
+        unet = look_up(self.config, "model.params.unet_config.params") or {}
+        levels, blocks = unet.get("channel_mult", (1, 2, 4, 8)), unet.get("num_res_blocks")
+        if not isinstance(levels, list | tuple) or not isinstance(blocks, int):
+            raise ValueError(f"config {str(self.config_path)!r} has no UNet with channel_mult and num_res_blocks")
+        return len(levels) * (blocks + 1)
 
     @property
     def cali_ckpts(self) -> Mapping[int, Path]:

@@ -52,3 +52,14 @@ def test_a_config_without_sampling_defaults_to_the_size_of_its_latents(places):
     (places / "own.yaml").write_text(STABLE_DIFFUSION.read_text().split("sampling:")[0])
     model = choose(config=places / "own.yaml", ckpt=places / "own.ckpt")
     assert (model.description, model.height, model.width, model.steps) == ("own", 512, 512, 50)
+
+
+def test_the_blocks_of_a_unet_are_counted_and_a_config_without_one_is_named(places):
+    (places / "own.ckpt").touch()
+    text = STABLE_DIFFUSION.read_text()
+    for old, new in (("num_res_blocks: 2\n        channel_mult", "channel_mult"), ("unet_config:", "u_net_config:")):
+        assert old in text
+        (places / "own.yaml").write_text(text.replace(old, new, 1))
+        with pytest.raises(ValueError, match=r"own\.yaml' has no UNet with channel_mult and num_res_blocks"):
+            _ = choose(config=places / "own.yaml", ckpt=places / "own.ckpt").output_blocks
+    assert choose(config=STABLE_DIFFUSION, ckpt=places / "own.ckpt").output_blocks == 12
