@@ -11,8 +11,8 @@ class AttentionByHeads(torch.autograd.Function):
     """Attention that computes one head of one sample at a time, so that its N x M matrix stays in the cache.
 
     The backward pass computes that matrix again, as in FlashAttention (Dao et al. 2022), by whole matrix products in
-    the dtype of the inputs. On CPUs without AMX this takes less time than `scaled_dot_product_attention` and its backward
-    pass where tokens are many, as the 1,024 of 32x32 latents, and no more where they are few.
+    the dtype of the inputs. On CPUs without AMX this takes less time than `scaled_dot_product_attention` and its
+    backward pass where tokens are many, as the 1,024 of 32x32 latents, and no more where they are few.
     """
 
     @staticmethod
