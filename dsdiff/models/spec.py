@@ -57,7 +57,7 @@ class ModelSpec:
 
     @property
     def output_blocks(self) -> int:
-        """How many output blocks the UNet has, and as many input blocks. Raises ValueError if the config has no UNet."""
+        """How many output blocks the UNet has, and as many input blocks. Raises ValueError without sizes of one."""
         unet = look_up(self.config, "model.params.unet_config.params") or {}
         levels, blocks = unet.get("channel_mult", (1, 2, 4, 8)), unet.get("num_res_blocks")
         if not isinstance(levels, list | tuple) or not isinstance(blocks, int):
