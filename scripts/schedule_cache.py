@@ -73,10 +73,13 @@ def main(argv: list[str]) -> None:
         longest=args.longest,
     )
     check_writable(args.file.parent)
+    settings = pipeline.resolve(draw)
+    if args.whole is not None and args.whole > settings.steps_taken:
+        raise ValueError(f"--whole is {args.whole}: there are {settings.steps_taken} steps")
     with logs(args.verbose):
         for line in (pipeline, *pipeline.notes):
             logger.info("%s", line)
-        found = cached_steps.schedules(pipeline, pipeline.resolve(draw), search)
+        found = cached_steps.schedules(pipeline, settings, search)
         chosen = cached_steps.pick(found, error=args.error, whole=args.whole)
         cached_steps.write(chosen, args.file)
         print(cached_steps.markdown(found, chosen))

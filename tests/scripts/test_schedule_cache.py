@@ -38,6 +38,7 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
         ([file], "--error"),
         ([file, "--whole", "2", "--error", "1"], "not allowed"),
         ([file, "--whole", "0"], "--whole"),
+        ([file, "--whole", "9", "--dpm_solver", "--ddim_steps", "8"], "--whole is 9: there are 8 steps"),
         ([file, "--whole", "2", "--cache", "2"], "--cache"),
         ([file, "--whole", "2", "--longest", "1"], "--longest"),
         ([file, "--whole", "2", "--cache_depth", "99"], "cache_depth is 99"),
