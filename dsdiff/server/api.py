@@ -227,6 +227,8 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return reply("invalid", f"the body is no JSON: {first['ctx']['error']} at {first['loc'][-1]}", 422)
         return reply("invalid", complaint(first["loc"], first["msg"]), 422)
 
     @app.exception_handler(HTTPException)

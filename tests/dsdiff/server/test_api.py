@@ -198,6 +198,14 @@ def test_progress_interrupt_and_line(api, post, studio):
     assert same(api.txt2img(**SMALL).image, whole)  # nothing is left of the walk that was stopped
 
 
+def test_a_body_that_is_no_json_is_told(port):
+    client = HTTPConnection("127.0.0.1", port)
+    client.request("POST", "/sdapi/v1/txt2img", "{bad", {"Content-Type": "application/json"})
+    reply = client.getresponse()
+    assert reply.status == 422 and json.loads(reply.read())["detail"].startswith("the body is no JSON: Expecting")
+    client.close()
+
+
 def test_a_client_that_goes_away_ends_its_job(port, studio):
     body = SMALL | {"steps": 50, "batch_size": 1, "n_iter": 3, "width": 128, "height": 128}
     client = HTTPConnection("127.0.0.1", port)
