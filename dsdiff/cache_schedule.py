@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from dsdiff.checks import check_whole, is_whole
 from ldm.fileio import json_object, write_atomically
 
 FORMAT = "dsdiff cache schedule 1"
@@ -32,10 +33,9 @@ class CacheSchedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "depth"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be a whole number of 1 or more")
+            check_whole(name, getattr(self, name), 1)
         numbers = list(self.whole)
-        ascending = all(map(_is_whole, numbers)) and numbers == sorted(set(numbers))
+        ascending = all(map(is_whole, numbers)) and numbers == sorted(set(numbers))
         if not numbers or not ascending or numbers[0] != 0 or numbers[-1] >= self.steps:
             raise ValueError(f"whole is {numbers}: it must be numbers of steps, 0..{self.steps - 1} in order, from 0")
 
@@ -82,10 +82,6 @@ class CacheSchedule:
         except (KeyError, TypeError, ValueError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"cache {str(path)!r} is no file of scripts/schedule_cache.py: {why}") from error
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _interval(shares: Sequence[float] | None) -> Guidance:

@@ -4,10 +4,10 @@ None means "the default of the model, or of the file": `dsdiff.pipeline` puts th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdiff.checks import check_choice, check_whole
 from qdiff.config import ACT_RANGES
 from tomesd.options import MergeOptions
 
@@ -139,7 +139,7 @@ class InitOptions:
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength!r}: it must be above 0, and 1 at most")
-        _check_choice("resize", self.resize, RESIZES)
+        check_choice("resize", self.resize, RESIZES)
         if not 0 <= self.mask_blur <= MAX_BLUR:
             raise ValueError(f"mask_blur is {self.mask_blur!r}: it must be a number of pixels in 0..{MAX_BLUR}")
 
@@ -198,20 +198,16 @@ class DrawOptions:
     init: InitOptions | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
-        if self.precision is not None:
-            _check_choice("precision", self.precision, PRECISIONS)
-        if self.vae is not None:
-            _check_choice("vae", self.vae, VAES)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
+        check_choice("precision", self.precision, PRECISIONS, optional=True)
+        check_choice("vae", self.vae, VAES, optional=True)
         if self.tiny_decoder is not None and self.vae != "tiny":
             raise ValueError("tiny_decoder has no effect without vae tiny: leave it out, or give both")
         if self.vae_tiling and self.vae == "tiny":
             raise ValueError("vae_tiling has no effect with vae tiny, which takes little memory: leave it out")
         for name in ("height", "width", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of 1 or more")
+            check_whole(name, getattr(self, name), 1, optional=True)
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta!r}: it must lie in [0, 1]")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale >= 0):
@@ -232,9 +228,8 @@ class DrawOptions:
     def _check_cache(self) -> None:
         for name in ("cache", "cache_depth"):
             value = getattr(self, name)
-            file = name == "cache" and isinstance(value, Path)
-            if not file and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of 1 or more")
+            if name != "cache" or not isinstance(value, Path):
+                check_whole(name, value, 1)
         if self.cache == 1 and self.cache_depth != 1:
             raise ValueError("cache_depth has no effect without cache: leave it out, or give a cache of 2 or more")
         if isinstance(self.cache, Path) and self.cache_depth != 1:
@@ -285,20 +280,12 @@ class QuantizationOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value not in BITS):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number in {BITS[0]}..{BITS[-1]}")
-        if self.act_range is not None:
-            _check_choice("act_range", self.act_range, ACT_RANGES)
-        if self.quant_mode is not None:
-            _check_choice("quant_mode", self.quant_mode, QUANT_MODES)
-        if self.engine is not None:
-            _check_choice("engine", self.engine, (*ENGINES, CALIBRATION_ENGINE))
+        check_choice("act_range", self.act_range, ACT_RANGES, optional=True)
+        check_choice("quant_mode", self.quant_mode, QUANT_MODES, optional=True)
+        check_choice("engine", self.engine, (*ENGINES, CALIBRATION_ENGINE), optional=True)
 
     @property
     def names_settings(self) -> bool:
         """True if any of the settings is given that `quant_act` was read together with in the original work."""
         named = (self.weight_bit, self.act_bit, self.sm_abit, self.split, self.quant_mode)
         return any(value is not None for value in named)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")

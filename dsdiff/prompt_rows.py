@@ -1,11 +1,11 @@
 """Rows of prompts: a file in JSON lines, whose lines may have settings of their own."""
 
-import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dsdiff.checks import check_whole, is_whole
 from dsdiff.options import DrawOptions
 from ldm.fileio import json_object
 
@@ -31,17 +31,15 @@ class Row:
     line: int
 
     def __post_init__(self) -> None:
-        for name, least, most in (("seed", 0, MAX_SEED), ("steps", 1, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and least <= value <= most):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of {least} or more")
+        check_whole("seed", self.seed, 0, MAX_SEED, optional=True)
+        check_whole("steps", self.steps, 1, optional=True)
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt is {self.prompt!r}: it must be a text")
         if self.negative is not None and not isinstance(self.negative, str):
             raise ValueError(f"negative is {self.negative!r}: it must be a text")
         if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
             raise ValueError(f"scale is {self.scale!r}: it must be a number")
-        if self.size is not None and not (len(self.size) == 2 and all(_is_whole(n) and n >= 1 for n in self.size)):
+        if self.size is not None and not (len(self.size) == 2 and all(is_whole(n) and n >= 1 for n in self.size)):
             raise ValueError(f'size is {list(self.size)}: it must be [width, height] or "WIDTHxHEIGHT", in pixels')
 
     @property
@@ -63,10 +61,6 @@ class Row:
             "height": height,
         }
         return replace(common, **{name: value for name, value in own.items() if value is not None})
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def has_rows(path: Path | None) -> bool:

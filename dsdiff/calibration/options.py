@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dsdiff.checks import check_choice, check_whole
 from dsdiff.options import QUANT_MODES, DrawOptions, LoraOptions, MergeOptions, ModelOptions
 from qdiff.config import ACT_RANGES, ROUNDINGS, MixConfig, QuantConfig, ReconConfig
 
@@ -141,15 +142,12 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         for name, choices in (("quant_mode", QUANT_MODES), ("preset", tuple(PRESETS)), ("format", FORMATS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        if self.rounding is not None and self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is {self.rounding!r}: it must be one of {', '.join(ROUNDINGS)}")
-        if self.act_range is not None and self.act_range not in ACT_RANGES:
-            raise ValueError(f"act_range is {self.act_range!r}: it must be one of {', '.join(ACT_RANGES)}")
+            check_choice(name, getattr(self, name), choices)
+        for name, choices in (("rounding", ROUNDINGS), ("act_range", ACT_RANGES)):
+            check_choice(name, getattr(self, name), choices, optional=True)
         for name in ("cali_st", "cali_n", "num_samples", "batch_size"):
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("seed", self.seed, 0, 2**31 - 1)
+            check_whole(name, getattr(self, name), 1, optional=True)
+        check_whole("seed", self.seed, 0, 2**31 - 1)
         if self.cache_gb is not None and not (math.isfinite(self.cache_gb) and self.cache_gb >= 0):
             raise ValueError(f"cache_gb is {self.cache_gb!r}: it must be a finite number of 0 or more")
         if self.merge is not None and self.merge.follows_others:
@@ -295,11 +293,3 @@ class CalibrationOptions:
 def _refuse_flags(flags: Sequence[str], why: str) -> None:
     if flags:
         raise ValueError(f"{why}, so {', '.join(f'--{flag}' for flag in flags)} has no effect: leave it out")
-
-
-def _check_whole(name: str, value: int | None, low: int, high: int | None = None) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limits = f"of {low} or more" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} is {value!r}: it must be a whole number {limits}")

@@ -75,6 +75,8 @@ def calibrate(options: CalibrationOptions) -> Path:
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
+    if options.target.exists():
+        logger.warning("%s of an earlier calibration will be replaced at the end of this one", options.target)
     with only_work_in(options.outdir):
         _calibrate(spec, options, progress)
     return options.target

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsdiff.options import InitOptions
 from ldm.fileio import file_sha256
+from ldm.messages import first_line
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WHITE_FROM = 128  # the least grey of a mask that counts as white where there is no in-between
@@ -93,7 +94,7 @@ def _read(path: Path) -> Image.Image:
 def _line(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it has no format of pictures"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def flattened(picture: Image.Image, ground: str) -> Image.Image:

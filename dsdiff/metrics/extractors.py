@@ -29,6 +29,7 @@ from dsdiff.images.sets import PictureSet
 from dsdiff.models.registry import READER
 from ldm.data.reader import ShapesReader
 from ldm.fileio import file_sha256, write_atomically
+from ldm.messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def check_inception(path: Path) -> bool:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{str(path)!r} holds no weights in PyTorch's format: {reason}") from error
     genuine = file_sha256(path).startswith(_inception_prefix())
     if not genuine:

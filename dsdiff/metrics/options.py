@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdiff.checks import check_choice, check_whole
 from dsdiff.images.sources import RESIZES, is_imagenet
 
 EXTRACTORS = ("inception", "shapes")
@@ -57,13 +58,9 @@ class ScoringOptions:
     def __post_init__(self) -> None:
         least = {"n": 2, "reference_n": 2, "per_class": 1, "size": 8, "resamples": 100, "seed": 0, "batch_size": 1}
         for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
-        for name, choices in (("resize", RESIZES), ("features", (None, *EXTRACTORS))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(filter(None, choices))}")
+            check_whole(name, getattr(self, name), low, optional=True)
+        check_choice("resize", self.resize, RESIZES)
+        check_choice("features", self.features, EXTRACTORS, optional=True)
         if self.size is not None and self.resize == "none":
             raise ValueError("with resize none no picture changes, so size has no effect: leave it out")
         if self.save_stats is not None and self.save_stats.suffix not in STATISTICS:

@@ -19,6 +19,7 @@ from dsdiff.models.configs import look_up
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import EmbeddingOptions
 from ldm.fileio import file_sha256
+from ldm.messages import first_line
 from ldm.modules.encoders.clip import ClipTextConfig
 
 WEB_UI, WEB_UI_SAFE = "string_to_param", "emb_params"
@@ -97,7 +98,7 @@ def _content(path: Path) -> Mapping[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"embedding {str(path)!r} cannot be read: {error}") from error
     except Exception as error:  # the unpickler raises many types
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise ValueError(f"embedding {str(path)!r} is damaged, or holds more than vectors: {line}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"embedding {str(path)!r} holds a {type(content).__name__}, not named vectors")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsdiff.models.bundle import is_bundle
 from dsdiff.models.spec import ModelSpec
 from dsdiff.options import CALIBRATION_ENGINE, QuantizationOptions
 from ldm.fileio import file_sha256
@@ -153,6 +154,8 @@ def choose_engine(wanted: str | None, config: QuantConfig, device: torch.device)
 
 def _file(options: QuantizationOptions, spec: ModelSpec) -> Path:
     if not spec.bundle:
+        if options.cali_ckpt is not None and is_bundle(options.cali_ckpt):
+            raise ValueError(f"{str(options.cali_ckpt)!r} is a whole model, which draws alone: give it with --ckpt")
         return cali_ckpt_of(options.cali_ckpt, options.weight_bit, spec.cali_ckpts)
     if options.cali_ckpt is not None:
         raise ValueError(f"--cali_ckpt has no effect: {str(spec.ckpt)!r} is calibrated already; leave it out")

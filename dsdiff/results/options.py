@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdiff.checks import check_whole
 from dsdiff.models.registry import CONFIGS, ROOT
 
 TABLE = ROOT / "configs/eval/table.yaml"
@@ -37,6 +38,4 @@ class ResultsOptions:
 
     def __post_init__(self) -> None:
         for name, low in (("pictures", 2), ("batch_size", 1), ("repeats", 1), ("shown", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
+            check_whole(name, getattr(self, name), low, optional=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.checks import check_whole
 from dsdiff.metrics.options import ScoringOptions
 from dsdiff.models.registry import ROOT
 from dsdiff.options import FEW_STEP, DrawOptions, LoraOptions, MergeOptions, QuantizationOptions
@@ -135,9 +136,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name, low in (("pictures", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
+            check_whole(name, getattr(self, name), low)
         if self.prompts != "shapes" and "{class}" not in self.prompts:
             raise ValueError(f"prompts are {self.prompts!r}: they must be shapes or a text with {{class}}")
 

@@ -66,6 +66,12 @@ def test_without_ranges_there_is_no_integer_decoder(bundle, tmp_path, capsys):
     assert "no calibrated ranges" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_it_is_no_cali_ckpt(bundle, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "out", "--ptq", "--cali_ckpt", bundle)
+    assert "is a whole model, which draws alone: give it with --ckpt" in capsys.readouterr().err
+
+
 def test_numbers_that_are_not_finite_are_refused(bundle, tmp_path, capsys):
     tensors = load_file(bundle)
     with safe_open(bundle, framework="pt") as file:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dsdiff.checks import check_choice, check_whole
 from dsdiff.models.registry import ROOT
 from dsdiff.options import DrawOptions, MergeOptions, ModelOptions, QuantizationOptions
 
@@ -91,14 +92,9 @@ class FrontierOptions:
 
     def __post_init__(self) -> None:
         for name, low in (("n", 2), ("seed", 0), ("calls", 1), ("repeats", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if name == "calls" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of {low} or more")
+            check_whole(name, getattr(self, name), low, optional=name == "calls")
         for name, choices in (("time_of", TIME_OF), ("engine", ENGINES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+            check_choice(name, getattr(self, name), choices)
         if not self.parts or set(self.parts) - set(PARTS):
             raise ValueError(f"parts is {list(self.parts)!r}: it must name some of {', '.join(PARTS)}")
 
