@@ -64,6 +64,14 @@ class Api:
             self.router.add_api_route(path, route, methods=[method])
         for name in EMPTY_LISTS:
             self.router.add_api_route(f"/{name}", self.empty_list, methods=["GET"], name=name)
+        # Last, so that what no route above takes is refused here, and not by the page below.
+        self.router.add_api_route("/{path:path}", self.unknown, methods=["GET", "POST"], include_in_schema=False)
+
+    def unknown(self, path: str, request: Request) -> None:
+        """Refuse a route that this server does not have, or not by this method."""
+        known = any(getattr(route, "path", None) == f"{self.router.prefix}/{path}" for route in self.router.routes)
+        reason = f"is not for {request.method}" if known else "is no route of this server, see docs/server.md"
+        raise HTTPException(405 if known else 404, f"{self.router.prefix}/{path} {reason}")
 
     # --- pictures -----------------------------------------------------------------------------------------
 

@@ -168,7 +168,8 @@ def test_what_cannot_be_is_told_in_a_line(post):
     masked = {"init_images": [white], "mask": white, "inpaint_full_res": False}
     status, reply = post("img2img", SMALL | masked | {"mask_blur": 1e10})  # Pillow would crash
     assert status == 422 and "mask_blur is 10000000000.0" in reply["detail"], reply
-    assert post("nowhere", {})[0] == 404 and "detail" in post("nowhere", {})[1]
+    status, reply = post("nowhere", {})
+    assert status == 404 and reply["error"] == "http" and "/sdapi/v1/nowhere is no route" in reply["detail"]
     assert post("txt2img", None, "get")[0] == 405
 
 
