@@ -2,7 +2,7 @@
 
 `startup` runs it in fresh processes. It writes marks to stderr, between the lines in which Python tells the time of
 each import. A mark is a line "mark: NAME SECONDS CPU", with the time of day and the CPU time of this process. The
-names, in order: "started", "imported", "weights read" and "model ready" (which `dsdiff.pipeline` logs), "first step".
+names, in order: "started", "imported", "weights read" and "model ready" (which `dsdiff.models.held` logs), "first step".
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "mark:"
-LOADING = ("weights read", "model ready")  # messages of dsdiff.pipeline, at the level DEBUG
+LOADING = ("weights read", "model ready")  # messages of dsdiff.models.held, at the level DEBUG
 
 
 class FirstStepReached(Exception):  # noqa: N818 (no error)
@@ -44,7 +44,7 @@ def draw_until_first_step(*, ckpt: str | None, config: str | None, ptq: bool, de
     if threads is not None:
         torch.set_num_threads(threads)
     mark("imported")
-    logger = logging.getLogger("dsdiff.pipeline")
+    logger = logging.getLogger("dsdiff.models.held")
     logger.addHandler(LoadingMarks())
     logger.setLevel(logging.DEBUG)
     files: dict[str, Any] = {name: Path(path) for name, path in (("ckpt", ckpt), ("config", config)) if path}

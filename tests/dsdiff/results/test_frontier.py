@@ -28,7 +28,7 @@ def options(small_model, tmp_path):
     settings, prompts = tmp_path / "settings.yaml", tmp_path / "prompts.txt"
     settings.write_text(
         "settings:\n- {name: half, ratio: 0.5}\n"
-        "- {name: 'later, kv', ratio: 0, merge_schedule: '0.5:0.5', merge_kv: true, proportional: true}\n"
+        "- {name: 'later, kv', ratio: 0, merge_schedule: '0.3:0.75', merge_kv: true}\n"
     )
     prompts.write_text("\n".join(PROMPTS))
     return FrontierOptions(
