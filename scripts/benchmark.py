@@ -5,6 +5,8 @@ Times single UNet calls as a guided step makes them (a batch of 2) at the model'
 each --ratio of merged tokens:
 
   float32, bf16       the float UNet, all of it in that dtype
+  fp16                the same on a GPU; fp16-channels-last: with feature maps in that order; fp16-compile: compiled by
+                      torch.compile (max-autotune), which takes minutes, and without merging
   simulate            quantized (W4A8), integers held as floats
   int8                quantized, on integer kernels; the rest in bfloat16 where the hardware has it
   int8-float32        the same, the rest in float32

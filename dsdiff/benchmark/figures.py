@@ -33,7 +33,9 @@ class SettingFigures:
 
     tokens: the share of tokens that the transformer blocks process. seconds: time of a UNet call. seconds_by_repeat:
     the same for each repeat. speedup, speedup_bf16, speedup_openvino: seconds of float32, of bf16 and of OpenVINO's
-    int8 (see `timing.speedup_openvino`), each without merging, divided by these within each repeat. merging: the same
+    int8 (the faster one of its variants, which differ in the precision of the rest), each without merging, divided by
+    these within each repeat. speedup_fp16, speedup_compiled: the same of a GPU's fp16, in the faster order of feature
+    maps, and of fp16-compile. merging: the same
     engine's seconds without merging, divided by these. shares: kind of operator (see `operations`) -> share of the
     time. None means not measured.
     """
@@ -48,6 +50,8 @@ class SettingFigures:
     speedup_openvino: Spread | None
     merging: Spread | None
     shares: dict[str, float] | None
+    speedup_fp16: Spread | None = None
+    speedup_compiled: Spread | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

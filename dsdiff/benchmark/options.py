@@ -11,8 +11,10 @@ from tomesd.options import MergeOptions
 
 FLOAT_ENGINES = ("float32", "bf16")
 DYNAMIC, DYNAMIC_MIXED = "int8-dynamic", "int8-dynamic-mixed"  # with dynamic ranges of activations
+COMPILED = "fp16-compile"
+GPU_ENGINES = ("fp16", "fp16-channels-last", COMPILED)  # float UNets of a GPU, of which single calls are measured
 QUANTIZED_ENGINES = ("simulate", "int8", "int8-float32", DYNAMIC, DYNAMIC_MIXED)
-ENGINES = (*FLOAT_ENGINES, *QUANTIZED_ENGINES)
+ENGINES = (*FLOAT_ENGINES, *GPU_ENGINES, *QUANTIZED_ENGINES)
 DEFAULT_ENGINES = ("float32", "bf16", "simulate", "int8")
 PICTURE_ENGINES = ("float32", "bf16", "int8")  # the default for whole pictures
 
@@ -192,6 +194,9 @@ class BenchmarkOptions:
             "calls": "without --pictures",
         }
         self._refuse([*IDLE.get(mode, ()), *(() if mode == "pictures" else OF_PICTURES)], reason[mode])
+        of_calls = [name for name in self.engines or () if name in GPU_ENGINES]
+        if self.pictures and of_calls:
+            raise ValueError(f"engine {of_calls[0]} has no pictures: leave it out, or leave out --pictures")
         if self.full:
             self._refuse(["steps_measured"], "with --full, which takes all steps")
 

@@ -12,6 +12,7 @@ from dsdiff.benchmark.figures import Report, SettingFigures, Spread
 from ldm.fileio import write_atomically
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9c6b4e")  # distinct for colour-blind readers, too
+OPTIONAL = {"x fp16": "speedup_fp16", "x fp16-compile": "speedup_compiled", "x openvino-int8": "speedup_openvino"}
 WIDE_RANGE = 20  # slowest over fastest, from which on the plot's axis is logarithmic
 
 Table = list[list[str]]  # the first line is the head
@@ -84,7 +85,7 @@ def times(report: Report) -> Table:
         *([f"UNet s/picture ({report.steps} steps)"] if _is_of_a_picture(report) else []),
         "x float32",
         "x bf16",
-        *(["x openvino-int8"] if _beside_openvino(report) else []),
+        *_beside(report),
         "x unmerged",
         "weights MB",
         "peak MB",
@@ -97,20 +98,21 @@ def _is_of_a_picture(report: Report) -> bool:
     return report.model.latents[0] <= 2
 
 
-def _beside_openvino(report: Report) -> bool:
-    return any(row.speedup_openvino for row in report.settings)
+def _beside(report: Report) -> dict[str, str]:
+    """Return those of OPTIONAL that were measured: column -> field."""
+    return {column: name for column, name in OPTIONAL.items() if any(getattr(row, name) for row in report.settings)}
 
 
 def _times_line(row: SettingFigures, report: Report) -> list[str]:
     engine = report.engines[row.engine]
-    openvino = [row.speedup_openvino] if _beside_openvino(report) else []
+    others = [getattr(row, name) for name in _beside(report).values()]
     return [
         row.engine,
         f"{row.ratio:g}",
         f"{row.tokens:.0%}",
         spread(row.seconds, 4),
         *([f"{report.steps * row.seconds.median:.4g}"] if _is_of_a_picture(report) else []),
-        *(spread(ratio, 3) for ratio in (row.speedup, row.speedup_bf16, *openvino, row.merging)),
+        *(spread(ratio, 3) for ratio in (row.speedup, row.speedup_bf16, *others, row.merging)),
         f"{engine.weight_bytes / 1e6:.1f}",
         "-" if engine.peak_bytes is None else f"{engine.peak_bytes / 1e6:.0f}",
     ]

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from dsdiff.benchmark.figures import Setting, SettingFigures, Spread
-from dsdiff.benchmark.options import MERGED_RATIO, MERGING, OPENVINO_INT8, TOME
+from dsdiff.benchmark.options import COMPILED, GPU_ENGINES, MERGED_RATIO, MERGING, OPENVINO_INT8, TOME
 from dsdiff.benchmark.process import WorkerError
 
 SLOW_SECONDS = 10.0  # a call that takes longer is warmed up in the first repeat only
@@ -48,8 +48,12 @@ class Measured:
 
 
 def settings_of(engines: Sequence[str], ratios: Sequence[float], peers: Sequence[str] = ()) -> list[Setting]:
-    """Return the baseline, then all engines with all ratios, then the peers, of which those of MERGING merge."""
-    wanted = [Setting(engine=engine, ratio=ratio) for engine in engines for ratio in ratios]
+    """Return the baseline, then all engines with all ratios, then the peers, of which those of MERGING merge.
+
+    The compiled UNet is measured without merging alone.
+    """
+    plain = {COMPILED: [0.0]}
+    wanted = [Setting(engine=engine, ratio=ratio) for engine in engines for ratio in plain.get(engine, ratios)]
     others = [Setting(engine=peer, ratio=MERGED_RATIO if peer in MERGING else 0.0) for peer in peers]
     return list(dict.fromkeys([BASELINE, *wanted, *others]))
 
@@ -60,21 +64,34 @@ def settings_of(engines: Sequence[str], ratios: Sequence[float], peers: Sequence
 def seconds_per_call(call: Callable[[], Any], device: torch.device, *, seconds: float, warm: bool = False) -> float:
     """Return the mean time of the calls that fit into `seconds`, of one call at least.
 
-    An untimed call comes first, unless the UNet is `warm` already.
+    An untimed call comes first, unless the UNet is `warm` already. On a GPU calls are queued one behind the other, as
+    the steps of a picture are, and the last one is waited for.
     """
-
-    def finished_call() -> None:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     if not warm:
-        finished_call()
+        call()
+    if device.type == "cuda":
+        return _seconds_queued(call, device, seconds)
     start, calls, passed = time.perf_counter(), 0, 0.0
     while not calls or passed < seconds:
-        finished_call()
+        call()
         calls, passed = calls + 1, time.perf_counter() - start
     return passed / calls
+
+
+def _seconds_queued(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Return the mean time of the calls that fit into `seconds`, as many as the time of one call tells."""
+
+    def passed(calls: int) -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once = passed(1)
+    calls = int(seconds / once)
+    return once if calls <= 1 else passed(calls) / calls
 
 
 def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
@@ -134,7 +151,9 @@ def figures_of(found: Mapping[Setting, Measured]) -> list[SettingFigures]:
             seconds_by_repeat=measured.seconds,
             speedup=speedup(found, BASELINE, measured),
             speedup_bf16=speedup(found, Setting(engine="bf16", ratio=0.0), measured),
-            speedup_openvino=speedup_openvino(found, measured),
+            speedup_fp16=speedup_over(found, [name for name in GPU_ENGINES if name != COMPILED], measured),
+            speedup_compiled=speedup_over(found, [COMPILED], measured),
+            speedup_openvino=speedup_over(found, OPENVINO_INT8, measured),
             merging=speedup(found, unmerged(setting), measured) if setting.ratio else None,
             shares=measured.shares,
         )
@@ -147,11 +166,11 @@ def unmerged(setting: Setting) -> Setting:
     return Setting(engine=setting.engine.removesuffix(TOME), ratio=0.0)
 
 
-def speedup_openvino(found: Mapping[Setting, Measured], measured: Measured) -> Spread | None:
-    """Return the seconds of OpenVINO's int8 without merging divided by these, within each repeat: those of the faster
-    one of its variants, which differ in the precision of the rest. None if none was measured."""
-    variants = [Setting(engine=name, ratio=0.0) for name in OPENVINO_INT8]
-    speedups = [speedup(found, variant, measured) for variant in variants if variant in found]
+def speedup_over(found: Mapping[Setting, Measured], variants: Sequence[str], measured: Measured) -> Spread | None:
+    """Return the seconds of an engine without merging divided by these, within each repeat: those of the fastest of its
+    variants. None if none was measured."""
+    settings = [Setting(engine=name, ratio=0.0) for name in variants]
+    speedups = [speedup(found, setting, measured) for setting in settings]
     return min((each for each in speedups if each is not None), key=lambda each: each.median, default=None)
 
 

@@ -1,9 +1,10 @@
 """Our engines: UNets that compute the same in different ways.
 
-float32, bf16: the float UNet, all of it in that dtype. simulate: quantized, integers held as floats, in float32. int8:
-quantized, on integer kernels, with all else in bfloat16 where the hardware has it; int8-float32: with all else in
-float32; int8-dynamic: with dynamic ranges of activations, and int8-dynamic-mixed with six inputs of 12 bits, too. On a
-CPU all tensors are channels_last, in which convolutions are fastest.
+float32, bf16: the float UNet, all of it in that dtype. fp16: the same on a GPU; fp16-channels-last: with feature maps
+in that order; fp16-compile: compiled by torch.compile, without merging. simulate: quantized, integers held as floats,
+in float32. int8: quantized, on integer kernels, with all else in bfloat16 where the hardware has it; int8-float32: with
+all else in float32; int8-dynamic: with dynamic ranges of activations, and int8-dynamic-mixed with six inputs of 12
+bits, too. On a CPU all tensors are channels_last, in which convolutions are fastest.
 """
 
 import itertools
@@ -18,10 +19,19 @@ from torch import Tensor, nn
 
 import tomesd
 from dsdiff.benchmark.operations import shares
-from dsdiff.benchmark.options import DEFAULT_ENGINES, DYNAMIC, DYNAMIC_MIXED, ENGINES, QUANTIZED_ENGINES
+from dsdiff.benchmark.options import (
+    COMPILED,
+    DEFAULT_ENGINES,
+    DYNAMIC,
+    DYNAMIC_MIXED,
+    ENGINES,
+    GPU_ENGINES,
+    QUANTIZED_ENGINES,
+)
 from dsdiff.benchmark.source import Source
 from dsdiff.benchmark.timing import Timing, seconds_per_call
 from dsdiff.environment import precision_context
+from dsdiff.models.cuda_graph import GraphedUNet
 from dsdiff.models.registry import CALI_CKPTS
 from qdiff.calibration_set import CalibrationSet
 from qdiff.checkpoint import load_cali_ckpt, quantized_bytes
@@ -36,6 +46,7 @@ from tomesd.merge import Nearest
 from tomesd.options import MergeOptions
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # of the float engines
+RECORDED = 3  # the calls after which a compiled UNet is compiled, and its CUDA graph recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,8 @@ def choose_engines(
 
 def why_not(name: str, config: QuantConfig, device: torch.device) -> str | None:
     """Return why an engine cannot run here; None if it can."""
+    if name in GPU_ENGINES and device.type != "cuda":
+        return "it computes on a GPU"
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "this GPU has no bfloat16"
     if name.startswith("int8"):
@@ -150,6 +163,8 @@ def build(name: str, source: Source, config: QuantConfig) -> Engine:
     """Build one of ENGINES, with a UNet of its own. Raises ValueError for another name."""
     if name in DTYPES:
         return float_engine(source.unet(), source.inputs(), DTYPES[name])
+    if name in GPU_ENGINES:
+        return _half_engine(name, source)
     if name not in QUANTIZED_ENGINES:
         raise ValueError(f"engine {name!r} is unknown: it must be one of {', '.join(ENGINES)}")
     return _quantized_engine(name, source, config)
@@ -166,6 +181,25 @@ def float_engine(unet: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype)
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()),
         device=next(unet.parameters()).device,
     )
+
+
+def _half_engine(name: str, source: Source) -> Engine:
+    """Return the float UNet in float16, as it is, in channels_last order or compiled."""
+    unet, inputs = source.unet(), source.inputs()
+    if name == "fp16-channels-last":
+        unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        inputs |= {"x": inputs["x"].contiguous(memory_format=torch.channels_last)}
+    engine = float_engine(unet, inputs, torch.float16)
+    return _compiled(engine) if name == COMPILED else engine
+
+
+def _compiled(engine: Engine) -> Engine:
+    """Return the engine with its UNet compiled, so far that no timed call compiles anything."""
+    engine = replace(engine, unet=torch.compile(engine.unet, mode="max-autotune"))
+    with engine.running(0.0) as call:
+        for _ in range(RECORDED):
+            call()
+    return engine
 
 
 def suited(value: Any, dtype: torch.dtype) -> Any:
@@ -188,8 +222,9 @@ def _quantized_engine(name: str, source: Source, config: QuantConfig) -> Engine:
         lower(qnn, SimulatedLayer, blocks=source.device.type == "cpu")
     else:
         lower(qnn, backend_for(config, source.device))
+    unet = GraphedUNet(qnn) if name != "simulate" and source.device.type == "cuda" else qnn
     return Engine(
-        unet=qnn,
+        unet=unet,
         inputs={name: suited(value, torch.float32) for name, value in source.inputs().items()},
         weight_bytes=size,
         device=source.device,

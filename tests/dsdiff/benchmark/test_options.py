@@ -26,6 +26,7 @@ def test_options_that_cannot_be_are_refused():
         ({"config": Path("some.yaml"), "model": "sd-v1"}, "name two models"),
         ({"model": "sd-v2"}, "model 'sd-v2' is unknown"),
         ({"engines": ("int4",)}, "engine 'int4' is unknown"),
+        ({"engines": ("bf16", "fp16"), "pictures": True}, "engine fp16 has no pictures"),
         ({"peers": ("tensorrt",)}, "peer 'tensorrt' is unknown"),
         ({"ratios": (0.0, 0.8)}, "ratio is 0.8"),
         ({"weight_bit": 3}, "weight_bit is 3"),

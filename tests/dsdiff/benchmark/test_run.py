@@ -153,6 +153,8 @@ def test_an_engine_without_kernels_is_refused(monkeypatch):
     config = variants.quant_config(4)
     with pytest.raises(ValueError, match="engine int8 cannot run: no kernels here; leave it out"):
         variants.choose_engines(["bf16", "int8"], config, CPU)
+    with pytest.raises(ValueError, match="engine fp16-compile cannot run: it computes on a GPU; leave it out"):
+        variants.choose_engines(["fp16-compile"], config, CPU)
     names, reasons = variants.choose_engines(None, config, CPU)
     assert names == ["float32", "bf16", "simulate"] and reasons == {"int8": "no kernels here"}
 

@@ -40,6 +40,35 @@ def test_openvino_is_the_faster_one_of_its_variants():
     assert rows[3].merging == Spread(median=4.0, min=4.0, max=4.0)
 
 
+def test_a_gpus_engines_are_compared_in_the_faster_order_of_feature_maps():
+    found = {
+        Setting(engine="fp16", ratio=0.0): Measured(seconds=[4.0]),
+        Setting(engine="fp16-channels-last", ratio=0.0): Measured(seconds=[3.0]),
+        Setting(engine="fp16-compile", ratio=0.0): Measured(seconds=[2.0]),
+        Setting(engine="int8", ratio=0.5): Measured(seconds=[1.0]),
+    }
+    row = timing.figures_of(found)[3]
+    assert (row.speedup_fp16.median, row.speedup_compiled.median) == (3.0, 2.0)
+
+
+def test_the_compiled_unet_merges_nothing():
+    settings = timing.settings_of(["fp16-compile", "int8"], [0.0, 0.5])
+    assert [(each.engine, each.ratio) for each in settings[1:]] == [("fp16-compile", 0), ("int8", 0), ("int8", 0.5)]
+
+
+def test_calls_on_a_gpu_are_queued_and_waited_for_at_the_end(monkeypatch):
+    now, events = [0.0], []
+
+    def call():
+        events.append("call")
+        now[0] += 1.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: events.append("wait"))
+    assert timing.seconds_per_call(call, torch.device("cuda"), seconds=3.5) == 1.0
+    assert events == ["call", *["wait", "call", "wait"], *["wait", "call", "call", "call", "wait"]]
+
+
 def test_settings_are_those_asked_for_after_the_baseline():
     settings = timing.settings_of(["int8"], [0.5, 0.5], ["diffusers-bf16", "openvino-int8-tome"])
     others = [("int8", 0.5), ("diffusers-bf16", 0.0), ("openvino-int8-tome", 0.5)]
