@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, params_of
+from qdiff.engine.quant_params import QuantParams
 from qdiff.engine.step_cache import ContextLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
@@ -39,9 +40,18 @@ class LoweredCrossAttention(QuantCrossAttention):
 
     def __init__(self, original: QuantCrossAttention):
         Exchanged.__init__(self, original)  # with its quantizers
+        self._known: dict[Quantizer, tuple[Tensor, Tensor, QuantParams]] = {}
+
+    def params_of(self, quantizer: Quantizer) -> QuantParams:
+        """Return what `layers.params_of` does, which waits for a GPU the first time only, or after a change."""
+        known = self._known.get(quantizer)
+        if known is None or known[0] is not quantizer.delta or known[1] is not quantizer.zero_point:
+            known = self._known[quantizer] = (quantizer.delta, quantizer.zero_point, params_of(quantizer))
+        return known[2]
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        params = params_of(self.act_quantizer_q), params_of(self.act_quantizer_k), params_of(self.act_quantizer_v)
+        operands = (self.act_quantizer_q, self.act_quantizer_k, self.act_quantizer_v)
+        params = self.params_of(operands[0]), self.params_of(operands[1]), self.params_of(operands[2])
         if not self._computes_from_codes(x, params):
             return super().forward(x, context, mask)
         if isinstance(self.to_k, ContextLayer) and isinstance(self.to_v, ContextLayer):
@@ -58,9 +68,9 @@ class LoweredCrossAttention(QuantCrossAttention):
         else:
             return super().forward(x, context, mask)
         last = cast(CodesLayer, self.to_out[0])
-        out = fused_ops.attention(
-            (q, k, v), params, self.heads, last.params, x.dtype, softmax=softmax_params(self.act_quantizer_w), mask=mask
-        )
+        integer = fused_ops.has_integer_attention(x.device, params, q.shape[-1] // self.heads)
+        softmax = softmax_params(self.act_quantizer_w) if integer else fused_ops.FREE
+        out = fused_ops.attention((q, k, v), params, self.heads, last.params, x.dtype, softmax=softmax, mask=mask)
         return self.to_out[1:](last.to_float(out, x.dtype))
 
     def _computes_from_codes(self, x: Tensor, params: fused_ops.Three) -> bool:
@@ -68,7 +78,7 @@ class LoweredCrossAttention(QuantCrossAttention):
         width = round(self.scale**-2)  # of a head
         if any(each.is_wide for each in params):
             return False
-        if has_softmax_params(self.act_quantizer_w) and fused_ops.has_integer_attention(x.device, params, width):
+        if fused_ops.has_integer_attention(x.device, params, width) and has_softmax_params(self.act_quantizer_w):
             return True
         return x.dtype != torch.float32 and self.act_quantizer_w.n_bits >= FINE
 

@@ -131,7 +131,7 @@ class LoweredTransformerBlock(QuantBasicTransformerBlock):
 
 
 class LoweredFeedForward(Exchanged, FeedForward):
-    """A feed-forward layer that processes PART tokens at a time, from codes to codes."""
+    """A feed-forward layer that processes PART tokens at a time on a CPU, from codes to codes."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return [B, N, dim_out] for x [B, N, dim].
@@ -143,11 +143,12 @@ class LoweredFeedForward(Exchanged, FeedForward):
             output = super().forward(x)
             return output if residual is None else residual.add_(output)
         codes = proj.quantize(x.flatten(0, -2))
-        parts = codes.split(PART) if isinstance(codes, DynamicCodes) else codes.split(PART, dim=-2)
+        size = PART if x.device.type == "cpu" else max(1, x.shape[:-1].numel())
+        parts = codes.split(size) if isinstance(codes, DynamicCodes) else codes.split(size, dim=-2)
         hidden = (proj.geglu(part, out.params, x.dtype) for part in parts)
         if residual is None:
             return torch.cat([out.to_float(part, x.dtype) for part in hidden]).view(*x.shape[:-1], -1)
         residual = residual.contiguous()
-        for target, part in zip(residual.flatten(0, -2).split(PART), hidden, strict=True):
+        for target, part in zip(residual.flatten(0, -2).split(size), hidden, strict=True):
             out.plus(part, target, out=target)
         return residual

@@ -1,7 +1,11 @@
 """Features as our kernels see them, and what PyTorch computes in the place of kernels."""
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,30 @@ def has_kernel(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm | None = None) -> bo
         return False
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return known and not (torch.is_grad_enabled() and x.requires_grad) and native.library() is not None
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Return whether our Triton kernels run on this device: a GPU of the generation of the A100, or a later one."""
+    known = device.type == "cuda" and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def gpu_kernels(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm | None = None) -> ModuleType | None:
+    """Return the module of our elementwise Triton kernels if they can read x, and the weights of the norm."""
+    if norm is not None and (norm.weight is None or norm.bias is None):
+        return None
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+    if not known or not has_triton(x.device) or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    from qdiff.engine.backends import triton_elementwise  # imports Triton, which takes a second
+
+    return triton_elementwise
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Return a context in which kernels are launched on the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def evenly_spaced(x: Tensor) -> tuple[int, int, int] | None:

@@ -1,10 +1,11 @@
 """Fused norm, activation and attention operations that end in the uint8 input of the next integer layer.
 
 Our C kernels (see `native`) compute an operation and the quantization after it in one pass over memory, with float32
-inside, for features in float32 and bfloat16. Without the kernels, and in float16, PyTorch computes both.
+inside, for features in float32 and bfloat16. On GPUs our Triton kernels do. Without kernels PyTorch computes both.
 
 Feature maps are [B, C, H, W] in channels_last order, tokens [B, N, C]. Codes are laid out as the tensor they stand for.
-Codes of more than 8 bits are two such tensors, [2, ...]: their low bytes and their high bytes.
+Codes of more than 8 bits are two such tensors, [2, ...]: their low bytes and their high bytes. Triton's kernels return
+codes of at most 8 bits as int8, less 128 (`quant_params.signed`), and all layers take both.
 """
 
 import math
@@ -22,11 +23,13 @@ from qdiff.engine.features import (
     channels_at_the_end,
     empty_codes,
     evenly_spaced,
+    gpu_kernels,
     group_norm_by_torch,
     has_kernel,
+    has_triton,
     in_float32,
 )
-from qdiff.engine.quant_params import Codes, DynamicParams, Params, QuantParams
+from qdiff.engine.quant_params import Codes, DynamicParams, Params, QuantParams, unsigned
 
 MAX_HEAD_WIDTH = 256  # the attention kernel's limit
 
@@ -44,6 +47,9 @@ def quantize(x: Tensor, *params: Params) -> list[Any]:
 
 
 def _quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
+    kernels = gpu_kernels(x)
+    if kernels is not None and not any(p.is_wide for p in params):
+        return kernels.quantize(x, params)
     rows = evenly_spaced(x) if has_kernel(x) else None
     if rows is None:
         wide = x.float()
@@ -57,6 +63,9 @@ def _quantize(x: Tensor, *params: QuantParams) -> list[Tensor]:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return norm(x) for x [..., C], in x's dtype."""
+    kernels = gpu_kernels(x, norm)
+    if kernels is not None and x.shape[-1] <= kernels.MOST and x.dtype != torch.float32:
+        return kernels.layer_norm(norm, x)
     if not has_kernel(x, norm):
         return norm(x) if x.dtype == torch.float32 else in_float32(norm, x).to(x.dtype)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -76,6 +85,9 @@ def group_norm(
     """
     if isinstance(params, DynamicParams):
         return dynamic_ops.group_norm(norm, x, params, added=added, silu=silu)
+    kernels = gpu_kernels(x, norm)
+    if kernels is not None and x.ndim == 4 and x.shape[1] <= kernels.MOST and not params.is_wide:
+        return kernels.group_norm(norm, x, params, added, silu)
     if not has_kernel(x, norm) or x.ndim != 4 or x.numel() == 0:
         return quantize(group_norm_by_torch(norm, x, added, silu), params)[0]
     x = x.contiguous(memory_format=torch.channels_last)
@@ -96,6 +108,9 @@ def geglu(x: Tensor, params: Params) -> Codes:
     """Return the codes [..., n] of value * gelu(gate) for x = [value, gate], [..., 2 n]."""
     if isinstance(params, DynamicParams):
         return dynamic_ops.geglu(x, params)
+    kernels = gpu_kernels(x)
+    if kernels is not None and not params.is_wide:
+        return kernels.geglu(x, params)
     if not has_kernel(x):
         value, gate = x.chunk(2, dim=-1)
         return quantize(value * F.gelu(gate), params)[0]
@@ -151,13 +166,22 @@ def attention(
     # overflow, so codes are multiplied by their steps first.
     steps = [params.delta if dtype == torch.float16 else 1.0 for params in inputs]
     q, k, v = (
-        ((each.float() - params.zero_point) * step).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
+        _numbers(each, params, step, dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
         for each, params, step in zip(codes, inputs, steps, strict=True)
     )
     scale = inputs[0].delta / steps[0] * inputs[1].delta / steps[1] * q.shape[-1] ** -0.5
     seen = None if mask is None else (mask if mask.dtype == torch.bool else mask.to(q.dtype))[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return _quantize_multiples(out.transpose(1, 2).flatten(2), output, inputs[2].delta / steps[2])
+
+
+def _numbers(codes: Tensor, params: QuantParams, step: float, dtype: torch.dtype) -> Tensor:
+    """Return (c - Z) step of codes, in `dtype`."""
+    if has_triton(codes.device) and codes.numel():
+        from qdiff.engine.backends import triton_elementwise
+
+        return triton_elementwise.numbers(codes, params.zero_point, step, dtype)
+    return ((unsigned(codes).float() - params.zero_point) * step).to(dtype)
 
 
 def _quantize_multiples(x: Tensor, params: Params, step: float) -> Codes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.modules.low_rank import BranchedLayer, LowRankBranch
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, SplitIntegerLayer
-from qdiff.engine.quant_params import DynamicParams, QuantParams, whole_codes
+from qdiff.engine.quant_params import DynamicParams, QuantParams, unsigned, whole_codes
 from qdiff.engine.step_cache import ContextLayer, StepCache, TimeLayer
 from qdiff.exchange import put_module
 from qdiff.quant_layer import QuantModule
@@ -56,7 +56,7 @@ def centred(codes: Tensor, params: QuantParams, dtype: torch.dtype) -> Tensor:
     """Return c - Z in `dtype` of codes c, uint8, [2, ...] if they are wide."""
     if params.is_wide:
         return whole_codes(codes, params).sub_(params.zero_point).to(dtype)
-    return codes.to(dtype).sub_(params.zero_point)
+    return unsigned(codes).to(dtype).sub_(params.zero_point)
 
 
 def convolutions(unet: nn.Module) -> dict[str, dict[str, Any]]:

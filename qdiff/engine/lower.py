@@ -1,9 +1,9 @@
 """Lower a calibrated UNet: put integer layers, and blocks made for them, into the slots of its quantized ones.
 
-A backend makes the integer layers (`layers.IntegerLayer`): oneDNN on CPUs, torch._int_mm on GPUs, and the simulation in
-plain PyTorch. In float32 the simulation and oneDNN agree bit for bit where `onednn.step_order` knows the order of
-oneDNN's arithmetic: sums are exact, and all else is computed in that order. Large attention is the exception (see
-`attention.can_fuse`).
+A backend makes the integer layers (`layers.IntegerLayer`): oneDNN on CPUs, our Triton kernels on GPUs
+(torch._int_mm where Triton is not there), and the simulation in plain PyTorch. In float32 the simulation and oneDNN
+agree bit for bit where `onednn.step_order` knows the order of oneDNN's arithmetic: sums are exact, and all else is
+computed in that order. Large attention is the exception (see `attention.can_fuse`).
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from qdiff.engine.blocks import (
     LoweredTransformerBlock,
     LoweredUNet,
 )
+from qdiff.engine.features import has_triton
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer, integer_layer
 from qdiff.engine.step_cache import ContextLayer, StepCache
 from qdiff.exchange import check_unmerged, exchange, put_module
@@ -48,6 +49,10 @@ def backend_for(config: QuantConfig, device: torch.device) -> MakeLayer:
         raise ValueError("it computes in whole numbers, and these activations are float")
     if not fits_bytes(config):
         raise ValueError(f"W{config.weight_bit}A{config.act_bit} does not fit into bytes: 8 bits are the most that do")
+    if has_triton(device):
+        from qdiff.engine.backends.triton_layers import triton_layer  # imports Triton, which takes a second
+
+        return triton_layer
     if device.type == "cuda":
         return int_matmul_layer
     if device.type != "cpu":

@@ -102,7 +102,8 @@ class DynamicCodes:
 
     def scaled(self, factor: float) -> "DynamicCodes":
         """Return the codes of numbers `factor` times as large."""
-        return DynamicCodes(self.codes, self.ranges * self.ranges.new_tensor([factor, 1]), self.params)
+        steps, zero_points = self.ranges.unbind(1)
+        return DynamicCodes(self.codes, torch.stack([steps * factor, zero_points], dim=1), self.params)
 
     def columns(self, dims: int) -> tuple[Tensor, Tensor]:
         """Return steps and zero points, broadcastable to these tokens or samples in a tensor of `dims` dimensions."""
@@ -123,6 +124,17 @@ Params = QuantParams | DynamicParams
 Codes = Tensor | DynamicCodes  # those of QuantParams, and those of DynamicParams
 
 
+def signed(codes: Tensor) -> Tensor:
+    """Return codes of one byte as our kernels for GPUs take them, int8: less 128. codes: uint8, or int8 already."""
+    return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
+
+
+def unsigned(codes: Tensor) -> Tensor:
+    """Return codes as uint8. codes: uint8 already, or int8 as `signed` returns them."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) ^ 128
+
+
 def whole_codes(codes: Tensor, params: Params) -> Tensor:
-    """Return codes as float32 numbers, which hold them exactly. codes: uint8, [2, ...] if they are wide."""
+    """Return codes as float32 numbers, which hold them exactly. codes: [2, ...] if they are wide."""
+    codes = unsigned(codes)
     return codes[0].float().add_(codes[1].float(), alpha=256) if params.is_wide else codes.float()

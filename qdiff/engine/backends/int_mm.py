@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qdiff.engine.backends.simulated import SimulatedLayer
 from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.quant_params import signed
 
 MULTIPLE = 8  # the inputs and the outputs of a product must be multiples of this
 ROWS = 32  # the least number of rows of a product
@@ -40,7 +41,7 @@ class IntMatmulLayer(IntegerLayer):
         self.register_buffer("bias", spec.bias)
 
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, shape = self._rows((codes ^ 128).view(torch.int8))
+        rows, shape = self._rows(signed(codes))
         padding = (0, self.weight.shape[1] - rows.shape[1], 0, max(0, ROWS - len(rows)) or -len(rows) % MULTIPLE)
         sums = torch.ops.aten._int_mm(F.pad(rows, padding), self.weight.t())[: len(rows), : self.outputs]
         outputs = (sums + self.shift).float() * self.step

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from qdiff.engine.backends import onednn
 from qdiff.engine.layers import IntegerLayer, LayerSpec
+from qdiff.engine.quant_params import unsigned
 
 EXACT = 2**24  # float32 holds all integers up to this one exactly
 
@@ -36,7 +37,9 @@ class SimulatedLayer(IntegerLayer):
     def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         shape = (-1,) if self.options is None else (-1, *[1] * (self.weight.ndim - 2))
         with torch.autocast(codes.device.type, enabled=False):  # which would round whole numbers
-            sums = self._sums(codes.to(self.exact) - self.params.zero_point, self.weight.to(self.exact)).round()
+            sums = self._sums(
+                unsigned(codes).to(self.exact) - self.params.zero_point, self.weight.to(self.exact)
+            ).round()
         if codes.device.type == "cpu" and onednn.step_order(dtype) == "one by one":
             outputs = sums.float() * self.params.delta * self.step.view(shape)
         else:
