@@ -53,6 +53,7 @@ class StepCache:
         self._by_time: dict[float, dict[nn.Module, Tensor]] = {}  # its keys are the schedule
         self._by_context: dict[nn.Module, _OfContext] | None = None  # None outside of a walk
         self._time: float | None = None  # of the present call; None if its results are not to be kept
+        self.changes = 0  # how often all results were dropped, as when the model changes
 
     @contextmanager
     def walk(self, timesteps: Iterable[float]) -> Iterator[None]:
@@ -104,8 +105,17 @@ class StepCache:
             kept = self._by_context[layer] = _OfContext(context=context, params=params, result=compute())
         return kept.result
 
+    def results_of_time(self, time: float) -> dict[nn.Module, Tensor]:
+        """Return what is kept of a time of the schedule, by layer."""
+        return dict(self._by_time[time])
+
+    def results_of_context(self) -> dict[nn.Module, tuple[Tensor, QuantParams | None]]:
+        """Return what is kept of the last context in this walk, by layer, with the quantizer of codes."""
+        return {layer: (kept.result, kept.params) for layer, kept in (self._by_context or {}).items()}
+
     def clear(self) -> None:
         """Drop all results, as a model that moves to another device must."""
+        self.changes += 1
         self._by_time = {time: {} for time in self._by_time}
         self._by_context = None if self._by_context is None else {}
 

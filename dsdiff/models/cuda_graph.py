@@ -1,0 +1,216 @@
+"""A lowered UNet whose calls are recorded once in a CUDA graph, and replayed.
+
+At small batches a GPU computes a kernel in less time than Python takes to launch it. A graph launches all kernels of a
+call at once. It reads its inputs from fixed places in memory, and so does all that changes from call to call:
+
+- what depends on the time alone, and keys and values of the prompt (see `step_cache`): computed outside of the graph
+  when the time or the prompt is a new one, and copied to where the graph reads them;
+- the destinations that token merging draws: drawn before each replay as the hooks would, from the same generator.
+
+A replay runs the kernels of the call that was recorded, on other numbers. Where that is not what the UNet would do, it
+is called as always: see `GraphedUNet.can_replay`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.engine.blocks import LoweredUNet
+from qdiff.engine.quant_params import QuantParams
+from qdiff.engine.step_cache import ContextLayer, StepCache, TimeLayer
+from tomesd.hooks import ATTRIBUTE, BlockMerging
+from tomesd.merge import choose_destinations
+from tomesd.network import blocks_of
+
+MOST_TIMES = 1000  # whose results are kept: 90 MB for Stable Diffusion v1
+WARM_UPS = 2  # calls before the recording, in which kernels are compiled and libraries take their workspaces
+
+
+class GraphedUNet(nn.Module):
+    """Calls a lowered UNet by CUDA graphs, one for each shape of its inputs.
+
+    unet: a lowered QuantModel, or a LoweredUNet, on a GPU; it stays as it is. Results are those of the UNet, bit for
+    bit, but for sums that merging adds in no fixed order on GPUs (`tomesd.merge.Matching.merge`). A call is recorded
+    anew when merging was changed, or when `StepCache.clear` was called, as by a LoRA. Raises ValueError for a UNet that
+    is not lowered.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+        found = [module for module in unet.modules() if isinstance(module, LoweredUNet)]
+        if not found:
+            raise ValueError("only a lowered UNet can be recorded: lower it first")
+        self._lowered = (found[0],)  # in a tuple: a submodule already
+        self._recorded: dict[Any, _Recording] = {}
+
+    @property
+    def lowered(self) -> LoweredUNet:
+        return self._lowered[0]
+
+    def forget(self) -> None:
+        """Drop all graphs, and the memory that they hold."""
+        self._recorded.clear()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        if context is None or y is not None or not self.can_replay(x):
+            return self.unet(x, timesteps, context=context, y=y)
+        times = timesteps.tolist()
+        if any(time != times[0] for time in times):
+            return self.unet(x, timesteps, context=context)
+        autocast = torch.get_autocast_dtype("cuda")
+        mergings = mergings_of(self.lowered)
+        key = (x.shape, x.dtype, x.device, context.shape, context.dtype, timesteps.dtype, autocast, tuple(mergings))
+        recorded = self._recorded.get(key)
+        if recorded is None or recorded.changes != self.lowered.step_cache.changes:
+            self._recorded.clear()  # one at a time: each holds the memory of a call
+            recorded = _Recording.of(self.unet, self.lowered, x, timesteps, context, mergings)
+            self._recorded[key] = recorded
+        return recorded.replay(x, times[0], timesteps, context)
+
+    def can_replay(self, x: Tensor) -> bool:
+        """Return whether a replay computes what the UNet would for latents like x.
+
+        Not on CPUs; not without autocast, as float32 takes another way through the blocks; not where features are
+        cached (`feature_cache`); and not where merging depends on the step or on other blocks, or is pinned.
+        """
+        if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return False
+        if self.lowered.feature_cache is not None:
+            return False
+        shared = {merging.model for merging in mergings_of(self.lowered)}
+        return not any(each.pinned or each.options.follows_others for each in shared)
+
+
+def mergings_of(network: nn.Module) -> list[BlockMerging]:
+    """Return the merging of each block that has one, in the order of the network."""
+    found = [vars(block).get(ATTRIBUTE) for block in blocks_of(network).values()]
+    return [merging for merging in found if merging is not None]
+
+
+@dataclass(kw_only=True)
+class _Recording:
+    """A graph and the tensors that it reads and writes.
+
+    of_time: the results of the present time by layer; the LoweredUNet itself has the time's embedding. kept: those of
+    other times. of_context: the results for the present context by layer, with the function that makes them.
+    choices: of each block that draws, its merging, its grid (w, h) and the destinations. changes: the step cache's.
+    """
+
+    lowered: LoweredUNet
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    context: Tensor
+    output: Tensor
+    time: float | None
+    of_time: dict[nn.Module, Tensor]
+    kept: dict[float, dict[nn.Module, Tensor]]
+    of_context: list[tuple[Tensor, Callable[[Tensor], Tensor]]]
+    choices: list[tuple[BlockMerging, tuple[int, int], Tensor]]
+    changes: int
+
+    @classmethod
+    def of(
+        cls,
+        unet: nn.Module,
+        lowered: LoweredUNet,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        mergings: list[BlockMerging],
+    ) -> "_Recording":
+        """Record a call. The generator that draws destinations is where it was before, afterwards."""
+        x, context = x.clone(), context.clone()
+        cache, time = lowered.step_cache, timesteps.float()[0].item()
+        before = {merging.model: merging.model.generator.get_state() for merging in mergings}
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        graph = torch.cuda.CUDAGraph()
+        # Within the walk all that depends on the time or the context alone is computed by the first call, and kept: the
+        # recorded call only reads it.
+        with cache.walk([time]):
+            cache.clear()
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    unet(x, timesteps, context=context)
+            torch.cuda.current_stream(x.device).wait_stream(stream)
+            choices = _draw_fixed(mergings, x.device)
+            # Times on the CPU can be compared without waiting for the GPU. Their embedding is kept.
+            on_cpu = timesteps.cpu()
+            with torch.cuda.graph(graph):
+                output = unet(x, on_cpu, context=context)
+            of_time, of_context = _kept_results(cache, time)
+            cache.clear()  # these tensors will hold results of other times: they are this graph's alone
+        for shared, state in before.items():
+            shared.generator.set_state(state)
+        for merging, _, _ in choices:
+            merging.drawn = None
+        return cls(
+            lowered=lowered, graph=graph, x=x, context=context, output=output, time=time, of_time=of_time,
+            kept={time: {layer: result.clone() for layer, result in of_time.items()}}, of_context=of_context,
+            choices=choices, changes=cache.changes,
+        )  # fmt: skip
+
+    def replay(self, x: Tensor, time: float, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Return the output of the UNet; time: the one of all samples."""
+        self.x.copy_(x)
+        if not torch.equal(context, self.context):
+            self.context.copy_(context)
+            torch._foreach_copy_(
+                [place for place, _ in self.of_context], [compute(self.context) for _, compute in self.of_context]
+            )
+        if time != self.time:
+            self._set_time(time, timesteps)
+        for merging, (w, h), choice in self.choices:
+            options = merging.model.options
+            choice.copy_(choose_destinations(w, h, options.sx, options.sy, merging.model.generator))
+        self.graph.replay()
+        return self.output.clone()
+
+    def _set_time(self, time: float, timesteps: Tensor) -> None:
+        if time not in self.kept:
+            if len(self.kept) >= MOST_TIMES:
+                self.kept.clear()
+            with torch.autocast("cuda", enabled=False):
+                emb = self.lowered.embed_time(timesteps[:1], torch.float32)
+                self.kept[time] = {
+                    layer: layer.layer(emb) if isinstance(layer, TimeLayer) else emb for layer in self.of_time
+                }
+        made = self.kept[time]
+        torch._foreach_copy_(list(self.of_time.values()), [made[layer] for layer in self.of_time])
+        self.time = time
+
+
+def _draw_fixed(
+    mergings: list[BlockMerging], device: torch.device
+) -> list[tuple[BlockMerging, tuple[int, int], Tensor]]:
+    """Let each block that draws take its destinations from a fixed tensor in the next call; return these tensors."""
+    choices = []
+    for merging in mergings:
+        if merging.drawn is not None and merging.drawn[0][0] == merging.model.forwards:  # it drew in the last call
+            (_, w, h), choice = merging.drawn
+            fixed = choice.to(device)
+            merging.drawn = ((merging.model.forwards + 1, w, h), fixed)
+            choices.append((merging, (w, h), fixed))
+    return choices
+
+
+def _kept_results(
+    cache: StepCache, time: float
+) -> tuple[dict[nn.Module, Tensor], list[tuple[Tensor, Callable[[Tensor], Tensor]]]]:
+    """Return what the cache keeps of this time, and of the context with the functions that compute it anew."""
+    of_context = []
+    for layer, (result, params) in cache.results_of_context().items():
+        assert isinstance(layer, ContextLayer)
+        of_context.append((result, partial(_of_context, layer.layer, params)))
+    return cache.results_of_time(time), of_context
+
+
+def _of_context(layer: Any, params: QuantParams | None, context: Tensor) -> Tensor:
+    with torch.autocast("cuda", enabled=False):
+        return layer(context) if params is None else layer.to_codes(layer.quantize(context), params)
