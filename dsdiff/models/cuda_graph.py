@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.engine.blocks import LoweredUNet
-from qdiff.engine.quant_params import QuantParams
 from qdiff.engine.step_cache import ContextLayer, StepCache, TimeLayer
 from tomesd.hooks import ATTRIBUTE, BlockMerging
 from tomesd.merge import choose_destinations
@@ -205,12 +204,12 @@ def _kept_results(
 ) -> tuple[dict[nn.Module, Tensor], list[tuple[Tensor, Callable[[Tensor], Tensor]]]]:
     """Return what the cache keeps of this time, and of the context with the functions that compute it anew."""
     of_context = []
-    for layer, (result, params) in cache.results_of_context().items():
+    for layer, (result, how) in cache.results_of_context().items():
         assert isinstance(layer, ContextLayer)
-        of_context.append((result, partial(_of_context, layer.layer, params)))
+        of_context.append((result, partial(_of_context, layer, how)))
     return cache.results_of_time(time), of_context
 
 
-def _of_context(layer: Any, params: QuantParams | None, context: Tensor) -> Tensor:
+def _of_context(layer: ContextLayer, how: Any, context: Tensor) -> Tensor:
     with torch.autocast("cuda", enabled=False):
-        return layer(context) if params is None else layer.to_codes(layer.quantize(context), params)
+        return layer.compute(context, how)

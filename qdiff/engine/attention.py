@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qdiff.engine import fused_ops
 from qdiff.engine.layers import CodesLayer, params_of
-from qdiff.engine.quant_params import QuantParams
+from qdiff.engine.quant_params import Codes, QuantParams
 from qdiff.engine.step_cache import ContextLayer
 from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantAttentionBlock, QuantCrossAttention
@@ -49,38 +49,62 @@ class LoweredCrossAttention(QuantCrossAttention):
             known = self._known[quantizer] = (quantizer.delta, quantizer.zero_point, params_of(quantizer))
         return known[2]
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return what CrossAttention.forward returns, plus `residual`, a tensor of that shape, if there is one."""
         operands = (self.act_quantizer_q, self.act_quantizer_k, self.act_quantizer_v)
         params = self.params_of(operands[0]), self.params_of(operands[1]), self.params_of(operands[2])
         if not self._computes_from_codes(x, params):
-            return super().forward(x, context, mask)
+            output = super().forward(x, context, mask)
+            return output if residual is None else output.add_(residual)
+        out, last = self._attended(x, context, mask, params), cast(CodesLayer, self.to_out[0])
+        if out is None:
+            output = super().forward(x, context, mask)
+            return output if residual is None else output.add_(residual)
+        return last.to_float(out, x.dtype) if residual is None else last.plus(out, residual)
+
+    def _attended(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, params: fused_ops.Three
+    ) -> Codes | None:
+        """Return the input codes of to_out; None for layers of other kinds."""
+        output, integer = cast(CodesLayer, self.to_out[0]).params, self._is_integer(x, params)
+        how = "to_codes" if integer else "to_numbers"
+        to = [(each,) if integer else (each, fused_ops.unit_of(each, x.dtype), x.dtype) for each in params]
         if isinstance(self.to_k, ContextLayer) and isinstance(self.to_v, ContextLayer):
             context = x if context is None else context
-            q = self.to_q.to_codes(self.to_q.quantize(x), params[0])
-            k, v = self.to_k.to_codes(context, params[1]), self.to_v.to_codes(context, params[2])
+            q = getattr(self.to_q, how)(self.to_q.quantize(x), *to[0])
+            k, v = getattr(self.to_k, how)(context, *to[1]), getattr(self.to_v, how)(context, *to[2])
         elif isinstance(self.to_k, CodesLayer) and isinstance(self.to_v, CodesLayer):
             layers = (self.to_q, self.to_k, self.to_v)
             if context is None:
                 inputs = fused_ops.quantize(x, *(layer.params for layer in layers))
             else:  # the merged tokens of x
                 inputs = [self.to_q.quantize(x), *fused_ops.quantize(context, self.to_k.params, self.to_v.params)]
-            q, k, v = (layer.to_codes(own, to) for layer, own, to in zip(layers, inputs, params, strict=True))
+            q, k, v = (getattr(layer, how)(own, *each) for layer, own, each in zip(layers, inputs, to, strict=True))
         else:
-            return super().forward(x, context, mask)
-        last = cast(CodesLayer, self.to_out[0])
-        integer = fused_ops.has_integer_attention(x.device, params, q.shape[-1] // self.heads)
-        softmax = softmax_params(self.act_quantizer_w) if integer else fused_ops.FREE
-        out = fused_ops.attention((q, k, v), params, self.heads, last.params, x.dtype, softmax=softmax, mask=mask)
-        return self.to_out[1:](last.to_float(out, x.dtype))
+            return None
+        if not integer:
+            return fused_ops.attention_of_numbers((q, k, v), params, self.heads, output, mask=mask)
+        softmax = softmax_params(self.act_quantizer_w)
+        return fused_ops.attention((q, k, v), params, self.heads, output, x.dtype, softmax=softmax, mask=mask)
+
+    def _is_integer(self, x: Tensor, params: fused_ops.Three) -> bool:
+        """Return whether our kernel can compute the attention."""
+        width = round(self.scale**-2)  # of a head
+        return fused_ops.has_integer_attention(x.device, params, width) and has_softmax_params(self.act_quantizer_w)
 
     def _computes_from_codes(self, x: Tensor, params: fused_ops.Three) -> bool:
         """Return whether `fused_ops.attention` is used for an input like x."""
-        width = round(self.scale**-2)  # of a head
         if any(each.is_wide for each in params):
             return False
-        if fused_ops.has_integer_attention(x.device, params, width) and has_softmax_params(self.act_quantizer_w):
-            return True
-        return x.dtype != torch.float32 and self.act_quantizer_w.n_bits >= FINE
+        half = x.dtype != torch.float32
+        return self._is_integer(x, params) or (half and self.act_quantizer_w.n_bits >= FINE)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return softmax(q k^T / sqrt(d)) v, [B, heads, N, d], of q [B, heads, N, d] and k, v [B, heads, M, d]."""

@@ -16,6 +16,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from qdiff.engine import fused_ops
 from qdiff.engine.attention import LoweredCrossAttention
+from qdiff.engine.features import gpu_kernels
 from qdiff.engine.layers import CodesLayer
 from qdiff.engine.quant_params import DynamicCodes
 from qdiff.engine.step_cache import StepCache, TimeLayer
@@ -23,6 +24,16 @@ from qdiff.exchange import Exchanged
 from qdiff.quant_block import QuantBasicTransformerBlock, QuantResBlock
 
 PART = 512  # tokens that a feed-forward layer processes together, so that its activations stay in the CPU's cache
+
+
+class LoweredEnd(nn.Sequential):
+    """The last layers of a UNet, a norm, SiLU and a convolution, of which the first two end in codes on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, _, last = self
+        if not isinstance(norm, nn.GroupNorm) or not isinstance(last, CodesLayer) or gpu_kernels(x, norm) is None:
+            return super().forward(x)
+        return last.to_float(fused_ops.group_norm(norm, x, last.params, silu=True), x.dtype)
 
 
 class LoweredUNet(Exchanged, UNetModel):
@@ -41,6 +52,7 @@ class LoweredUNet(Exchanged, UNetModel):
 
     def __init__(self, original: UNetModel, step_cache: StepCache):
         super().__init__(original)
+        self.out = LoweredEnd(*self.out)
         self.step_cache = step_cache
 
     def forward(
@@ -125,8 +137,8 @@ class LoweredTransformerBlock(QuantBasicTransformerBlock):
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if not fused_ops.fuses(x):
             return super()._forward(x, context)
-        x = self.attn1(fused_ops.layer_norm(self.norm1, x)).add_(x)
-        x = self.attn2(fused_ops.layer_norm(self.norm2, x), context=context).add_(x)
+        x = self.attn1(fused_ops.layer_norm(self.norm1, x), residual=x)
+        x = self.attn2(fused_ops.layer_norm(self.norm2, x), context=context, residual=x)
         return self.ff(fused_ops.layer_norm(self.norm3, x), residual=x)
 
 

@@ -63,3 +63,7 @@ class CodesLayer(_FixedDtypes):
         """
         scaled = self.to_float(codes, torch.float32).mul_(1 / params.delta).add_(params.zero_point)
         return scaled.round_().clamp_(0, params.high).to(torch.uint8)
+
+    def to_numbers(self, codes: Any, params: QuantParams, unit: float, dtype: torch.dtype) -> Tensor:
+        """Return (c - Z) unit in `dtype` for the codes c of the layer's output by `params`, see `to_codes`."""
+        return fused_ops.numbers(self.to_codes(codes, params), params, unit, dtype)

@@ -162,20 +162,32 @@ def attention(
         raise ValueError(f"q, k and v of {shapes} do not fit each other: a context needs the batch of its latents")
     if has_integer_attention(codes[0].device, inputs, codes[0].shape[-1] // heads):
         return _integer_attention(codes, inputs, heads, output, softmax, mask)
-    # c - Z is a whole number of 9 bits, which bfloat16 and float16 hold exactly. In float16 sums of products could
-    # overflow, so codes are multiplied by their steps first.
-    steps = [params.delta if dtype == torch.float16 else 1.0 for params in inputs]
-    q, k, v = (
-        _numbers(each, params, step, dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for each, params, step in zip(codes, inputs, steps, strict=True)
-    )
-    scale = inputs[0].delta / steps[0] * inputs[1].delta / steps[1] * q.shape[-1] ** -0.5
+    q, k, v = (numbers(each, params, unit_of(params, dtype), dtype) for each, params in zip(codes, inputs, strict=True))
+    return attention_of_numbers((q, k, v), inputs, heads, output, mask=mask)
+
+
+def attention_of_numbers(
+    operands: tuple[Tensor, Tensor, Tensor], inputs: Three, heads: int, output: Params, *, mask: Tensor | None = None
+) -> Codes:
+    """Return what `attention` does by PyTorch, of q, k and v as `numbers` returns them with `unit_of`."""
+    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in operands)
+    units = [unit_of(params, q.dtype) for params in inputs]
+    scale = inputs[0].delta / units[0] * inputs[1].delta / units[1] * q.shape[-1] ** -0.5
     seen = None if mask is None else (mask if mask.dtype == torch.bool else mask.to(q.dtype))[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return _quantize_multiples(out.transpose(1, 2).flatten(2), output, inputs[2].delta / steps[2])
+    return _quantize_multiples(out.transpose(1, 2).flatten(2), output, inputs[2].delta / units[2])
 
 
-def _numbers(codes: Tensor, params: QuantParams, step: float, dtype: torch.dtype) -> Tensor:
+def unit_of(params: QuantParams, dtype: torch.dtype) -> float:
+    """Return what c - Z is multiplied by for PyTorch's attention.
+
+    It is a whole number of 9 bits, which bfloat16 and float16 hold exactly. In float16 sums of products could overflow,
+    so that it is multiplied by the step.
+    """
+    return params.delta if dtype == torch.float16 else 1.0
+
+
+def numbers(codes: Tensor, params: QuantParams, step: float, dtype: torch.dtype) -> Tensor:
     """Return (c - Z) step of codes, in `dtype`."""
     if has_triton(codes.device) and codes.numel():
         from qdiff.engine.backends import triton_elementwise

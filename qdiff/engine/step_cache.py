@@ -34,10 +34,10 @@ def walk(unet: nn.Module, timesteps: Iterable[float]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfContext:
-    """The result of a layer for a context. params: the quantizer, if the result is codes; None if it is floats."""
+    """The result of a layer for a context. how: what it was made with beside the layer; None for its plain output."""
 
     context: Tensor
-    params: QuantParams | None
+    how: Any
     result: Tensor
 
 
@@ -94,24 +94,25 @@ class StepCache:
             kept[layer] = compute()
         return kept[layer]
 
-    def of_context(
-        self, layer: nn.Module, context: Tensor, params: QuantParams | None, compute: Callable[[], Tensor]
-    ) -> Tensor:
-        """Return the result of `compute()`, kept for this layer and this very tensor `context` until the walk ends."""
+    def of_context(self, layer: nn.Module, context: Tensor, how: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the result of `compute()`, kept for this layer and this very tensor `context` until the walk ends.
+
+        how: what the result depends on beside them.
+        """
         if self._by_context is None or torch.is_grad_enabled():
             return compute()
         kept = self._by_context.get(layer)
-        if kept is None or kept.context is not context or kept.params != params:
-            kept = self._by_context[layer] = _OfContext(context=context, params=params, result=compute())
+        if kept is None or kept.context is not context or kept.how != how:
+            kept = self._by_context[layer] = _OfContext(context=context, how=how, result=compute())
         return kept.result
 
     def results_of_time(self, time: float) -> dict[nn.Module, Tensor]:
         """Return what is kept of a time of the schedule, by layer."""
         return dict(self._by_time[time])
 
-    def results_of_context(self) -> dict[nn.Module, tuple[Tensor, QuantParams | None]]:
-        """Return what is kept of the last context in this walk, by layer, with the quantizer of codes."""
-        return {layer: (kept.result, kept.params) for layer, kept in (self._by_context or {}).items()}
+    def results_of_context(self) -> dict[nn.Module, tuple[Tensor, Any]]:
+        """Return what is kept of the last context in this walk, by layer, and what it was made with."""
+        return {layer: (kept.result, kept.how) for layer, kept in (self._by_context or {}).items()}
 
     def clear(self) -> None:
         """Drop all results, as a model that moves to another device must."""
@@ -145,5 +146,17 @@ class ContextLayer(nn.Module):
 
     def to_codes(self, context: Tensor, params: QuantParams) -> Tensor:
         """Return the codes of the layer's output by `params`. context: float [B, M, C], which is quantized first."""
-        layer = self.layer
-        return self.cache.of_context(self, context, params, lambda: layer.to_codes(layer.quantize(context), params))
+        return self._kept(context, ("to_codes", params))
+
+    def to_numbers(self, context: Tensor, params: QuantParams, unit: float, dtype: torch.dtype) -> Tensor:
+        """Return the numbers (c - Z) unit of these codes, in `dtype`."""
+        return self._kept(context, ("to_numbers", params, unit, dtype))
+
+    def _kept(self, context: Tensor, how: tuple[Any, ...]) -> Tensor:
+        return self.cache.of_context(self, context, how, lambda: self.compute(context, how))
+
+    def compute(self, context: Tensor, how: tuple[Any, ...] | None) -> Tensor:
+        """Return the layer's output, or that of the method `how[0]` with further arguments; nothing is kept."""
+        if how is None:
+            return self.layer(context)
+        return getattr(self.layer, how[0])(self.layer.quantize(context), *how[1:])

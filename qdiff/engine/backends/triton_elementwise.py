@@ -45,7 +45,13 @@ def _quantize(
 
 
 def quantize(x: Tensor, params: Sequence[QuantParams]) -> list[Tensor]:
-    """Return the codes of x by each of params, of at most 8 bits each. Feature maps come in channels_last order."""
+    """Return the codes of x by each of params, of at most 8 bits each. Feature maps come in channels_last order.
+
+    Equal params share a tensor.
+    """
+    if len(unique := list(dict.fromkeys(params))) < len(params):
+        made = dict(zip(unique, quantize(x, unique), strict=True))
+        return [made[each] for each in params]
     if x.ndim == 4 and evenly_spaced(x) is None:
         x = x.contiguous(memory_format=torch.channels_last)
     rows = evenly_spaced(x)
@@ -156,8 +162,8 @@ def _chunk_sums(x_at, means_at, squares_at, size, C, chunks, P: tl.constexpr, BC
 
 @triton.jit
 def _group_lines(
-    means_at, squares_at, added_at, weight_at, bias_at, lines_at, size, C, W, chunks, eps, P, ADDED: tl.constexpr,
-    NC: tl.constexpr, BW: tl.constexpr,
+    means_at, squares_at, added_at, weight_at, bias_at, lines_at, size, C, W, chunks, eps, P, stride,
+    ADDED: tl.constexpr, NC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Write of each channel of a group the line a, b for which a x + b is the norm of x, or of x + added."""
     group, sample = tl.program_id(0), tl.program_id(1)
@@ -169,7 +175,7 @@ def _group_lines(
     means = tl.load(means_at + at, mask=mask, other=0.0)
     added = tl.zeros((BW,), dtype=tl.float32)
     if ADDED:
-        added = tl.load(added_at + sample * C + c, mask=w < W, other=0.0)
+        added = tl.load(added_at + sample * stride + c, mask=w < W, other=0.0)
     means = means + added[None, :]
     count = size * W
     mean = tl.sum(tl.sum(tl.where(mask, means * counts, 0.0), axis=0), axis=0) / count
@@ -216,7 +222,9 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, params: QuantParams, added: Tensor
     means, squares = torch.empty(2, samples, chunks, channels, device=x.device).unbind(0)
     lines = torch.empty(samples, 2, channels, device=x.device)
     out = torch.empty(samples, height, width, channels, dtype=torch.int8, device=x.device)
-    added = None if added is None else added.float().contiguous()
+    added = None if added is None else added.float()
+    if added is not None and added.stride(1) != 1:
+        added = added.contiguous()
     wide = channels // norm.num_groups
     with on_device(x):
         _chunk_sums[(chunks, across, samples)](
@@ -224,8 +232,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, params: QuantParams, added: Tensor
         )
         _group_lines[(norm.num_groups, samples)](
             means, squares, lines if added is None else added, norm.weight, norm.bias, lines, size, channels, wide,
-            chunks, norm.eps, pixels, ADDED=added is not None, NC=triton.next_power_of_2(chunks),
-            BW=triton.next_power_of_2(wide), num_warps=4,
+            chunks, norm.eps, pixels, 0 if added is None else added.stride(0), ADDED=added is not None,
+            NC=triton.next_power_of_2(chunks), BW=triton.next_power_of_2(wide), num_warps=4,
         )  # fmt: skip
         _normed_codes[(math.ceil(size / CHUNK), math.ceil(channels / 64), samples)](
             x, lines, out, size, channels, params.delta, float(params.zero_point), float(params.high), SILU=silu,

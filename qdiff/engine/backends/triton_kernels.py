@@ -13,7 +13,8 @@ With TRITON_INTERPRET=1 the kernels run on CPU tensors.
 import triton
 import triton.language as tl
 
-FLOAT, PLUS, CODES = 0, 1, 2  # what follows the sums: floats, floats plus an addend, int8 codes
+# What follows the sums: floats, floats plus an addend, int8 codes, or the numbers that codes stand for.
+FLOAT, PLUS, CODES, NUMBERS = 0, 1, 2, 3
 MAGIC = 12582912.0  # 1.5 * 2^23: a float32 of less than 2^22 plus this has no digits after the point
 
 
@@ -31,7 +32,9 @@ def signed_codes(scaled, high):
 
 
 @triton.jit
-def _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, N, KIND: tl.constexpr):
+def _finish(
+    sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND: tl.constexpr
+):
     """Multiply exact sums [BM, BN] by the steps of the outputs n [BN], add the bias, and store the results."""
     valid = n < N
     step = tl.load(step_at + n, mask=valid, other=0.0)
@@ -39,6 +42,9 @@ def _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zer
     y = sums.to(tl.float32) * step[None, :] + bias[None, :]
     if KIND == 2:
         tl.store(out_at + at, signed_codes(rounded(y * inverse + zero_point), high), mask=mask)
+    elif KIND == 3:
+        codes = tl.minimum(tl.maximum(rounded(y * inverse + zero_point), 0.0), high)
+        tl.store(out_at + at, ((codes - zero_point) * unit).to(out_at.dtype.element_ty), mask=mask)
     else:
         y = y.to(out_at.dtype.element_ty)
         if KIND == 1:  # rounded before the sum, as without fusion
@@ -56,7 +62,7 @@ def _kind_of_border(y, x, H, W, SY, SX, PY, PX, KH, KW):
 
 @triton.jit
 def product(
-    a_at, b_at, shift_at, step_at, bias_at, addend_at, out_at, parts_at, inverse, zero_point, high,
+    a_at, b_at, shift_at, step_at, bias_at, addend_at, out_at, parts_at, inverse, zero_point, high, unit,
     M, N, C, stride_a, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     MAP: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
@@ -114,12 +120,12 @@ def product(
             sums += tl.load(shift_at + kind[:, None] * N + n[None, :], mask=mask, other=0)
         else:
             sums += tl.load(shift_at + n, mask=n < N, other=0)[None, :]
-        _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, N, KIND)
+        _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND)
 
 
 @triton.jit
 def add_parts(
-    parts_at, shift_at, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, M, N, H, W, OH, OW,
+    parts_at, shift_at, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, M, N, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     MAP: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +143,7 @@ def add_parts(
         sums += tl.load(shift_at + kind[:, None] * N + n[None, :], mask=mask, other=0)
     else:
         sums += tl.load(shift_at + n, mask=n < N, other=0)[None, :]
-    _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, N, KIND)
+    _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND)
 
 
 @triton.jit

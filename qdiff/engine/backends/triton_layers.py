@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qdiff.engine.backends.int_mm import int_matmul_layer
-from qdiff.engine.backends.triton_kernels import CODES, FLOAT, PLUS, add_parts, gated_product, product
+from qdiff.engine.backends.triton_kernels import CODES, FLOAT, NUMBERS, PLUS, add_parts, gated_product, product
 from qdiff.engine.features import on_device
 from qdiff.engine.layers import IntegerLayer, LayerSpec
 from qdiff.engine.quant_params import Codes, Params, QuantParams, signed
@@ -107,6 +107,11 @@ class TritonLayer(IntegerLayer):
         """Return the codes of the layer's output, signed: int8. See CodesLayer."""
         return super().to_codes(codes, params) if params.is_wide else self._compute(codes, CODES, torch.int8, to=params)
 
+    def to_numbers(self, codes: Tensor, params: QuantParams, unit: float, dtype: torch.dtype) -> Tensor:
+        if params.is_wide or dtype == torch.float64:
+            return super().to_numbers(codes, params, unit, dtype)
+        return self._compute(codes, NUMBERS, dtype, to=params, unit=unit)
+
     def geglu(self, codes: Tensor, params: Params, dtype: torch.dtype) -> Codes:
         half = dtype in (torch.float16, torch.bfloat16)
         if not isinstance(params, QuantParams) or params.is_wide or self.is_map or not half:
@@ -135,9 +140,11 @@ class TritonLayer(IntegerLayer):
         addend: Tensor | None = None,
         out: Tensor | None = None,
         to: QuantParams | None = None,
+        unit: float = 1.0,
         tiles: Tiling | None = None,
     ) -> Tensor:
-        """Return the output; kind: FLOAT, PLUS (with an addend) or CODES (by `to`). tiles: None for those of `tiling`.
+        """Return the output. kind: FLOAT, PLUS (with an addend), CODES (by `to`) or NUMBERS (in units of 1 / unit).
+        tiles: None for those of `tiling`.
 
         A map's output is in channels_last order. out: where it goes, contiguous; for linear layers alone.
         """
@@ -148,7 +155,7 @@ class TritonLayer(IntegerLayer):
             addend = (addend.movedim(1, -1) if self.is_map else addend).contiguous()
         if rows:
             with on_device(a):
-                self._launch(a, rows, sizes, kind, out, out if addend is None else addend, to, tiles)
+                self._launch(a, rows, sizes, kind, out, out if addend is None else addend, to, unit, tiles)
         if not self.is_map:
             return out
         out = out.movedim(-1, 1)
@@ -177,6 +184,7 @@ class TritonLayer(IntegerLayer):
         out: Tensor,
         addend: Tensor,
         to: QuantParams | None,
+        unit: float,
         tiles: Tiling | None,
     ) -> None:
         places = math.prod(self.kernel)
@@ -187,6 +195,7 @@ class TritonLayer(IntegerLayer):
             "PY": self.padding[0], "PX": self.padding[1], "MAP": is_map, "KIND": kind,
         }  # fmt: skip
         codes = (1.0, 0.0, 0.0) if to is None else (1 / to.delta, float(to.zero_point), float(to.high))
+        codes = (*codes, unit)
         numbers = (self.shift, self.step, self.bias, addend, out)
         parts = (
             out if by.split == 1 else torch.empty(by.split, rows, self.outputs, dtype=torch.int32, device=out.device)

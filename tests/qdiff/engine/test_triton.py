@@ -29,6 +29,13 @@ FEW = QuantParams(delta=0.4, zero_point=3, high=15)
 SMALL = Tiling(rows=16, outputs=16, inputs=32)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """PyTorch's own convolutions are not rounded to TF32, which they are on GPUs by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def plain_spec(outputs, channels, kernel=(), zero_point=77, high=255, bias=True, **options):
     """A layer of random whole weights of 4 bits."""
     weight = torch.randint(-15, 16, (outputs, channels, *kernel), dtype=torch.int8, device=DEVICE)
@@ -94,6 +101,9 @@ def test_layers_equal_simulated_ones():
             assert torch.equal(ours.plus(codes, addend), output + addend), f"{name}, {dtype}"
         produced, made = unsigned(ours.to_codes(codes, TO)).float(), simulated.to_codes(codes, TO).float()
         assert (produced - made).abs().max() <= 1 and (produced != made).float().mean() < 0.01, name
+        for dtype, unit in ((HALF, 0.031), (torch.float16, 1.0)):
+            numbers = ours.to_numbers(codes, TO, unit, dtype)
+            assert torch.equal(numbers, ((produced - TO.zero_point) * unit).to(dtype)), f"{name}, {dtype}"
 
 
 @torch.no_grad()
