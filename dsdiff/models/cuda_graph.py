@@ -59,6 +59,10 @@ class GraphedUNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         if context is None or y is not None or not self.can_replay(x):
             return self.unet(x, timesteps, context=context, y=y)
+        with torch.cuda.device(x.device):
+            return self._replayed(x, timesteps, context)
+
+    def _replayed(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         times = timesteps.tolist()
         if any(time != times[0] for time in times):
             return self.unet(x, timesteps, context=context)
@@ -96,9 +100,10 @@ def mergings_of(network: nn.Module) -> list[BlockMerging]:
 class _Recording:
     """A graph and the tensors that it reads and writes.
 
-    of_time: the results of the present time by layer; the LoweredUNet itself has the time's embedding. kept: those of
-    other times. of_context: the results for the present context by layer, with the function that makes them.
-    choices: of each block that draws, its merging, its grid (w, h) and the destinations. changes: the step cache's.
+    of_time: the results of the present time, one after the other, of `layers`; the LoweredUNet itself has the time's
+    embedding. kept: those of all times so far. of_context: the results for the present context by layer, with the
+    function that makes them. choices: of each block that draws, its merging, its grid (w, h) and the destinations.
+    changes: the step cache's.
     """
 
     lowered: LoweredUNet
@@ -107,8 +112,9 @@ class _Recording:
     context: Tensor
     output: Tensor
     time: float | None
-    of_time: dict[nn.Module, Tensor]
-    kept: dict[float, dict[nn.Module, Tensor]]
+    layers: list[nn.Module]
+    of_time: Tensor
+    kept: dict[float, Tensor]
     of_context: list[tuple[Tensor, Callable[[Tensor], Tensor]]]
     choices: list[tuple[BlockMerging, tuple[int, int], Tensor]]
     changes: int
@@ -138,21 +144,22 @@ class _Recording:
                 for _ in range(WARM_UPS):
                     unet(x, timesteps, context=context)
             torch.cuda.current_stream(x.device).wait_stream(stream)
+            layers, of_time = _put_together(cache.results_of_time(time))
             choices = _draw_fixed(mergings, x.device)
             # Times on the CPU can be compared without waiting for the GPU. Their embedding is kept.
             on_cpu = timesteps.cpu()
             with torch.cuda.graph(graph):
                 output = unet(x, on_cpu, context=context)
-            of_time, of_context = _kept_results(cache, time)
+            of_context = _results_of_context(cache)
             cache.clear()  # these tensors will hold results of other times: they are this graph's alone
         for shared, state in before.items():
             shared.generator.set_state(state)
         for merging, _, _ in choices:
             merging.drawn = None
         return cls(
-            lowered=lowered, graph=graph, x=x, context=context, output=output, time=time, of_time=of_time,
-            kept={time: {layer: result.clone() for layer, result in of_time.items()}}, of_context=of_context,
-            choices=choices, changes=cache.changes,
+            lowered=lowered, graph=graph, x=x, context=context, output=output, time=time, layers=layers,
+            of_time=of_time, kept={time: of_time.clone()}, of_context=of_context, choices=choices,
+            changes=cache.changes,
         )  # fmt: skip
 
     def replay(self, x: Tensor, time: float, timesteps: Tensor, context: Tensor) -> Tensor:
@@ -160,9 +167,8 @@ class _Recording:
         self.x.copy_(x)
         if not torch.equal(context, self.context):
             self.context.copy_(context)
-            torch._foreach_copy_(
-                [place for place, _ in self.of_context], [compute(self.context) for _, compute in self.of_context]
-            )
+            for place, compute in self.of_context:
+                place.copy_(compute(self.context))
         if time != self.time:
             self._set_time(time, timesteps)
         for merging, (w, h), choice in self.choices:
@@ -177,12 +183,19 @@ class _Recording:
                 self.kept.clear()
             with torch.autocast("cuda", enabled=False):
                 emb = self.lowered.embed_time(timesteps[:1], torch.float32)
-                self.kept[time] = {
-                    layer: layer.layer(emb) if isinstance(layer, TimeLayer) else emb for layer in self.of_time
-                }
-        made = self.kept[time]
-        torch._foreach_copy_(list(self.of_time.values()), [made[layer] for layer in self.of_time])
+                made = [layer.layer(emb) if isinstance(layer, TimeLayer) else emb for layer in self.layers]
+                self.kept[time] = torch.cat([each.flatten() for each in made])
+        self.of_time.copy_(self.kept[time])
         self.time = time
+
+
+def _put_together(results: dict[nn.Module, Tensor]) -> tuple[list[nn.Module], Tensor]:
+    """Move results into one tensor, so that one copy replaces all; return their layers and that tensor."""
+    together = torch.cat([each.flatten() for each in results.values()])
+    parts = together.split([each.numel() for each in results.values()])
+    for (layer, result), part in zip(list(results.items()), parts, strict=True):
+        results[layer] = part.view_as(result)
+    return list(results), together
 
 
 def _draw_fixed(
@@ -199,15 +212,13 @@ def _draw_fixed(
     return choices
 
 
-def _kept_results(
-    cache: StepCache, time: float
-) -> tuple[dict[nn.Module, Tensor], list[tuple[Tensor, Callable[[Tensor], Tensor]]]]:
-    """Return what the cache keeps of this time, and of the context with the functions that compute it anew."""
+def _results_of_context(cache: StepCache) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Return what the cache keeps of the context, with the functions that compute it anew."""
     of_context = []
     for layer, (result, how) in cache.results_of_context().items():
         assert isinstance(layer, ContextLayer)
         of_context.append((result, partial(_of_context, layer, how)))
-    return cache.results_of_time(time), of_context
+    return of_context
 
 
 def _of_context(layer: ContextLayer, how: Any, context: Tensor) -> Tensor:

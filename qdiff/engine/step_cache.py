@@ -107,8 +107,8 @@ class StepCache:
         return kept.result
 
     def results_of_time(self, time: float) -> dict[nn.Module, Tensor]:
-        """Return what is kept of a time of the schedule, by layer."""
-        return dict(self._by_time[time])
+        """Return what is kept of a time of the schedule, by layer; changes of it are changes of the cache."""
+        return self._by_time[time]
 
     def results_of_context(self) -> dict[nn.Module, tuple[Tensor, Any]]:
         """Return what is kept of the last context in this walk, by layer, and what it was made with."""

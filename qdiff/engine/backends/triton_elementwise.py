@@ -13,27 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from qdiff.engine.backends.triton_kernels import rounded, signed_codes
+from qdiff.engine.backends.triton_kernels import kernel, rounded, signed_codes
 from qdiff.engine.features import channels_at_the_end, evenly_spaced, on_device
 from qdiff.engine.quant_params import QuantParams, signed
 
 BLOCK = 2048  # numbers that a program of a plain pass handles
+LONGEST = 2**31 - BLOCK  # numbers whose places fit into 32 bits
 CHUNK = 32  # pixels whose sums one program of a group norm computes
 MOST = 4096  # channels of a group norm or a layer norm
 
 
-@triton.jit
+@kernel
+def _places(BLOCK: tl.constexpr, LONG: tl.constexpr):
+    """Return the places of the numbers of this program. LONG: whether 32 bits are too few for them."""
+    block = tl.program_id(0).to(tl.int64) if LONG else tl.program_id(0)
+    return block * BLOCK + tl.arange(0, BLOCK)
+
+
+@kernel
 def _code(x, delta, zero_point, high):
     return signed_codes(rounded(tl.math.div_rn(x, delta)) + zero_point, high)
 
 
-@triton.jit
+@kernel
 def _quantize(
     x_at, out_at, width, stride, count, d0, z0, h0, d1, z1, h1, d2, z2, h2, N: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Write N lots of codes [count] of rows of `width` numbers, `stride` apart. EVEN: the rows follow each other."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = _places(BLOCK, LONG)
     mask = i < count
     at = i if EVEN else i // width * stride + i % width
     x = tl.load(x_at + at, mask=mask, other=0.0).to(tl.float32)
@@ -67,15 +75,15 @@ def quantize(x: Tensor, params: Sequence[QuantParams]) -> list[Tensor]:
         with on_device(x):
             _quantize[(math.ceil(count / BLOCK),)](
                 x, out, width, stride, count, *numbers[0], *numbers[1], *numbers[2], N=len(some),
-                EVEN=width == stride, BLOCK=BLOCK, num_warps=8,
+                EVEN=width == stride, BLOCK=BLOCK, LONG=len(some) * count * stride // width >= LONGEST, num_warps=8,
             )  # fmt: skip
         codes += out.unbind(0)
     return [each.movedim(-1, 1) if x.ndim == 4 else each for each in codes]
 
 
-@triton.jit
-def _numbers(code_at, out_at, count, zero_point, step, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@kernel
+def _numbers(code_at, out_at, count, zero_point, step, BLOCK: tl.constexpr, LONG: tl.constexpr):
+    i = _places(BLOCK, LONG)
     codes = tl.load(code_at + i, mask=i < count, other=0).to(tl.float32)
     tl.store(out_at + i, ((codes + 128.0 - zero_point) * step).to(out_at.dtype.element_ty), mask=i < count)
 
@@ -86,13 +94,15 @@ def numbers(codes: Tensor, zero_point: int, step: float, dtype: torch.dtype) -> 
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if count := codes.numel():
         with on_device(codes):
-            _numbers[(math.ceil(count / BLOCK),)](codes, out, count, float(zero_point), step, BLOCK=BLOCK, num_warps=8)
+            _numbers[(math.ceil(count / BLOCK),)](
+                codes, out, count, float(zero_point), step, BLOCK=BLOCK, LONG=count >= LONGEST, num_warps=8
+            )
     return out
 
 
-@triton.jit
-def _geglu(x_at, out_at, width, count, delta, zero_point, high, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@kernel
+def _geglu(x_at, out_at, width, count, delta, zero_point, high, BLOCK: tl.constexpr, LONG: tl.constexpr):
+    i = _places(BLOCK, LONG)
     at = i // width * 2 * width + i % width
     value = tl.load(x_at + at, mask=i < count, other=0.0).to(tl.float32)
     gate = tl.load(x_at + at + width, mask=i < count, other=0.0).to(tl.float32)
@@ -107,7 +117,16 @@ def geglu(x: Tensor, params: QuantParams) -> Tensor:
     count = out.numel()
     with on_device(x):
         _geglu[(math.ceil(count / BLOCK),)](
-            x, out, width, count, params.delta, float(params.zero_point), float(params.high), BLOCK=BLOCK, num_warps=8
+            x,
+            out,
+            width,
+            count,
+            params.delta,
+            float(params.zero_point),
+            float(params.high),
+            BLOCK=BLOCK,
+            LONG=2 * count >= LONGEST,
+            num_warps=8,
         )
     return out
 
@@ -115,7 +134,7 @@ def geglu(x: Tensor, params: QuantParams) -> Tensor:
 # --- norms -------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _layer_norm(x_at, weight_at, bias_at, out_at, rows, C, eps, R: tl.constexpr, BC: tl.constexpr):
     row = tl.program_id(0) * R + tl.arange(0, R)
     c = tl.arange(0, BC)
@@ -144,7 +163,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@kernel
 def _chunk_sums(x_at, means_at, squares_at, size, C, chunks, P: tl.constexpr, BC: tl.constexpr):
     """Write the mean of each channel in a chunk of P pixels of a sample, and the sum of squared distances from it."""
     chunk, sample = tl.program_id(0), tl.program_id(2)
@@ -160,7 +179,7 @@ def _chunk_sums(x_at, means_at, squares_at, size, C, chunks, P: tl.constexpr, BC
     tl.store(squares_at + to, tl.sum(centred * centred, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _group_lines(
     means_at, squares_at, added_at, weight_at, bias_at, lines_at, size, C, W, chunks, eps, P, stride,
     ADDED: tl.constexpr, NC: tl.constexpr, BW: tl.constexpr,
@@ -188,7 +207,7 @@ def _group_lines(
     tl.store(lines_at + sample * 2 * C + C + c, bias, mask=w < W)
 
 
-@triton.jit
+@kernel
 def _normed_codes(
     x_at, lines_at, out_at, size, C, delta, zero_point, high, SILU: tl.constexpr, P: tl.constexpr, BC: tl.constexpr
 ):

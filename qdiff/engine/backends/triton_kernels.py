@@ -10,28 +10,31 @@ adds the parts. Sums are whole numbers of 32 bits, so that the result is the sam
 With TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 # What follows the sums: floats, floats plus an addend, int8 codes, or the numbers that codes stand for.
 FLOAT, PLUS, CODES, NUMBERS = 0, 1, 2, 3
-MAGIC = 12582912.0  # 1.5 * 2^23: a float32 of less than 2^22 plus this has no digits after the point
+kernel: Any = triton.jit  # whose types do not tell that a kernel takes num_warps
 
 
-@triton.jit
+@kernel
 def rounded(x):
-    """Return x rounded to the nearest whole number, ties to even."""
+    """Return x rounded to the nearest whole number, ties to even, for x of less than 2^21; others are clamped to it."""
+    # 1.5 * 2^23: the sum with it has no digits after the point.
     x = tl.minimum(tl.maximum(x, -2097152.0), 2097152.0)
     return (x + 12582912.0) - 12582912.0
 
 
-@triton.jit
+@kernel
 def signed_codes(scaled, high):
     """Return whole numbers, clamped to 0..high, as signed codes: int8, less 128."""
     return (tl.minimum(tl.maximum(scaled, 0.0), high) - 128.0).to(tl.int32).to(tl.int8)
 
 
-@triton.jit
+@kernel
 def _finish(
     sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND: tl.constexpr
 ):
@@ -52,7 +55,7 @@ def _finish(
         tl.store(out_at + at, y, mask=mask)
 
 
-@triton.jit
+@kernel
 def _kind_of_border(y, x, H, W, SY, SX, PY, PX, KH, KW):
     """Return which row of `shift` belongs to outputs at (y, x): by how many rows and columns the kernel stands out."""
     top, bottom = tl.maximum(PY - y * SY, 0), tl.maximum(y * SY - PY + KH - H, 0)
@@ -60,7 +63,7 @@ def _kind_of_border(y, x, H, W, SY, SX, PY, PX, KH, KW):
     return ((top * (PY + 1) + bottom) * (PX + 1) + left) * (PX + 1) + right
 
 
-@triton.jit
+@kernel
 def product(
     a_at, b_at, shift_at, step_at, bias_at, addend_at, out_at, parts_at, inverse, zero_point, high, unit,
     M, N, C, stride_a, H, W, OH, OW,
@@ -123,7 +126,7 @@ def product(
         _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND)
 
 
-@triton.jit
+@kernel
 def add_parts(
     parts_at, shift_at, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, M, N, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
@@ -136,7 +139,7 @@ def add_parts(
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     sums = tl.zeros((BM, BN), dtype=tl.int32)
-    for part in tl.static_range(SPLIT):
+    for part in range(SPLIT):
         sums += tl.load(parts_at + part * M * N + at, mask=mask, other=0)
     if MAP and (PY > 0 or PX > 0):
         kind = _kind_of_border((m // OW) % OH, m % OW, H, W, SY, SX, PY, PX, KH, KW)
@@ -146,7 +149,7 @@ def add_parts(
     _finish(sums, n, at, mask, step_at, bias_at, addend_at, out_at, inverse, zero_point, high, unit, N, KIND)
 
 
-@triton.jit
+@kernel
 def gated_product(
     a_at, b_at, shift_at, step_at, bias_at, out_at, delta, zero_point, high, M, N, C, stride_a,
     BF16: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -182,7 +185,7 @@ def gated_product(
     tl.store(out_at + m.to(tl.int64)[:, None] * N + n[None, :], codes, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@kernel
 def _numbers(sums, n, shift_at, step_at, bias_at, N, BF16: tl.constexpr):
     """Return the floats of exact sums, rounded to bfloat16 or float16, in float32."""
     valid = n < N
