@@ -75,6 +75,8 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
     # Each process, and each resumed part, draws other noise and another order, so that no batch is repeated.
     torch.manual_seed(options.seed + 1000 * start + int(os.environ.get("LOCAL_RANK", 0)))
     module = training_module(model, config.learning_rate)
+    if config.trainer.compile and choose_device(options.device).type == "cuda":
+        module.compile_network()
     trainer.fit(module, batches, validation, ckpt_path=options.last if start else None)
     trainer.save_checkpoint(options.last)  # also where max_steps is no multiple of checkpoint_every
     return trainer

@@ -41,6 +41,10 @@ class TrainingModule(pl.LightningModule):
         """Return pictures [n, 3, H, W] in [-1, 1] that show what the model can do, by the name of their grid."""
         return {}
 
+    def compile_network(self) -> None:
+        """Compile what takes most of a training step's time. Raise ValueError where nothing is worth it."""
+        raise ValueError(f"compile is for a LatentDiffusion: nothing of a {type(self.model).__name__} is compiled")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.model.state_dict()
 
@@ -119,6 +123,7 @@ class DiffusionTraining(TrainingModule):
             if model.cond_stage_trainable:
                 model.cond_stage_ema(model.cond_stage_model)
 
+    @torch.compiler.set_stance("force_eager")  # compiled is the training step alone
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)  # the same noise each time, so that losses can be compared
@@ -127,6 +132,7 @@ class DiffusionTraining(TrainingModule):
         size = len(batch[self.model.cond_stage_key])
         self.log("val/loss_simple_ema", loss, prog_bar=True, batch_size=size)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def sample_images(self, batch: Batch, n: int = 16, steps: int = 25, scale: float = 4.0) -> dict[str, Tensor]:
         """Return pictures drawn from the batch's first n captions with guidance, always from the same noise."""
@@ -145,13 +151,16 @@ class DiffusionTraining(TrainingModule):
             )
         return {"samples": model.decode_first_stage(samples)}
 
+    def compile_network(self) -> None:
+        self.model.model.diffusion_model.compile(dynamic=False, mode="reduce-overhead")  # launches take long
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer changes: the UNet, and the text encoder if it is trainable."""
         text = self.model.cond_stage_model.parameters() if self.model.cond_stage_trainable else ()
         return [p for p in chain(self.model.model.parameters(), text) if p.requires_grad]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
         return with_scheduler(optimizer, self.model.scheduler_config)
 
 

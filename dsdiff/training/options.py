@@ -83,6 +83,8 @@ class TrainerConfig:
     gradient_clip_val: largest norm of the gradient; None: not clipped.
     checkpoint_every, log_images_every: steps between checkpoints (with a validation) and between sample grids; 0
         writes no grids.
+    compile: compile the training steps of a LatentDiffusion's UNet (torch.compile), on a GPU; on a CPU it has no
+        effect.
     export: where to write the float16 weights at the end; None: nowhere.
     init_from: prefix of the model's keys -> the weights of that part, whose keys lack the prefix.
     """
@@ -92,6 +94,7 @@ class TrainerConfig:
     precision: str = "32-true"
     gradient_clip_val: float | None = None
     log_images_every: int = 0
+    compile: bool = False
     export: Path | None = None
     init_from: Mapping[str, InitialWeights] = field(default_factory=dict)
 

@@ -21,9 +21,9 @@ class CachedLatents(Dataset):
     """Posterior moments [2C, h, w] and captions of the data set that the config `dataset` describes.
 
     `autoencoder` is the config file of an AutoencoderKL and `ckpt` the file of its weights, whose names there begin
-    with `prefix`. The cache, float16, lies in `folder`, in parts of `part_size` items; after an interruption only the
-    missing parts are encoded. The names of the files begin with a hash of everything they depend on: the data set's
-    config, some of its items, and the weights.
+    with `prefix`. `workers` processes draw the pictures. The cache, float16, lies in `folder`, in parts of `part_size`
+    items; after an interruption only the missing parts are encoded. The names of the files begin with a hash of
+    everything they depend on: the data set's config, some of its items, and the weights.
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class CachedLatents(Dataset):
         batch_size: int = 16,
         part_size: int = 2000,
         prefix: str = "",
+        workers: int = 1,
     ):
         self.source = instantiate_from_config(dataset)
-        self.part_size = part_size
+        self.part_size, self.workers = part_size, workers
         digest = hashlib.sha256((file_sha256(ckpt) + prefix).encode())
         digest.update(json.dumps(OmegaConf.to_container(OmegaConf.create(dict(dataset))), sort_keys=True).encode())
         for i in range(min(8, len(self.source))):  # these change with the code that draws them
@@ -72,9 +73,12 @@ class CachedLatents(Dataset):
         """Return the moments, float16 [n, 2C, h, w], and the captions of the part that begins at `start`."""
         moments: list[np.ndarray] = []
         captions: list[str] = []
-        for batch in DataLoader(Subset(self.source, self._items(start)), batch_size=batch_size, num_workers=1):
+        for batch in DataLoader(
+            Subset(self.source, self._items(start)), batch_size=batch_size, num_workers=self.workers
+        ):
+            pictures = {model.image_key: batch[model.image_key].to(model.device)}
             with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
-                encoded = model.encode(model.get_input(batch).to(model.device)).parameters
+                encoded = model.encode(model.get_input(pictures)).parameters
             moments.append(encoded.half().cpu().numpy())
             captions += batch["caption"]
             bar.update(len(encoded))

@@ -32,13 +32,16 @@ class LitEma(nn.Module):
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """Move the average one step towards the model's present weights."""
-        decay = self.decay.item()
-        if self.num_updates >= 0:
-            self.num_updates += 1
-            decay = min(decay, (1 + self.num_updates.item()) / (10 + self.num_updates.item()))
+        # Tensors throughout, and few operations: a GPU need not be waited for.
+        counts = self.num_updates >= 0
+        self.num_updates += counts
+        warming = (1 + self.num_updates) / (10 + self.num_updates)
+        decay = torch.where(counts, torch.minimum(self.decay, warming), self.decay)
         parameters = dict(model.named_parameters())
-        for name, buffer_name in self.buffer_names.items():
-            getattr(self, buffer_name).lerp_(parameters[name].to(getattr(self, buffer_name)), 1.0 - decay)
+        averages = [getattr(self, buffer_name) for buffer_name in self.buffer_names.values()]
+        changes = torch._foreach_sub([parameters[name].to(averages[0]) for name in self.buffer_names], averages)
+        torch._foreach_mul_(changes, 1.0 - decay)
+        torch._foreach_add_(averages, changes)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -51,8 +51,8 @@ def extract_into_tensor(table: torch.Tensor, t: torch.Tensor, ndim: int) -> torc
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
     """Return the sinusoidal embedding [B, dim] of integer or fractional timesteps [B]: cosines, then sines."""
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
-    args = timesteps[:, None].float() * freqs.to(timesteps.device)[None]
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    args = timesteps[:, None].float() * freqs[None]
     embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
 
@@ -60,8 +60,8 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
 def guidance_embedding(scale: torch.Tensor, dim: int) -> torch.Tensor:
     """Return LCM's embedding [B, dim] of guidance scales [B], 1 being none: sines of 1000 (scale - 1), then cosines."""
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - 1))
-    args = 1000 * (scale[:, None].float() - 1) * freqs.to(scale.device)[None]
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=scale.device) / (half - 1))
+    args = 1000 * (scale[:, None].float() - 1) * freqs[None]
     embedding = torch.cat([torch.sin(args), torch.cos(args)], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
 

@@ -55,6 +55,7 @@ class FrozenCLIPEmbedder(nn.Module):
         known_on_hub = "/" in version and (text_config is None or version != VIT_L_14)
         self.tokenizer_source = TokenizerSource(hub_name=version if known_on_hub else None)
         self._tokenizer: ClipTokenizer | None = None
+        self._ids: dict[str, tuple[int, ...]] = {}  # of prompts tokenized before: training sees them many times
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
         self._reported: set[str] = set()
@@ -83,11 +84,13 @@ class FrozenCLIPEmbedder(nn.Module):
             raise FileNotFoundError(f"no tokenizer in {str(directory)!r}: it must hold {FILES_WANTED}")
         self.tokenizer_source.directory = Path(directory)
         self._tokenizer = None
+        self._ids.clear()
 
     def set_tokenizer_candidates(self, directories: Iterable[str | Path]) -> None:
         """Look in these directories, in order and before the hub, unless `set_tokenizer` named one."""
         self.tokenizer_source.candidates = tuple(map(Path, directories))
         self._tokenizer = None
+        self._ids.clear()
 
     @property
     def tokenizer(self) -> ClipTokenizer:
@@ -110,8 +113,10 @@ class FrozenCLIPEmbedder(nn.Module):
 
         A longer prompt is cut; the first time, a warning shows the part that is not seen.
         """
-        chunker = Chunker(self.tokenizer, self.max_length)
-        return torch.tensor([self._split(chunker, prompt, AS_TEXT)[0].ids for prompt in prompts], dtype=torch.long)
+        if new := {prompt for prompt in prompts if prompt not in self._ids}:
+            chunker = Chunker(self.tokenizer, self.max_length)
+            self._ids |= {prompt: self._split(chunker, prompt, AS_TEXT)[0].ids for prompt in new}
+        return torch.tensor([self._ids[prompt] for prompt in prompts], dtype=torch.long)
 
     def _split(self, chunker: Chunker, prompt: str, style: PromptStyle) -> list[Chunk]:
         chunks, cut = chunker.split(prompt, style)
