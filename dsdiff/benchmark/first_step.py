@@ -2,7 +2,8 @@
 
 `startup` runs it in fresh processes. It writes marks to stderr, between the lines in which Python tells the time of
 each import. A mark is a line "mark: NAME SECONDS CPU", with the time of day and the CPU time of this process. The
-names, in order: "started", "imported", "weights read" and "model ready" (which `dsdiff.models.held` logs), "first step".
+names, in order: "started", "imported", "weights read" and "model ready" (which `dsdiff.models.held` logs), and
+"first step".
 """
 
 import json

@@ -160,7 +160,8 @@ class DiffusionTraining(TrainingModule):
         return [p for p in chain(self.model.model.parameters(), text) if p.requires_grad]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+        parameters, betas = self.trained_parameters(), (0.9, 0.99)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=betas, weight_decay=1e-2)
         return with_scheduler(optimizer, self.model.scheduler_config)
 
 
