@@ -226,7 +226,7 @@ def _split_grid(
     y = torch.arange(rows, device=device).unsqueeze(1) * sy + choice // sx
     x = torch.arange(cols, device=device) * sx + choice % sx
     key = torch.zeros(h * w, dtype=torch.long, device=device)
-    key[(y * w + x).flatten()] = -1
+    key.index_fill_(0, (y * w + x).flatten(), -1)  # an assignment copies -1 from the CPU, which no CUDA graph records
     # A sort splits the grid without asking the device for a count. It is the plain, unstable sort of the reference
     # implementation: the order among equal keys changes no decision, but the same order gives the same rounding.
     order = key.argsort()
