@@ -37,8 +37,9 @@ class Sums:
     def add(self, x: Tensor) -> None:
         """Take in more rows [1, C, rows, W]. Their own statistics are computed in float32."""
         _, channels, rows, width = x.shape
+        x = x.float() if x.device.type == "cpu" else x.float().contiguous()  # other kernels know one order alone
         _, mean, slope = torch.native_group_norm(
-            x.float(), None, None, 1, channels, rows * width, len(self.mean), TINY
+            x, None, None, 1, channels, rows * width, len(self.mean), TINY
         )  # as fast as one pass over memory; the normed values are not used
         mean, slope = mean[0].double(), slope[0].double()
         share = rows / (self.rows + rows)

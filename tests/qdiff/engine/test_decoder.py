@@ -1,7 +1,10 @@
 """The decoder in floats and integers, whole and in stripes, against the autoencoder's own decoder."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.models.autoencoder import AutoencoderKL
 from qdiff.decoder_ranges import fit_decoder
@@ -84,3 +87,31 @@ def test_attention_is_that_of_pytorch():
 def test_latents_that_give_no_numbers_are_refused(autoencoder):
     with pytest.raises(ValueError, match="not finite"):
         fit_decoder(autoencoder.decoder, autoencoder.post_quant_conv, torch.full((1, 4, 8, 8), float("nan")))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors that are not on the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert all(each.device.type == "meta" for each in args if isinstance(each, torch.Tensor)), func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [whole, streamed])
+def test_decoding_asks_for_nothing_that_gpus_lack(autoencoder, z, way, dtype, monkeypatch):
+    kernel, seen = torch.native_group_norm, []
+
+    def group_norm_of_gpus(x, *args):
+        assert x.is_contiguous()
+        seen.append(x.shape)
+        return kernel(x, *args)
+
+    monkeypatch.setattr(torch, "native_group_norm", group_norm_of_gpus)
+    monkeypatch.setattr(layers, "STRIPE", 64)
+    network, latents = copy.deepcopy(autoencoder).to("meta"), z.to("meta")
+    decoder = FastDecoder(network.decoder, network.post_quant_conv, lambda kernel: FloatConvolution(kernel, dtype))
+    with OneDevice():
+        assert way.decode(decoder, latents).shape == (2, 3, 36, 28)
+    assert seen
