@@ -45,6 +45,7 @@ class GraphedUNet(nn.Module):
         if not found:
             raise ValueError("only a lowered UNet can be recorded: lower it first")
         self._lowered = (found[0],)  # in a tuple: a submodule already
+        self._blocks = tuple(blocks_of(found[0]).values())  # to look for them takes longer than to launch a graph
         self._recorded: dict[Any, _Recording] = {}
 
     @property
@@ -63,18 +64,24 @@ class GraphedUNet(nn.Module):
             return self._replayed(x, timesteps, context)
 
     def _replayed(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        times = timesteps.tolist()
-        if any(time != times[0] for time in times):
-            return self.unet(x, timesteps, context=context)
-        autocast = torch.get_autocast_dtype("cuda")
-        mergings = mergings_of(self.lowered)
+        autocast, mergings = torch.get_autocast_dtype("cuda"), self._mergings()
         key = (x.shape, x.dtype, x.device, context.shape, context.dtype, timesteps.dtype, autocast, tuple(mergings))
         recorded = self._recorded.get(key)
-        if recorded is None or recorded.changes != self.lowered.step_cache.changes:
+        if recorded is not None and recorded.changes != self.lowered.step_cache.changes:
+            recorded = None
+        times, is_known = _read(timesteps, context, None if recorded is None else recorded.context)
+        if any(time != times[0] for time in times):
+            return self.unet(x, timesteps, context=context)
+        if recorded is None:
             self._recorded.clear()  # one at a time: each holds the memory of a call
-            recorded = _Recording.of(self.unet, self.lowered, x, timesteps, context, mergings)
-            self._recorded[key] = recorded
-        return recorded.replay(x, times[0], timesteps, context)
+            recorded = self._recorded[key] = _Recording.of(self.unet, self.lowered, x, timesteps, context, mergings)
+            is_known = True
+        return recorded.replay(x, times[0], timesteps, None if is_known else context)
+
+    def _mergings(self) -> list[BlockMerging]:
+        """Return the merging of each block that has one, in the order of the network."""
+        found = [vars(block).get(ATTRIBUTE) for block in self._blocks]
+        return [merging for merging in found if merging is not None]
 
     def can_replay(self, x: Tensor) -> bool:
         """Return whether a replay computes what the UNet would for latents like x.
@@ -86,14 +93,16 @@ class GraphedUNet(nn.Module):
             return False
         if self.lowered.feature_cache is not None:
             return False
-        shared = {merging.model for merging in mergings_of(self.lowered)}
+        shared = {merging.model for merging in self._mergings()}
         return not any(each.pinned or each.options.follows_others for each in shared)
 
 
-def mergings_of(network: nn.Module) -> list[BlockMerging]:
-    """Return the merging of each block that has one, in the order of the network."""
-    found = [vars(block).get(ATTRIBUTE) for block in blocks_of(network).values()]
-    return [merging for merging in found if merging is not None]
+def _read(timesteps: Tensor, context: Tensor, known: Tensor | None) -> tuple[list[float], bool]:
+    """Return the times, and whether the context is equal to the one that is `known`. This waits for the GPU once."""
+    if known is None:
+        return timesteps.tolist(), False
+    *times, is_known = torch.cat([timesteps.double(), (context == known).all().double().view(1)]).tolist()
+    return times, bool(is_known)
 
 
 @dataclass(kw_only=True)
@@ -102,8 +111,8 @@ class _Recording:
 
     of_time: the results of the present time, one after the other, of `layers`; the LoweredUNet itself has the time's
     embedding. kept: those of all times so far. of_context: the results for the present context by layer, with the
-    function that makes them. choices: of each block that draws, its merging, its grid (w, h) and the destinations.
-    changes: the step cache's.
+    function that makes them. draws: of each block that draws, its merging and its grid (w, h). drawn: the destinations
+    of all of them, one after the other. changes: the step cache's.
     """
 
     lowered: LoweredUNet
@@ -116,7 +125,8 @@ class _Recording:
     of_time: Tensor
     kept: dict[float, Tensor]
     of_context: list[tuple[Tensor, Callable[[Tensor], Tensor]]]
-    choices: list[tuple[BlockMerging, tuple[int, int], Tensor]]
+    draws: list[tuple[BlockMerging, tuple[int, int]]]
+    drawn: Tensor
     changes: int
 
     @classmethod
@@ -145,7 +155,7 @@ class _Recording:
                     unet(x, timesteps, context=context)
             torch.cuda.current_stream(x.device).wait_stream(stream)
             layers, of_time = _put_together(cache.results_of_time(time))
-            choices = _draw_fixed(mergings, x.device)
+            draws, drawn = _draw_fixed(mergings, x.device)
             # Times on the CPU can be compared without waiting for the GPU. Their embedding is kept.
             on_cpu = timesteps.cpu()
             with torch.cuda.graph(graph):
@@ -154,26 +164,25 @@ class _Recording:
             cache.clear()  # these tensors will hold results of other times: they are this graph's alone
         for shared, state in before.items():
             shared.generator.set_state(state)
-        for merging, _, _ in choices:
+        for merging, _ in draws:
             merging.drawn = None
         return cls(
             lowered=lowered, graph=graph, x=x, context=context, output=output, time=time, layers=layers,
-            of_time=of_time, kept={time: of_time.clone()}, of_context=of_context, choices=choices,
+            of_time=of_time, kept={time: of_time.clone()}, of_context=of_context, draws=draws, drawn=drawn,
             changes=cache.changes,
         )  # fmt: skip
 
-    def replay(self, x: Tensor, time: float, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Return the output of the UNet; time: the one of all samples."""
+    def replay(self, x: Tensor, time: float, timesteps: Tensor, context: Tensor | None) -> Tensor:
+        """Return the output of the UNet. time: the one of all samples. context: None for that of the last replay."""
         self.x.copy_(x)
-        if not torch.equal(context, self.context):
+        if context is not None:
             self.context.copy_(context)
             for place, compute in self.of_context:
                 place.copy_(compute(self.context))
         if time != self.time:
             self._set_time(time, timesteps)
-        for merging, (w, h), choice in self.choices:
-            options = merging.model.options
-            choice.copy_(choose_destinations(w, h, options.sx, options.sy, merging.model.generator))
+        if self.draws:
+            self.drawn.copy_(_drawn_anew(self.draws), non_blocking=True)
         self.graph.replay()
         return self.output.clone()
 
@@ -200,16 +209,28 @@ def _put_together(results: dict[nn.Module, Tensor]) -> tuple[list[nn.Module], Te
 
 def _draw_fixed(
     mergings: list[BlockMerging], device: torch.device
-) -> list[tuple[BlockMerging, tuple[int, int], Tensor]]:
-    """Let each block that draws take its destinations from a fixed tensor in the next call; return these tensors."""
+) -> tuple[list[tuple[BlockMerging, tuple[int, int]]], Tensor]:
+    """Let each block that draws take its destinations from a part of one tensor in the next call.
+
+    Return these blocks' mergings with their grids (w, h), and the tensor.
+    """
+    # (merging, (the number of the call, w, h), destinations) of those that drew in the last call
+    last = [(merging, *merging.drawn) for merging in mergings if merging.drawn is not None]
+    last = [(merging, key, choice) for merging, key, choice in last if key[0] == merging.model.forwards]
+    together = torch.cat([torch.empty(0, dtype=torch.long), *(choice.flatten() for _, _, choice in last)]).to(device)
+    parts = together.split([choice.numel() for _, _, choice in last])
+    for (merging, (call, w, h), choice), part in zip(last, parts, strict=True):
+        merging.drawn = ((call + 1, w, h), part.view_as(choice))
+    return [(merging, (w, h)) for merging, (_, w, h), _ in last], together
+
+
+def _drawn_anew(draws: list[tuple[BlockMerging, tuple[int, int]]]) -> Tensor:
+    """Return the destinations that the blocks would draw in the next call, one after the other, on the CPU."""
     choices = []
-    for merging in mergings:
-        if merging.drawn is not None and merging.drawn[0][0] == merging.model.forwards:  # it drew in the last call
-            (_, w, h), choice = merging.drawn
-            fixed = choice.to(device)
-            merging.drawn = ((merging.model.forwards + 1, w, h), fixed)
-            choices.append((merging, (w, h), fixed))
-    return choices
+    for merging, (w, h) in draws:
+        options = merging.model.options
+        choices.append(choose_destinations(w, h, options.sx, options.sy, merging.model.generator).flatten())
+    return torch.cat(choices)
 
 
 def _results_of_context(cache: StepCache) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
