@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from qdiff.config import ReconConfig
-from qdiff.quantizers import Quantizer, UniformAffineQuantizer
+from qdiff.quantizers import Quantizer, UniformAffineQuantizer, clamp_ste
 
 GAMMA, ZETA = -0.1, 1.1  # how far the sigmoid is stretched beyond 0 and 1
 
@@ -46,11 +46,11 @@ class AdaRoundQuantizer(Quantizer):
 
     def soft_targets(self) -> Tensor:
         """Return the rectified sigmoid h(alpha), in [0, 1]."""
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        return clamp_ste(torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
 
     def codes(self, x: Tensor) -> Tensor:
         up = self.soft_targets() if self.soft else (self.alpha >= 0).float()
-        return ((x.float() / self.delta).floor() + up + self.zero_point).clamp(self.low, self.high)
+        return clamp_ste((x.float() / self.delta).floor() + up + self.zero_point, self.low, self.high)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.bitpack import pack, packed_bytes, unpack
@@ -28,6 +29,12 @@ def lp_loss(prediction: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
 def round_ste(x: Tensor) -> Tensor:
     """Return round(x), ties to even, with the gradient of the identity (the straight-through estimator)."""
     return (x.round() - x).detach() + x if torch.is_grad_enabled() else x.round()
+
+
+def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
+    """Return x within its limits. The gradient is that of the identity between them, and 0 at them and beyond."""
+    # Not clamp: at its limits the gradient is 1 in PyTorch 2.11, and 0 in 2.14. That of hardtanh is 0 in both.
+    return F.hardtanh(x, low, high)
 
 
 def check_range(delta: Tensor, zero_point: Tensor) -> None:
@@ -131,7 +138,7 @@ class UniformAffineQuantizer(Quantizer):
         self.always_zero = always_zero
 
     def codes(self, x: Tensor) -> Tensor:
-        return (round_ste(x.float() / self.delta) + self.zero_point).clamp(self.low, self.high)
+        return clamp_ste(round_ste(x.float() / self.delta) + self.zero_point, self.low, self.high)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> "UniformAffineQuantizer":

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from qdiff.quantizers import FrozenQuantizer, Quantizer, UniformAffineQuantizer, lp_loss, round_ste
+from qdiff.quantizers import FrozenQuantizer, Quantizer, UniformAffineQuantizer, clamp_ste, lp_loss, round_ste
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 CASE = re.compile(r"uaq/[wa]_(?P<data>\w+)/b(?P<bits>\d+)_sym(?P<sym>\d)_cw(?P<cw>\d)_(?P<method>\w+)_az(?P<az>\d)")
@@ -118,6 +118,13 @@ def test_lp_loss(golden, subtests):
         with subtests.test(p=p):
             loss = lp_loss(golden["loss/pred"], golden["loss/tgt"], p)
             torch.testing.assert_close(loss, golden[f"loss/lp_p{p}_none"], rtol=1e-6, atol=0)
+
+
+def test_limits_have_no_gradient():
+    x = torch.tensor([-1.0, 0.0, 0.5, 15.0, 16.0], requires_grad=True)
+    clamped = clamp_ste(x, 0, 15)
+    clamped.sum().backward()
+    assert clamped.tolist() == [0, 0, 0.5, 15, 15] and x.grad.tolist() == [0, 0, 1, 0, 0]
 
 
 def test_gradients_do_not_change_the_rounding():
