@@ -70,7 +70,8 @@ def test_errors_are_those_of_calls_with_the_latents_of_unmerged_pictures(options
                     e_u, e_c = (model.apply_model(x[:1], t, context[None]).double() for context in contexts)
                 eps.append(e_u + settings.scale * (e_c - e_u))
             expected = (eps[0] - eps[1]).square().mean().item()
-            assert math.isclose(found[i, step], expected, rel_tol=1e-3), (prompt, step)
+            # Squares of differences that are a thousandth of the outputs: rounding shows in the third digit.
+            assert math.isclose(found[i, step], expected, rel_tol=5e-3), (prompt, step)
 
 
 def test_before_a_schedule_begins_there_is_no_error(options):
