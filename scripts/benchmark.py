@@ -26,11 +26,9 @@ a tiny decoder). Of many steps it takes 4 (--steps_measured), and says so; --ful
 and .png, and to OUTDIR/pictures the pictures and the files that they are drawn from, as of random weights.
 
 --isa measures under caps of the instruction set, each in a process of its own; isa.md compares them. --kernels times
-our C kernels one by one, beside PyTorch or a copy of the same features, and writes kernels.json and kernels.md.
-
---startup measures how long the commands take to start instead, and writes startup.json and startup.md: the seconds of
-txt2img.py --help, and those from the start of a process to the first step of the embedded model, float and --ptq; with
---model sd-v1 also of a bundle of Stable Diffusion v1's shapes, which it makes in OUTDIR (850 MB).
+our C kernels one by one, beside PyTorch or a copy of the same features, for kernels.json and kernels.md. --startup
+measures how long commands take to start: txt2img.py --help, and a process up to the first step of the embedded model,
+float and --ptq, and with --model sd-v1 of a bundle of its shapes (850 MB in OUTDIR), for startup.json and startup.md.
 """
 
 import argparse
