@@ -51,11 +51,10 @@ lint: $(VENV)/web
 bench: $(VENV)/ready
 	$(RUN) scripts/benchmark.py --outdir outputs/benchmark
 
-# Hours on a CPU, minutes on a GPU; each step goes on from its last checkpoint.
+# Hours, and days of them on a CPU; each part goes on from its last checkpoint.
 train: $(VENV)/ready
-	$(RUN) scripts/train.py --config configs/shapes/autoencoder.yaml --devices 2
-	$(RUN) scripts/train.py --config configs/shapes/txt2img.yaml --devices 2
-	$(RUN) scripts/train.py --config configs/shapes/reader.yaml
+	@set -e; for part in reader autoencoder clip txt2img tiny lcm; do \
+		$(RUN) scripts/train.py --config configs/shapes/$$part.yaml; done
 
 # The marker is written last, so that an interrupted installation is begun again.
 $(VENV)/ready: requirements.txt

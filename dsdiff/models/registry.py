@@ -34,6 +34,6 @@ CALI_PROMPTS: Mapping[Path, Path] = {
 }
 READER = ROOT / "models/ldm/shapes/reader.safetensors"  # the detector that reads pictures of shapes
 # The CLIP whose text tower the model for 256x256 pictures has: its image tower measures pictures.
-SHAPES_CLIP_CONFIG = ROOT / "configs/shapes/256/clip.yaml"
+SHAPES_CLIP_CONFIG = ROOT / "configs/shapes/clip.yaml"
 SHAPES_CLIP = ROOT / "models/ldm/shapes/clip.safetensors"
 TOKENIZER = ROOT / "models/ldm/shapes/tokenizer"  # of the embedded model

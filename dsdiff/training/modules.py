@@ -43,7 +43,7 @@ class TrainingModule(pl.LightningModule):
 
     def compile_network(self) -> None:
         """Compile what takes most of a training step's time. Raise ValueError where nothing is worth it."""
-        raise ValueError(f"compile is for a LatentDiffusion: nothing of a {type(self.model).__name__} is compiled")
+        raise ValueError(f"compile is for a LatentDiffusion: nothing of this {type(self.model).__name__} is compiled")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.model.state_dict()

@@ -129,7 +129,7 @@ def test_load_draws_with_the_calibration_that_comes_with_the_model():
     assert pipeline.quantization is not None and pipeline.quantization.bits == "W4A8 sm16 split"
     assert str(pipeline).startswith("embedded shapes model (") and str(pipeline).endswith(", W4A8 sm16 split")
     (picture,) = pipeline.draw("a red circle", options=DrawOptions(steps=2))
-    assert picture.image.size == (128, 128) and picture.settings.merge == MergeOptions(ratio=0.5)
+    assert picture.image.size == (256, 256) and picture.settings.merge == MergeOptions(ratio=0.5)
 
 
 def test_what_cannot_be_is_told_before_weights_are_read(spec, monkeypatch):

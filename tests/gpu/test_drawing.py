@@ -77,7 +77,7 @@ def test_other_decoders(both, psnr, tmp_path):
 
 
 def test_decoding_in_stripes(both, psnr):
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     for tiling in (False, True):
         settings = [each.resolve(DrawOptions(vae="float32", vae_tiling=tiling)) for each in both]
         found = [pipe.decode(latents.to(pipe.device), each) for pipe, each in zip(both, settings, strict=True)]
@@ -95,7 +95,7 @@ def test_quantized_pictures(psnr, engine):
 
 
 def test_a_picture_from_a_picture(both, psnr):
-    start, mask = Image.new("RGB", (128, 128), "navy"), Image.new("L", (128, 128))
+    start, mask = Image.new("RGB", (256, 256), "navy"), Image.new("L", (256, 256))
     mask.paste(255, (32, 32, 96, 96))
     options = DrawOptions(steps=5, precision="full", vae="float32", init=InitOptions(strength=0.6))
     found = []

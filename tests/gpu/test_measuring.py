@@ -12,7 +12,7 @@ class Pictures:
     """Pictures of shapes, as a FeatureStore reads them."""
 
     def __init__(self, count):
-        self.data = ShapesDataset(count, "heldout", 128, 0)
+        self.data = ShapesDataset(count, "heldout", 256, 0)
 
     def __len__(self):
         return len(self.data)
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
     made = []
     for seed in (0, 1):
-        folder, data = tmp_path_factory.mktemp("pictures"), ShapesDataset(12, "heldout", 128, seed)
+        folder, data = tmp_path_factory.mktemp("pictures"), ShapesDataset(12, "heldout", 256, seed)
         for i in range(len(data)):
             info = PngInfo()
             info.add_text("prompt", caption(data.spec(i)))

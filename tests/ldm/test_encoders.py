@@ -131,6 +131,19 @@ def test_encode_pads_to_max_length():
     assert torch.equal(embedder.encode("a red circle"), embedder(["a red circle"]))
 
 
+def test_a_prompt_is_tokenized_once_by_each_tokenizer(monkeypatch):
+    embedder, split = small(tokenizer=SHAPES_TOKENIZER, max_length=9), []
+    own = embedder._split
+    monkeypatch.setattr(embedder, "_split", lambda *args: split.append(args[1]) or own(*args))
+    first = embedder.tokenize(["a ring", "a star", "a ring"])
+    assert sorted(split) == ["a ring", "a star"] and torch.equal(first[0], first[2])
+    assert torch.equal(embedder.tokenize(["a star", "a ring"]), first[1:]) and len(split) == 2
+    for change in (embedder.set_tokenizer, lambda folder: embedder.set_tokenizer_candidates([folder])):
+        change(SHAPES_TOKENIZER)
+        assert torch.equal(embedder.tokenize(["a ring"]), first[:1])
+    assert len(split) == 4
+
+
 def test_long_prompt_is_cut_with_one_warning(caplog):
     embedder = small(tokenizer=SHAPES_TOKENIZER, max_length=6)
     with caplog.at_level(logging.WARNING):

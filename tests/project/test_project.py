@@ -223,10 +223,7 @@ def test_make_targets_in_documents_exist():
 
 def test_embedded_model_is_there_and_small():
     assert (EMBEDDED / "model.safetensors").is_file() and (EMBEDDED / "reader.safetensors").is_file()
-    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
-    quantized = [path for path in files if path.name.startswith("cali_")]
-    assert sum(path.stat().st_size for path in files if path not in quantized) <= 24e6
-    assert sum(path.stat().st_size for path in quantized) <= 12e6
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 45e6
 
 
 def test_embedded_model_has_the_autoencoder_that_was_trained():

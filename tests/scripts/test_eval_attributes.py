@@ -58,7 +58,7 @@ def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     flags = ["--ckpt", str(random_ckpt), "--ddim_steps", "7", "--plms", "--ratio", "0.5", "--device", "cpu"]
     script.main(["--n", "3", "--captions", "test", "--batch_size", "2", "--outdir", str(tmp_path), *flags])
     content = json.loads((tmp_path / "attributes.json").read_text())
-    options = {"height": 128, "sampler": "plms", "steps": 7, "steps_taken": 8, "scale": 4.0, "precision": "full"}
+    options = {"height": 256, "sampler": "plms", "steps": 7, "steps_taken": 8, "scale": 4.0, "precision": "full"}
     assert {name: content["options"][name] for name in options} == options
     assert content["options"]["merge"]["ratio"] == 0.5 and content["arguments"]["ckpt"] == str(random_ckpt)
     assert all(len(content[name]) == 64 for name in ("ckpt_sha256", "config_sha256", "reader_sha256"))

@@ -18,7 +18,7 @@ from scripts import eval_quantization as script
 
 def rendered(n):
     """Real pictures of the captions that `captions_of` gives: uint8 [N, H, W, 3]."""
-    parts = [(ShapesDataset(n, "test", 128, 0), n - n // 2), (ShapesDataset(n, "heldout", 128, 0), n // 2)]
+    parts = [(ShapesDataset(n, "test", 256, 0), n - n // 2), (ShapesDataset(n, "heldout", 256, 0), n // 2)]
     return torch.stack([torch.from_numpy(np.array(data.picture(i))) for data, count in parts for i in range(count)])
 
 
@@ -41,7 +41,7 @@ def test_tables_are_written(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "quantization.md").read_text()
     assert table in capsys.readouterr().out + "\n" and table.count("\n") == len(TABLE) + 2
     sheet = Image.open(tmp_path / "quantization.png")
-    assert sheet.size == (4 * (128 + 4), len(TABLE) * (128 + 16))
+    assert sheet.size == (4 * (256 + 4), len(TABLE) * (256 + 16))
 
 
 def test_bad_flags_are_one_line(capsys):

@@ -52,7 +52,7 @@ def test_its_decoder_runs_on_integers(bundle, tmp_path):
             draw(tmp_path / f"{steps}-{i}", "--ckpt", bundle, "--ddim_steps", steps, "--vae", *flags).astype(float)
             for i, flags in enumerate((["float32"], ["int8"], ["int8", "--vae_tiling"]))
         )
-        assert 0 < np.square(whole - exact).mean() < 255**2 / 10**4, steps  # 40 dB
+        assert 0 < np.square(whole - exact).mean() < 255**2 / 10**3.6, steps  # 36 dB
         assert np.square(tiled - whole).mean() < 255**2 / 10**4.5, steps
 
 

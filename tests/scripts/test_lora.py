@@ -134,7 +134,7 @@ def test_a_calibration_with_a_lora_is_drawn_and_exported_with_it(draw, small_mod
             capsys, draw, "no", *quantized, *other
         )
     merged = draw("merged", *quantized, *lora)
-    assert np.abs(pixels(draw("float", *lora)) - pixels(merged)).mean() < 10
+    assert np.abs(pixels(draw("float", *lora)) - pixels(merged)).mean() < 20
     both = draw("both", *quantized, "--lora", files[1], *lora)
     written = yaml.safe_load((both / "settings.yaml").read_text())["lora"]
     assert [entry["name"] for entry in written] == ["one.safetensors", "two.safetensors"], "the merged one is the first"
@@ -147,7 +147,7 @@ def test_a_calibration_with_a_lora_is_drawn_and_exported_with_it(draw, small_mod
     alone = draw("bundle", "--ckpt", bundle, "--engine", "simulate", "--vae", "float32")
     without = draw("without", "--ptq", "--cali_ckpt", tmp_path / "plain/cali.safetensors", "--engine", "simulate")
     assert np.abs(pixels(without) - pixels(merged)).mean() > 8
-    assert np.abs(pixels(alone) - pixels(merged)).mean() < 5, "its text encoder is float16"
+    assert np.abs(pixels(alone) - pixels(merged)).mean() < 10, "its text encoder is float16"
     assert "already" in error_of(capsys, draw, "twice", "--ckpt", bundle, *lora)
     more = draw("more", "--ckpt", bundle, "--engine", "simulate", "--vae", "float32", "--lora", files[1])
     assert np.abs(pixels(more) - pixels(both)).mean() < 5

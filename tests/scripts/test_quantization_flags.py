@@ -10,7 +10,7 @@ from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
 from ldm.util import load_model_from_config
 from qdiff import QuantModel, load_cali_ckpt, save_cali_ckpt
 from qdiff.checkpoint import read_cali_header
-from scripts import txt2img
+from scripts import calibrate, txt2img
 
 SHIPPED = CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]][4]
 DRAWN = ["--prompt", "a red circle", "--plms", "--n_samples", "1", "--n_iter", "1", "--ddim_steps", "2", "--skip_grid"]
@@ -35,15 +35,18 @@ def draw(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The shipped calibration in Q-Diffusion's format."""
-    header = read_cali_header(SHIPPED)
+def both_formats(tmp_path_factory):
+    """A calibration in our format and in Q-Diffusion's, which has no place for the shipped file's codes, by GPTQ."""
+    folder = tmp_path_factory.mktemp("published")
+    flags = "--weight_bit 4 --quant_act --act_bit 8 --sm_abit 16 --split --rounding nearest --iters_a 0"
+    few = "--dpm_solver --ddim_steps 2 --cali_st 2 --cali_n 1 --device cpu"
+    calibrate.main(["--config", str(EMBEDDED), "--outdir", str(folder), *flags.split(), *few.split()])
+    ours, published = folder / "cali.safetensors", folder / "cali.pth"
     model = load_model_from_config(read_config(EMBEDDED), CHECKPOINTS[EMBEDDED][0])
-    qnn = QuantModel(model.model.diffusion_model, header.config)
-    load_cali_ckpt(qnn, SHIPPED)
-    path = tmp_path_factory.mktemp("published") / "cali.pth"
-    save_cali_ckpt(qnn, path, format="qdiff")
-    return path
+    qnn = QuantModel(model.model.diffusion_model, read_cali_header(ours).config)
+    load_cali_ckpt(qnn, ours)
+    save_cali_ckpt(qnn, published, format="qdiff")
+    return ours, published
 
 
 def test_quant_act_decides_once_bits_are_named(draw):
@@ -77,9 +80,10 @@ def test_flags_of_activations_without_quant_act_are_refused(draw, capsys):
         assert exit.value.code == 2 and "activations stay float" in said and "add --quant_act" in said, line
 
 
-def test_published_files_are_read_by_the_same_rule(draw, published):
+def test_published_files_are_read_by_the_same_rule(draw, both_formats):
+    ours, published = both_formats
     settings, weights_only, first = draw(WEIGHTS_ONLY, published)
     assert settings["quant_act"] is False and first.endswith(TOLD)
     settings, both, first = draw(WITH_ACTIVATIONS, published)
     assert settings["quant_act"] is True and first.endswith(", W4A8 sm16 split")
-    assert (weights_only == draw(WEIGHTS_ONLY, SHIPPED)[1]).all() and (both == draw(WITH_ACTIVATIONS, SHIPPED)[1]).all()
+    assert (weights_only == draw(WEIGHTS_ONLY, ours)[1]).all() and (both == draw(WITH_ACTIVATIONS, ours)[1]).all()

@@ -483,6 +483,6 @@ def test_the_embedded_model(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("embedded shapes model (")
     assert names(tmp_path / "samples") == ["00000.png", "00001.png"]
     first, second = picture(tmp_path, 0), picture(tmp_path, 1)
-    assert first.shape == second.shape == (128, 128, 3)
+    assert first.shape == second.shape == (256, 256, 3)
     assert first.std(axis=(0, 1)).max() > 10 and second.std(axis=(0, 1)).max() > 10
     assert difference(first, second) > 20

@@ -136,8 +136,8 @@ def test_converted_models_are_complete_and_kept(source, tmp_path, monkeypatch):
     assert made == [("float32.xml", "floats", False), quantized, quantized]
     for name in ("openvino-int8-tome", "openvino-bf16-tome"):
         peers_openvino.convert(name, source, tmp_path)
-    merged = ("int8-tome-2x16x16.xml", "merged 0.5 in integers", True)
-    assert made[3:] == [merged, ("float32-tome-2x16x16.xml", "merged 0.5", False)]
+    merged = ("int8-tome-2x32x32.xml", "merged 0.5 in integers", True)
+    assert made[3:] == [merged, ("float32-tome-2x32x32.xml", "merged 0.5", False)]
     other = Source.read(EMBEDDED, False, CPU, batch=1, latents=(32, 16))
     assert peers_openvino.file_of("openvino-int8", other, tmp_path) == folder / "int8.xml"  # of any batch and size
     assert peers_openvino.file_of("openvino-int8-tome", other, tmp_path) == folder / "int8-tome-1x32x16.xml"

@@ -233,4 +233,4 @@ def test_openvino_draws_our_picture(tmp_path):
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_diffusers_draws_a_picture_of_the_same_size(tmp_path):
     image, told = drawn_for("diffusers-float32", tmp_path, Draw(sampler="plms", steps=3))
-    assert image.size == (128, 128) and min(told.phases.values()) > 0
+    assert image.size == (256, 256) and min(told.phases.values()) > 0

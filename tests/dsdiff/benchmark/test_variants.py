@@ -111,7 +111,7 @@ def test_trained_weights_are_the_files(source, tmp_path):
 
 
 def test_models_have_their_real_sizes():
-    sizes = {"embedded": (16, (32, 128), 7014532), "sd-v1": (64, (77, 768), 859520964)}
+    sizes = {"embedded": (32, (32, 128), 7014532), "sd-v1": (64, (77, 768), 859520964)}
     for name, (side, context, parameters) in sizes.items():
         source = Source.read(CONFIGS[name], True, CPU)
         inputs = source.inputs()
@@ -150,8 +150,8 @@ def test_operations_are_counted_by_kind(float32):
     output(float32)
     for hook in hooks:
         hook.remove()
-    # 3 blocks each at 16x16, 8x8 and 4x4 pixels, one more in the middle, which attend to themselves and to 32 words.
-    sizes = [(256, 64)] * 3 + [(64, 128)] * 3 + [(16, 128)] * 4
+    # 3 blocks each at 32x32, 16x16 and 8x8 pixels, one more in the middle, which attend to themselves and to 32 words.
+    sizes = [(1024, 64)] * 3 + [(256, 128)] * 3 + [(64, 128)] * 4
     expected["attention"] = sum(2 * 2 * 2 * tokens * (tokens + 32) * width for tokens, width in sizes)
     assert found == expected
 

@@ -28,7 +28,7 @@ def test_stable_diffusion_if_it_is_there_else_the_embedded_model(places):
     (places / "shapes.safetensors").touch()
     model = choose()
     assert str(model) == f"embedded shapes model ({places / 'shapes.safetensors'})"
-    assert (model.height, model.width, model.channels, model.factor) == (128, 128, 4, 8)
+    assert (model.height, model.width, model.channels, model.factor) == (256, 256, 4, 8)
     for name in ("sd.safetensors", "sd.ckpt"):
         (places / name).touch()
         model = choose()

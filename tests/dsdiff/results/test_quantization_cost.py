@@ -26,7 +26,7 @@ def rendered(captions):
     """Real pictures of the captions that `captions_of` gives: uint8 [N, H, W, 3]."""
     half = len(captions) - len(captions) // 2
     parts = [
-        (ShapesDataset(len(captions), split, 128, 0), n)
+        (ShapesDataset(len(captions), split, 256, 0), n)
         for split, n in (("test", half), ("heldout", len(captions) - half))
     ]
     return torch.stack([torch.from_numpy(np.array(data.picture(i))) for data, n in parts for i in range(n)])
@@ -34,7 +34,7 @@ def rendered(captions):
 
 def test_captions_are_half_of_each_kind():
     captions = cost.captions_of(6, 0)
-    test, heldout = (ShapesDataset(6, split, 128, 0) for split in ("test", "heldout"))
+    test, heldout = (ShapesDataset(6, split, 256, 0) for split in ("test", "heldout"))
     expected = [caption(data.spec(i)) for data in (test, heldout) for i in range(3)]
     assert [parse_caption(text) for text in captions] == [parse_caption(text) for text in expected]
 
@@ -128,7 +128,7 @@ def test_real_pictures_have_their_attributes_and_noise_has_not():
     reader, captions = ShapesReader.from_file(READER), cost.captions_of(8, 0)
     right, asked = cost.attributes_right(rendered(captions), captions, reader, 4)
     assert asked > 20 and right / asked > 0.95
-    noise = torch.randint(256, (8, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(256, (8, 256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert cost.attributes_right(noise, captions, reader, 4)[0] / asked < 0.6
 
 

@@ -47,7 +47,7 @@ def test_prompts_of_imagenet():
 
 
 def test_captions_are_not_those_of_the_reference(protocol):
-    reference = ShapesDataset(50, "heldout", 128, SHAPES_SEED)
+    reference = ShapesDataset(50, "heldout", 256, SHAPES_SEED)
     ours = run.prompts_of(protocol, 50)
     assert len(set(ours) & {caption(reference.spec(i)) for i in range(50)}) < 5  # short captions may come twice
 
@@ -114,7 +114,7 @@ def test_a_reference_of_another_size_is_told_before_drawing(protocol, tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
     spec = find_model(ModelOptions(config=EMBEDDED))
     options = ResultsOptions(reference=str(tmp_path), outdir=tmp_path / "out", cache=tmp_path / "c", device="cpu")
-    with pytest.raises(ValueError, match="the reference is 64x64, the pictures will be 128x128"):
+    with pytest.raises(ValueError, match="the reference is 64x64, the pictures will be 256x256"):
         run.check(spec, protocol, options)
 
 

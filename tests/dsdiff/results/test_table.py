@@ -15,11 +15,12 @@ from dsdiff.results.table import Row, read_table
 CALI = Path("cali.safetensors")
 
 
-def test_the_table_of_steps_is_read():
-    rows, protocols = read_table(TABLE.with_name("table_steps.yaml"))
-    assert list(protocols) == ["embedded"] and {row.steps for row in rows} == {None, 8}
-    for row in rows:
-        row.options(protocols["embedded"].drawing)
+def test_other_tables_are_read():
+    for name, steps in (("table_steps.yaml", {None, 8}), ("table_corners.yaml", {None})):
+        rows, protocols = read_table(TABLE.with_name(name))
+        assert list(protocols) == ["embedded"] and {row.steps for row in rows} == steps, name
+        for row in rows:
+            row.options(protocols["embedded"].drawing)
 
 
 def test_shipped_table_is_that_of_the_original():

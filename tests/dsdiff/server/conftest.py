@@ -57,7 +57,7 @@ def studio(tmp_path_factory):
     save_file(own, loras / "own.safetensors")
     shutil.copy(GOLDENS / "lora.safetensors", loras / "other.safetensors")
     choice = ModelChoice(model=ModelOptions(config=EMBEDDED), device="cpu", lora_dir=loras)
-    limits = Limits(side=128, steps=60, batch=2, pictures=3, queue=1)
+    limits = Limits(side=256, steps=60, batch=2, pictures=3, queue=1)
     studio = Studio(Shelf(choice), limits, tmp_path_factory.mktemp("pictures"))
     yield studio
     studio.close()

@@ -140,7 +140,7 @@ def test_loras_by_their_names_in_prompts(api, post):
 def test_what_cannot_be_is_told_in_a_line(post):
     for change, words in (
         ({"width": 60}, "width 60 is not a multiple of 8"),
-        ({"width": 136}, "width is 136: this server takes 128 at most"),
+        ({"width": 264}, "width is 264: this server takes 256 at most"),
         ({"steps": 61}, "steps is 61"),
         ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
         ({"batch_size": 3}, "batch_size is 3"),

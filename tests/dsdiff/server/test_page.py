@@ -113,7 +113,7 @@ def test_drawing_and_comparing(page, studio):
     assert "1 picture:" in page.locator("#progress").inner_text()
     text = page.locator("#settings textarea").input_value()
     assert text.startswith(PROMPT) and "Steps: 20, Sampler: DDIM" in text and "Seed: 7" in text
-    page.wait_for_function("document.querySelector('#gallery img').naturalWidth == 128")
+    page.wait_for_function("document.querySelector('#gallery img').naturalWidth == 256")
     red, blue = red_and_blue(look(page, "drawn", "#gallery img"))
     assert red > 0.05 and blue > 0.5  # a red circle on a blue background, as the browser shows it
 

@@ -45,6 +45,18 @@ def test_each_model_has_its_module():
         training_module(torch.nn.Linear(1, 1), 1e-3)
 
 
+def test_only_a_diffusion_model_is_compiled(monkeypatch):
+    """Its weights keep their names, so that checkpoints of compiled and other runs are alike."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="compile is for a LatentDiffusion: nothing of this AutoencoderKL"):
+        training_module(model.first_stage_model, 1e-3).compile_network()
+    module = quiet(training_module(model, 1e-3), monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *args, **kwargs: 1 / 0)
+    module.compile_network()
+    assert model.model.diffusion_model._compiled_call_impl is not None
+    assert all("_orig_mod" not in name for name in model.state_dict())
+
+
 def test_a_step_changes_the_unet_and_its_average_only(monkeypatch):
     model = tiny_model(use_ema=True)
     module = quiet(training_module(model, 0.1), monkeypatch).train()
@@ -69,7 +81,7 @@ def test_a_reader_step_reaches_every_weight(monkeypatch):
 
 
 def small_clip():
-    config = OmegaConf.load(ROOT / "configs/shapes/256/clip.yaml").model
+    config = OmegaConf.load(ROOT / "configs/shapes/clip.yaml").model
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config.params.text_config.params.tokenizer = str(ROOT / "models/ldm/shapes/tokenizer")
     config.params.text_config.params.text_config.update(tower)
