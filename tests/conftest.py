@@ -52,6 +52,7 @@ def _write_small_model(folder, name, unet):
     config = OmegaConf.load(EMBEDDED)
     small = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
     config.model.params.unet_config.params |= small | unet
+    config.sampling |= {"height": 128, "width": 128}
     OmegaConf.save(config, folder / f"{name}.yaml")
     built = OmegaConf.create(OmegaConf.to_container(config.model))
     built.params.use_ema = False
