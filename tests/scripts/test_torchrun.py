@@ -109,7 +109,19 @@ def test_a_calibration_of_which_a_process_dies_ends_with_the_same_bytes(model, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue star\n")
     flags = [*model, "--prompts", str(prompts), "--device", "cpu", "--ddim_steps", "2", "--cali_st", "2"]
-    flags += "--cali_n 2 --cond --batch_size 4 --rounding gptq --samples_w 6 --iters_a 2".split()
+    flags += [
+        "--cali_n",
+        "2",
+        "--cond",
+        "--batch_size",
+        "4",
+        "--rounding",
+        "gptq",
+        "--samples_w",
+        "6",
+        "--iters_a",
+        "2",
+    ]
     flags += ["--quant_act", "--no_grad_ckpt"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(launch("calibrate.py", 2, [*flags, "--outdir", str(whole)]))
