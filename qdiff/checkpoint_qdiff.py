@@ -10,6 +10,7 @@ Bit widths are not in the file. They are inferred from the zero points, which li
 channels the largest one is in the upper half of that range.
 """
 
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel, freeze_layer
 from qdiff.quant_state import check_keys, range_tensors
 from qdiff.quantizers import Quantizer
+
+logger = logging.getLogger(__name__)
 
 # A frozen rounding is written as alpha = DECIDED, where h(alpha) reaches 1, or alpha = -DECIDED, where it reaches 0.
 DECIDED = 2.3978953
@@ -140,6 +143,7 @@ def load(qnn: QuantModel, tensors: dict[str, Tensor], source: str, freeze: bool)
     expected = expected_shapes(qnn)
     _check(expected, tensors, source, qnn.config.quant_act)
     parameters = dict(qnn.named_parameters()) | dict(qnn.named_buffers())
+    _tell_of_other_weights({key: parameters[key] for key in expected if "quantizer" not in key}, tensors, source)
     with torch.no_grad():
         for key in expected:
             if "quantizer" not in key:
@@ -150,6 +154,29 @@ def load(qnn: QuantModel, tensors: dict[str, Tensor], source: str, freeze: bool)
             _load_layer(name, layer, tensors)
             if freeze:
                 freeze_layer(layer)
+
+
+def _tell_of_other_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Warn if the float weights of a file are not those of the model, which they are about to replace.
+
+    Models that were rounded to float16 on their way count as the same.
+    """
+    half = torch.finfo(torch.float16)
+    others = [
+        key
+        for key, weight in own.items()
+        if weight.device.type != "meta"
+        and not torch.allclose(tensors[key].float(), weight.float().cpu(), rtol=half.eps, atol=half.eps * half.smallest_normal)
+    ]
+    if others:
+        logger.warning(
+            "%s brings its own float UNet, which is not the model's (%d of %d tensors differ, such as %s): "
+            "the file's is drawn with",
+            source,
+            len(others),
+            len(own),
+            others[0],
+        )
 
 
 def _load_layer(name: str, layer: QuantModule, tensors: Mapping[str, Tensor]) -> None:

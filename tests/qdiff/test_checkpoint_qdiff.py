@@ -286,6 +286,25 @@ def test_decided_roundings_are_decided_for_soft_rounding_too(make_qnn, frozen_fi
         assert torch.allclose(rounding.soft_targets(), (rounding.alpha >= 0).float(), rtol=0, atol=1e-6)
 
 
+def test_another_float_unet_in_the_file_is_told(make_small, small_tensors, tmp_path, caplog):
+    path = tmp_path / "small.pth"
+    torch.save(small_tensors, path)
+
+    def told(change):
+        qnn = make_small()
+        caplog.clear()
+        with torch.no_grad():
+            change(qnn.get_parameter("model.out.0.bias"))
+        load_cali_ckpt(qnn, path)
+        assert torch.equal(qnn.get_parameter("model.out.0.bias"), small_tensors["model.out.0.bias"])
+        return caplog.text
+
+    assert told(lambda bias: None) == ""
+    assert told(lambda bias: bias.copy_(bias.half())) == ""
+    told_of = told(lambda bias: bias.add_(0.01))
+    assert "small.pth brings its own float UNet" in told_of and "1 of" in told_of and "model.out.0.bias" in told_of
+
+
 def test_signed_activations_are_not_written(make_small, tmp_path):
     with pytest.raises(ValueError, match="signed activations"):
         save_cali_ckpt(make_small(act_symmetric=True), tmp_path / "x.pth", format="qdiff")
