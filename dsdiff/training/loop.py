@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tomesd
 from dsdiff.environment import choose_device
 from dsdiff.training.modules import training_module
 from dsdiff.training.options import (
@@ -65,6 +66,8 @@ def run(options: TrainingOptions) -> Path | None:
 def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, validation: DataLoader) -> pl.Trainer:
     """Train a model from the run's last checkpoint, if there is one, to the config's `max_steps`."""
     initialise(model, config.trainer.init_from)
+    if config.trainer.merge is not None:
+        tomesd.apply_patch(model, **asdict(config.trainer.merge))
     batches = loader(config.data, config.data.train, shuffle=True, devices=options.devices)
     samples = SampleGrids(options.folder / "samples", config.trainer.log_images_every, next(iter(validation)))
     trainer = build_trainer(config.trainer, options, samples)

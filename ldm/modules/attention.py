@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ldm.modules.diffusionmodules.util import NORM_GROUPS, checkpoint, normalization, zero_module
-from ldm.modules.training_attention import AttentionByHeads
+from ldm.modules.training_attention import AttentionByHeads, with_mask
 
 
 class GEGLU(nn.Module):
@@ -77,7 +77,9 @@ class CrossAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return softmax(scale q k^T) v of q, k, v [B, heads, N, dim_head]; the N x M matrix is not stored."""
-        if self.training and q.requires_grad and q.device.type == "cpu" and mask is None:
+        if self.training and q.requires_grad and q.device.type == "cpu" and (mask is None or mask.dtype != torch.bool):
+            if mask is not None:
+                q, k = with_mask(q, k, mask, self.scale)
             return AttentionByHeads.apply(q, k, v, self.scale)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 

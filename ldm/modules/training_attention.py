@@ -17,22 +17,22 @@ class AttentionByHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Return softmax(scale q k^T) v, [B, heads, N, d], for q [B, heads, N, d] and k, v [B, heads, M, d]."""
+        """Return softmax(scale q k^T) v, [B, heads, N, e]; q is [B, heads, N, d], k [..., M, d] and v [..., M, e]."""
         queries, keys, values = scaled_heads(q, k, v, scale)
-        out = torch.empty_like(queries)
+        out = queries.new_empty(*queries.shape[:2], values.shape[2])
         with torch.autocast("cpu", enabled=False):  # which would make the softmax one of float32
             for head, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
                 torch.mm(probabilities(query, key), value, out=out[head])
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        return out.view(q.shape)
+        return out.view(*q.shape[:3], v.shape[3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         queries, keys, values = scaled_heads(q, k, v, ctx.scale)
-        grads = grad.reshape(queries.shape)
+        grads = grad.reshape(*queries.shape[:2], values.shape[2])
         grad_q, grad_k, grad_v = (torch.empty_like(heads) for heads in (queries, keys, values))
         for head, (query, key, value, of_out) in enumerate(zip(queries, keys, values, grads, strict=True)):
             p = probabilities(query, key)
@@ -44,8 +44,15 @@ class AttentionByHeads(torch.autograd.Function):
         return (grad_q * ctx.scale).view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape), None
 
 
+def with_mask(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return q and k with one more channel, by which scale q k^T has the float mask [B, 1, 1, M] added to it."""
+    ones = torch.ones_like(q[..., :1])
+    column = (mask / scale).transpose(-1, -2).expand(*k.shape[:-1], 1)
+    return torch.cat([q, ones], dim=-1), torch.cat([k, column.to(k.dtype)], dim=-1)
+
+
 def scaled_heads(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scale q, k and v with samples and heads in one dimension: [B * heads, tokens, d] each, contiguous."""
+    """Return scale q, k and v with samples and heads in one dimension: [B * heads, tokens, channels], contiguous."""
     queries, keys, values = (x.flatten(0, 1).contiguous() for x in (q * scale, k, v))
     return queries, keys, values
 

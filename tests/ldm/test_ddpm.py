@@ -107,11 +107,13 @@ def test_loss_weights(model):
         "uniform": torch.ones_like(snr),
         "min_snr": torch.minimum(snr, torch.tensor(4.0)) / snr,
         "debiased": snr**-0.5 / (snr**-0.5).mean(),
+        "debiased, cut": (snr**-0.5).clamp(max=4) / (snr**-0.5).clamp(max=4).mean(),
     }
     with torch.no_grad():
         error = (model.apply_model(model.q_sample(x_0, t, noise), t, context) - noise).square().mean([1, 2, 3])
         for name, weight in weights.items():
-            weighted = build(loss_weight=name, snr_gamma=4.0).eval()
+            name, cut = name.removesuffix(", cut"), name.endswith("cut")
+            weighted = build(loss_weight=name, snr_gamma=4.0, max_loss_weight=4.0 if cut else None).eval()
             weighted.load_state_dict(model.state_dict())
             loss = weighted.p_losses(x_0, context, t, noise)
             torch.testing.assert_close(loss, (error * weight[t]).mean().float())
@@ -120,6 +122,25 @@ def test_loss_weights(model):
 def test_unknown_loss_weight_is_refused():
     with pytest.raises(ValueError, match="loss_weight 'snr' is unknown"):
         build(loss_weight="snr")
+
+
+def test_focus_draws_a_share_of_the_timesteps_from_a_range(model):
+    focused = build(focus=[100, 299, 0.75])
+    torch.manual_seed(0)
+    within = ((t := focused.train()._draw_timesteps(20000)) >= 100) & (t <= 299)
+    assert abs(within.float().mean().item() - (0.75 + 0.25 * 0.2)) < 0.01
+    assert t[within].min() == 100 and t[within].max() == 299
+    assert t[~within].min() < 5 and t[~within].max() > 995
+    spread = focused.eval()._draw_timesteps(20000)
+    assert abs(((spread >= 100) & (spread <= 299)).float().mean().item() - 0.2) < 0.01
+
+
+def test_wrong_focus_and_weights_without_effect_are_refused():
+    for focus in ([1, 2], [300, 200, 0.5], [0, 1000, 0.5], [-1, 10, 0.5], [0, 10, 0.0], [0, 10, 1.5]):
+        with pytest.raises(ValueError, match=r"focus .* must be"):
+            build(focus=focus)
+    with pytest.raises(ValueError, match="max_loss_weight has no effect"):
+        build(loss_weight="min_snr", max_loss_weight=4.0)
 
 
 def test_moments_and_pictures_give_the_same_latents(model):

@@ -43,6 +43,22 @@ def test_a_module_trains_in_bfloat16_as_it_draws():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attention.parameters())
 
 
+def test_a_float_mask_is_added_to_the_scores():
+    torch.manual_seed(0)
+    attention = CrossAttention(16, context_dim=12, heads=2, dim_head=8).double()
+    x, context = torch.randn(2, 9, 16).double(), torch.randn(2, 4, 12).double()
+    mask = torch.randn(2, 4).double()
+    trained = attention.train()(x, context, mask)
+    assert "AttentionByHeads" in _history(trained)
+    torch.testing.assert_close(trained, attention.eval()(x, context, mask), rtol=1e-12, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(attention.parameters()))
+        for out in (attention.train()(x, context, mask), attention.eval()(x, context, mask))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def _history(x: torch.Tensor) -> str:
     """Return the names of all functions that x came from."""
     names, functions = [], [x.grad_fn]

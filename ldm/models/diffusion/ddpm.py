@@ -47,6 +47,15 @@ def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
+def checked_focus(focus: Sequence[float], timesteps: int) -> tuple[int, int, float]:
+    """Return a `focus` of LatentDiffusion as (first, last, share). Raise ValueError for one that cannot be."""
+    if len(focus) != 3 or not 0 <= focus[0] <= focus[1] < timesteps or not 0 < focus[2] <= 1:
+        raise ValueError(
+            f"focus {list(focus)} must be two timesteps of 0..{timesteps - 1} in their order, and a share in (0, 1]"
+        )
+    return int(focus[0]), int(focus[1]), float(focus[2])
+
+
 class DiffusionWrapper(nn.Module):
     """Pass the conditioning to the UNet as its context (`conditioning_key` "crossattn"), or not at all (None)."""
 
@@ -93,6 +102,9 @@ class LatentDiffusion(nn.Module):
     loss_weight: weight of the loss at t, with SNR_t = alpha_bar_t / (1 - alpha_bar_t). "uniform" is DDPM's. "min_snr"
         is min(SNR_t, `snr_gamma`) / SNR_t (Hang et al. 2023). "debiased" is 1 / sqrt(SNR_t) (Yu et al. 2023), scaled
         to mean 1: it gives more weight to the noisy steps, which decide what is drawn, and where.
+    max_loss_weight: weights of "debiased" are cut here before they are scaled; None: not cut.
+    focus: (first, last, share): this share of the timesteps that training draws lies in first..last, the others
+        anywhere; None: all lie anywhere.
     rescale_betas_zero_snr: rescale the schedule so that x_t is noise alone at the last timestep (Lin et al.,
         arXiv:2305.08891), but for an alpha_bar of NEARLY_ZERO, so that no sampler divides by zero.
     num_timesteps_cond, log_every_t, image_size, monitor, scheduler_config: how a checkpoint was trained; kept as
@@ -143,6 +155,8 @@ class LatentDiffusion(nn.Module):
         unconditional_rate: float = 0.0,
         loss_weight: str = "uniform",
         snr_gamma: float = 5.0,
+        max_loss_weight: float | None = None,
+        focus: Sequence[float] | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
         rescale_betas_zero_snr: bool = False,
         **neutral: Any,
@@ -157,6 +171,8 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
         if loss_weight not in ("uniform", "min_snr", "debiased"):
             raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
+        if max_loss_weight is not None and loss_weight != "debiased":
+            raise ValueError(f"max_loss_weight has no effect on the loss_weight {loss_weight!r}: leave it out")
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -178,6 +194,8 @@ class LatentDiffusion(nn.Module):
         self.unconditional_rate = unconditional_rate
         self.loss_weight = loss_weight
         self.snr_gamma = snr_gamma
+        self.max_loss_weight = max_loss_weight
+        self.focus = None if focus is None else checked_focus(focus, timesteps)
         self.scheduler_config = scheduler_config
 
         self.register_schedule()
@@ -327,9 +345,17 @@ class LatentDiffusion(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return the training loss of a batch, a scalar, for timesteps and noise drawn at random."""
         x_start = self.get_input(batch)
-        t = torch.randint(self.num_timesteps, (len(x_start),), device=x_start.device)
+        t = self._draw_timesteps(len(x_start)).to(x_start.device)
         context = self.get_learned_conditioning(self._drop_captions(batch[self.cond_stage_key]))
         return self.p_losses(x_start, context, t, torch.randn_like(x_start))
+
+    def _draw_timesteps(self, n: int) -> torch.Tensor:
+        """Draw n timesteps: all alike, or in training with the model's focus."""
+        anywhere = torch.randint(self.num_timesteps, (n,))
+        if self.focus is None or not self.training:
+            return anywhere
+        first, last, share = self.focus
+        return torch.where(torch.rand(n) < share, torch.randint(first, last + 1, (n,)), anywhere)
 
     def _drop_captions(self, captions: Sequence[str]) -> list[str]:
         if not (self.training and self.unconditional_rate):
@@ -354,6 +380,8 @@ class LatentDiffusion(nn.Module):
         if self.loss_weight == "min_snr":
             return (snr.clamp(max=self.snr_gamma) / snr)[t]
         weight = snr.rsqrt()
+        if self.max_loss_weight is not None:
+            weight = weight.clamp(max=self.max_loss_weight)
         return (weight / weight.mean())[t]
 
     @contextmanager

@@ -50,6 +50,22 @@ def test_both_stages_end_in_a_model_that_loads(configs):
         assert torch.equal(value.half(), model.model.state_dict()[name].half()), name
 
 
+@pytest.mark.slow
+def test_tokens_are_merged_while_a_model_is_trained(configs):
+    trained("autoencoder.yaml")
+    content = OmegaConf.load("txt2img.yaml")
+    merge = {"ratio": 0.5, "merge_kv": True, "proportional": True}
+    weights = {}
+    for name, given in (("whole", None), ("merged", merge), ("nothing", merge | {"ratio": 0.0})):
+        content.trainer.merge = given
+        OmegaConf.save(content, f"{name}.yaml")
+        # Layers that begin with zeros hide attention from the loss in the first steps.
+        trained(f"{name}.yaml", export=f"{name}.safetensors", max_steps=5)
+        weights[name] = last_checkpoint(f"runs/{name}")["state_dict"]["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(weights["whole"], weights["nothing"])
+    assert not torch.equal(weights["whole"], weights["merged"])
+
+
 def test_the_reader_is_trained_and_loads(configs):
     trained("reader.yaml")
     reader = ShapesReader.from_file("reader.safetensors", width=8, features=8)

@@ -38,6 +38,8 @@ def test_a_bad_config_is_told_in_one_line(configs):
         ("trainer", {"max_steps": None}, "trainer in config 'bad.yaml': max_steps is missing"),
         ("data", {"train": None}, "data in config 'bad.yaml': train is missing"),
         ("trainer", {"init_from": {"": {"path": "a"}}}, "init_from in config 'bad.yaml': unknown path "),
+        ("trainer", {"merge": {"ratio": 2}}, r"merge of the trainer in config 'bad\.yaml': ratio is 2"),
+        ("trainer", {"merge": {"rate": 0.5}}, r"merge of the trainer in config 'bad\.yaml': .*'rate'"),
         ("trainer", {"export": "weights.ckpt"}, r"--export weights\.ckpt must end in \.safetensors"),
     ):
         changed = {name: value for name, value in (good[part] | change).items() if value is not None}
