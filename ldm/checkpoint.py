@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.architectures import other_file
 from ldm.fileio import write_atomically
 from ldm.messages import some
+from ldm.tensor_files import save_tensors
 from ldm.weight_files import SAFETENSORS_SUFFIX, read_metadata, read_weights
 
 __all__ = ["averaged_weights", "fill", "is_plain", "read_metadata", "read_weights", "save_checkpoint"]
@@ -177,7 +177,7 @@ def save_checkpoint(
     stored = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {str(key): str(value) for key, value in (metadata or {}).items()}
-    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_tensors(stored, temporary, header))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.diffusers_config import PREDICTIONS, SCHEDULER_FILE, SCHEDULES, TOKENIZER_CONFIG
@@ -19,6 +18,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.clip import ClipTextConfig
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
+from ldm.tensor_files import save_tensors
 
 PIPELINE = {
     "_class_name": "StableDiffusionPipeline",
@@ -73,7 +73,7 @@ def save_folder(model: LatentDiffusion, ddconfig: Mapping[str, Any], folder: Pat
             # Newer versions of transformers compute the positions' numbers, and older ones accept a file without.
             kept = {names[key]: _in_their_shape(names[key], tensor) for key, tensor in state.items()}
             kept = {name: tensor for name, tensor in kept.items() if tensor.is_floating_point()}
-            save_file(kept, temporary / network / f"{STEMS[network][0]}.safetensors", metadata={"format": "pt"})
+            save_tensors(kept, temporary / network / f"{STEMS[network][0]}.safetensors", {"format": "pt"})
 
     write_folder_atomically(folder, write)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldm.messages import first_line, some
+from ldm.tensor_files import LARGEST_HEADER, check_whole
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -25,9 +26,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 # The begin of a file of torch before 1.6: a pickle of torch's magic number. OLD_PICKLES pickles stand before the data.
 OLD_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 OLD_PICKLES = 5
-# What describes the tensors of a file is small beside them. A larger one is an attack on the memory of its reader.
-LARGEST_HEADER = 16 * 2**20
-LARGEST_PICKLE = 64 * 2**20
+LARGEST_PICKLE = 64 * 2**20  # bytes, see LARGEST_HEADER
 
 # Packages whose classes training stores beside the weights: callbacks, settings, scalars. When a file is read,
 # stand-ins replace them.
@@ -131,7 +130,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    check_whole(path)
+    return tensors
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from ldm.tensor_files import check_whole, save_tensors
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
 from qdiff.quant_layer import SplitQuantModule
@@ -87,7 +87,7 @@ def save_cali_ckpt(
             source={"fingerprint": fingerprint(qnn), **(source or {})},
         )
         tensors = weight_tensors(qnn) | activation_tensors(qnn)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header_metadata(header)))
+        write_atomically(path, lambda temporary: save_tensors(tensors, temporary, header_metadata(header)))
 
 
 def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
@@ -100,7 +100,7 @@ def header_metadata(header: CaliHeader, **more: Any) -> dict[str, str]:
         "calibration": header.calibration,
         "source": header.source,
     }
-    return {HEADER: json.dumps(content | more)}  # safetensors writes several entries in random order
+    return {HEADER: json.dumps(content | more)}
 
 
 def split_layers(qnn: QuantModel) -> dict[str, int]:
@@ -209,6 +209,7 @@ def load_cali_ckpt(qnn: QuantModel, path: str | Path, *, freeze: bool = True) ->
 def _load_our_format(qnn: QuantModel, path: Path, header: CaliHeader) -> None:
     if header.splits != split_layers(qnn):
         raise ValueError(f"{str(path)!r} splits other layers than this model has: it is of another architecture")
+    check_whole(path)
     with _open(path) as file:
         found = {key for key in file.keys() if qnn.config.quant_act or "act_quantizer" not in key}  # noqa: SIM118
         check_keys(found, expected_keys(qnn), str(path))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -30,6 +30,7 @@ from dsdiff.models.registry import READER
 from ldm.data.reader import ShapesReader
 from ldm.fileio import file_sha256, write_atomically
 from ldm.messages import first_line
+from ldm.tensor_files import check_whole, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ class FeatureStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor for name, tensor in vars(features).items() if tensor is not None}
             text = {"features": json.dumps(header)}
-            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=text))
+            write_atomically(path, lambda temporary: save_tensors(tensors, temporary, text))
         return features
 
     @torch.inference_mode()
@@ -266,6 +267,7 @@ class FeatureStore:
             kept, same = json.loads(text), ("network", "features", "logits", "n", "weights_sha256", "content_sha256")
             if any(kept.get(name) != header[name] for name in same):
                 return None
+            check_whole(path)
             return Features(**load_file(path))
         except (OSError, SafetensorError, ValueError, TypeError):
             return None

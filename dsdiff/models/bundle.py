@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdiff.models.configs import config_for_drawing
@@ -26,6 +25,7 @@ from ldm.half_storage import keep_in_half
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.tensor_files import save_tensors
 from ldm.util import build_model, check_weights
 from qdiff.checkpoint import HEADER, CaliHeader, header_metadata, read_cali_header, split_layers
 from qdiff.decoder_ranges import HIGH, Ranges
@@ -82,7 +82,7 @@ def save_bundle(
             tensors[f"{DECODER}{name}{end}"] = torch.tensor(float(value))
     metadata = header_metadata(header, **{ENTRY: config_for_drawing(config)})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_tensors(tensors, temporary, metadata))
 
 
 def float_parameters(qnn: QuantModel) -> dict[str, nn.Parameter]:

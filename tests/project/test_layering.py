@@ -9,7 +9,7 @@ BLOCKS = ("attention", "diffusionmodules", "low_rank")
 ALLOWED = {
     "ldm": ("ldm",),
     "tomesd": ("tomesd",),
-    "qdiff": ("qdiff", "ldm.fileio", *(f"ldm.modules.{name}" for name in BLOCKS)),
+    "qdiff": ("qdiff", "ldm.fileio", "ldm.tensor_files", *(f"ldm.modules.{name}" for name in BLOCKS)),
     "dsdiff": ("ldm", "tomesd", "qdiff", "dsdiff"),
     "scripts": ("ldm", "tomesd", "qdiff", "dsdiff"),
 }

@@ -304,12 +304,12 @@ def test_loading_returns_the_header(make_small, detailed):
 def failing_write(request, monkeypatch):
     """The format; its file breaks off half way."""
 
-    def write_half(tensors, path, **kwargs):
+    def write_half(tensors, path, *args):
         with open(path, "wb") as file:
             file.write(b"half of it")
         raise OSError("no space left on device")
 
-    target = "qdiff.checkpoint.save_file" if request.param == "dsdiff" else "torch.save"
+    target = "qdiff.checkpoint.save_tensors" if request.param == "dsdiff" else "torch.save"
     monkeypatch.setattr(target, write_half)
     return request.param
 
@@ -487,6 +487,15 @@ def test_truncated_file_is_refused(small, small_file, tmp_path, subtests):
         with subtests.test(left=left):
             (tmp_path / "x.safetensors").write_bytes(small_file.read_bytes()[:left])
             small.assert_refuses(tmp_path / "x.safetensors", r"x\.safetensors' is no readable safetensors file")
+
+
+def test_a_bit_that_was_turned_over_is_refused(small, small_file, tmp_path, subtests):
+    content, path = small_file.read_bytes(), tmp_path / "bit.safetensors"
+    header = int.from_bytes(content[:8], "little")
+    for place in (8 + header, (8 + header + len(content)) // 2, len(content) - 1):
+        with subtests.test(place=place):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+            small.assert_refuses(path, "its check sum is wrong")
 
 
 def test_text_is_refused(small, tmp_path):

@@ -1,6 +1,7 @@
 """scripts/export.py, and drawing from the one file that it writes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED, READER
 from dsdiff.pipeline import load
+from ldm.tensor_files import save_tensors
 from qdiff.checkpoint import HEADER, read_cali_header
 from qdiff.engine.backends import onednn
 from qdiff.engine.lower import backend_for
@@ -59,7 +61,7 @@ def test_its_decoder_runs_on_integers(bundle, tmp_path):
 def test_without_ranges_there_is_no_integer_decoder(bundle, tmp_path, capsys):
     tensors = {name: tensor for name, tensor in load_file(bundle).items() if not name.startswith("decoder.")}
     with safe_open(bundle, framework="pt") as file:
-        save_file(tensors, tmp_path / "old.safetensors", metadata=file.metadata())
+        save_tensors(tensors, tmp_path / "old.safetensors", file.metadata())
     assert draw(tmp_path / "out", "--ckpt", tmp_path / "old.safetensors").std() > 0
     with pytest.raises(SystemExit):
         draw(tmp_path / "none", "--ckpt", tmp_path / "old.safetensors", "--vae", "int8")
@@ -80,7 +82,7 @@ def test_numbers_that_are_not_finite_are_refused(bundle, tmp_path, capsys):
         name = next(name for name, tensor in tensors.items() if name.startswith(start) and tensor.is_floating_point())
         damaged = tensors[name].clone()
         damaged.view(-1)[0] = float("nan")
-        save_file(tensors | {name: damaged}, tmp_path / "nan.safetensors", metadata=metadata)
+        save_tensors(tensors | {name: damaged}, tmp_path / "nan.safetensors", metadata)
         with pytest.raises(SystemExit):
             draw(tmp_path / "out", "--ckpt", tmp_path / "nan.safetensors")
         assert "is damaged: " in capsys.readouterr().err and not (tmp_path / "out").exists(), name
@@ -220,3 +222,14 @@ def test_damaged_files_are_refused(bundle, tmp_path, capsys):
         path = damaged(bundle, tmp_path / "damaged.safetensors", change)
         refuse(txt2img, [*FLAGS, "--ckpt", str(path), "--outdir", str(tmp_path / "out")], capsys, said)
         assert list(tmp_path.iterdir()) == [path], name
+
+
+def test_a_bit_that_was_turned_over_is_refused(bundle, tmp_path, capsys):
+    content, path = bytearray(bundle.read_bytes()), tmp_path / "bit.safetensors"
+    digit = re.search(rb"scale_factor\W+\d\.(\d)", content).start(1)
+    for place in (digit, len(content) // 2, len(content) - 1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        refuse(txt2img, [*FLAGS, "--ckpt", str(path), "--outdir", str(tmp_path / "out")], capsys, "check sum is wrong")
+        content[place] ^= 1
+        assert list(tmp_path.iterdir()) == [path], place

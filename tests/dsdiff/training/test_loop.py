@@ -43,7 +43,7 @@ def test_both_stages_end_in_a_model_that_loads(configs):
     grids = sorted(path.name for path in (configs / "runs" / "txt2img" / "samples").iterdir())
     assert grids == ["000002-samples.png"]
     with safe_open("model.safetensors", "pt") as file:
-        assert file.metadata() == {"config": "txt2img.yaml", "steps": "2"}
+        assert file.metadata().items() >= {"config": "txt2img.yaml", "steps": "2"}.items()
     # The checkpoint of the run has the same names, and the averages that were exported.
     again = load_model_from_config(OmegaConf.load("txt2img.yaml"), "runs/txt2img/checkpoints/last.ckpt")
     for name, value in again.model.state_dict().items():
@@ -128,7 +128,7 @@ def test_a_lora_of_few_steps_is_distilled_and_drawn_with(configs):
     model = load_model_from_config(OmegaConf.load("txt2img.yaml"), "model.safetensors")
     changes = read_lora("lcm.safetensors", layer_shapes(model.model.diffusion_model, model.cond_stage_model))
     with safe_open("lcm.safetensors", "pt") as file:
-        assert file.metadata() == {"config": "lcm.yaml", "steps": "3"}
+        assert file.metadata().items() >= {"config": "lcm.yaml", "steps": "3"}.items()
     for name, change in changes.items():
         key = name.removeprefix("model.diffusion_model.").replace(".", "_")
         average = {part: state["state_dict"][f"average.{key}{part}"] for part in ("down", "up")}
