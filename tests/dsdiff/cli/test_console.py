@@ -1,6 +1,7 @@
 """Commands on consoles that are closed or cannot show a text, stopped by signals, and with a log that cannot grow."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,11 +16,16 @@ START = (
 )
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to a process in the background, which hands it on: ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(body: str, *arguments: str, **options) -> subprocess.Popen:
     """Start a command whose function has this body."""
     code = START + "".join(f"    {line}\n" for line in body.splitlines()) + "main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": heed_ctrl_c} | options
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, text=True, **pipes)
 
 
@@ -66,6 +72,45 @@ def test_signals_end_a_run_in_one_line(tmp_path):
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (128 + number, "interrupted: 3 pictures drawn\n"), number
+
+
+# Runs a script that gets Ctrl-C when it imports its Nth module after `dsdiff.cli`; prints a line before.
+EARLY = """import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
+left, script = int(sys.argv.pop(1)), sys.argv[1]
+def count(event, args):
+    global left
+    if event == "import" and "dsdiff.cli" in sys.modules and left >= 0:
+        left -= 1
+        if left < 0:
+            print("importing", args[0], flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(count)
+sys.argv = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+    chance, met = random.Random(0), set()
+    moments = [0, *(chance.randrange(120) for _ in range(4)), *(chance.randrange(120, 900) for _ in range(2))]
+    for moment in moments:
+        flags = ("--prompt", "a circle", "--ckpt", str(tmp_path / "none.ckpt"))
+        command = [sys.executable, "-c", EARLY, str(moment), str(ROOT / "scripts" / "txt2img.py"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.stdout.startswith("importing "), moment
+        met.add(done.returncode)
+        assert done.stderr == "interrupted\n", (moment, done.stderr[-2000:])
+        assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT), moment
+    assert len(met) == 2  # before the command began, and afterwards
+
+
+def test_other_errors_of_imports_are_shown():
+    code = "import dsdiff.cli\nimport nothing_of_this_name"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr and "Traceback" in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
