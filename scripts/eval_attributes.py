@@ -9,13 +9,14 @@ training showed, each caption of `heldout` at least one that it did not. --seed 
 
 With --images DIR it judges the PNGs of a folder instead, as scripts/txt2img.py writes them (prompt inside).
 Writes attributes.json (figures, and what they were got with), a sheet of pictures with their captions, and
-prompts-SPLIT.txt for txt2img's --from-file.
+prompts-SPLIT.txt for txt2img's --from-file. Pictures are kept in OUTDIR/pictures, and drawn only if they are not there:
+an interrupted run goes on with the same command.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,9 @@ from dsdiff.cli.console import ArgumentParser, command, logger, logs, number
 from dsdiff.models.registry import EMBEDDED, READER
 
 if TYPE_CHECKING:
-    from dsdiff.draw_settings import DrawSettings
     from dsdiff.metrics.attributes import Judged
     from dsdiff.pipeline import Pipeline
-    from ldm.data.reader import ShapesReader
+    from dsdiff.results.drawing import DrawModel
 
 WITH_IMAGES = ("images", "outdir", "reader", "device", "batch_size", "verbose")  # flags that --images leaves a meaning
 
@@ -68,31 +68,24 @@ def refuse_generation(parser: ArgumentParser, argv: Sequence[str], args: argpars
         parser.error(f"with --images nothing is generated, so {names} has no effect: leave it out")
 
 
-def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawSettings"]:
-    """Return the pipeline, its weights not read yet, and the settings that the flags mean."""
+def build_model(args: argparse.Namespace) -> tuple["DrawModel", "Pipeline"]:
+    """Return the model that the flags mean, and its pipeline, whose weights are not read yet."""
     from dsdiff.models.bundle import is_bundle
     from dsdiff.models.spec import find_model
-    from dsdiff.pipeline import Pipeline
+    from dsdiff.results.drawing import DrawModel
 
-    model = flags.model_options(args)
-    if model.config is None and not (model.ckpt is not None and is_bundle(model.ckpt)):
-        model = replace(model, config=EMBEDDED)
-    spec = find_model(model)
-    options = flags.draw_options(args)
+    options = flags.model_options(args)
+    if options.config is None and not (options.ckpt is not None and is_bundle(options.ckpt)):
+        options = replace(options, config=EMBEDDED)
+    spec = find_model(options)
     quantization = flags.quantization_options(args, bundle=spec.bundle)
-    pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=args.lora)
+    model = DrawModel(
+        spec=spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=tuple(args.lora)
+    )
+    pipeline = model.open()
     for line in (pipeline, *pipeline.notes):
         logger.info("%s", line)
-    return pipeline, pipeline.resolve(options)
-
-
-def judged_splits(
-    args: argparse.Namespace, pipeline: "Pipeline", settings: "DrawSettings", reader: "ShapesReader"
-) -> Iterator["Judged"]:
-    from dsdiff.metrics.attributes import judge_model
-
-    for split in ("test", "heldout") if args.captions == "both" else (args.captions,):
-        yield judge_model(pipeline, settings, split, args.n, args.seed, reader, args.batch_size)
+    return model, pipeline
 
 
 def report(judged: "Judged", outdir: Path) -> dict[str, dict[str, Any]]:
@@ -108,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of attributes.json: arguments, files by their hashes, versions, figures."""
     from dsdiff.environment import choose_device, versions
     from dsdiff.metrics.attributes import judge_folder
+    from dsdiff.results.attributes import judge_model
     from ldm.data.reader import ShapesReader
     from ldm.fileio import file_sha256
 
@@ -116,27 +110,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = {"arguments": given, "reader_sha256": file_sha256(args.reader), "versions": versions()}
     if args.images is not None:
         judged = judge_folder(args.images, reader, args.batch_size)
-        args.outdir.mkdir(parents=True, exist_ok=True)
         return facts | {"figures": {"images": report(judged, args.outdir)}}
-    pipeline, settings = build_pipeline(args)
+    model, pipeline = build_model(args)
+    settings = pipeline.resolve(flags.draw_options(args))
     facts |= {"options": asdict(settings), **pipeline.spec.hashes}
     pipeline.prepare(settings)  # nothing is written before the model is there
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    splits = judged_splits(args, pipeline, settings, reader)
-    return facts | {"figures": {judged.split: report(judged, args.outdir) for judged in splits}}
+    figures = {}
+    for split in ("test", "heldout") if args.captions == "both" else (args.captions,):
+        how = {name: getattr(args, name) for name in ("n", "seed", "batch_size", "outdir")}
+        figures[split] = report(judge_model(model, pipeline, settings, split=split, reader=reader, **how), args.outdir)
+    return facts | {"figures": figures}
 
 
 @command
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     with logs(args.verbose):
-        from ldm.fileio import check_writable, write_atomically
+        from ldm.fileio import check_writable, only_run_in, write_atomically
 
         check_writable(args.outdir)
-        content = json.dumps(run(args), indent=2, default=str)
-        write_atomically(
-            args.outdir / "attributes.json", lambda path: path.write_text(content + "\n", encoding="utf-8")
-        )
+        with only_run_in(args.outdir):
+            content = json.dumps(run(args), indent=2, default=str) + "\n"
+            write_atomically(args.outdir / "attributes.json", lambda path: path.write_text(content, encoding="utf-8"))
 
 
 if __name__ == "__main__":

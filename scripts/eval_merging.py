@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
     options = frontier.options_of(args)
     from dsdiff.results.frontier.report import markdown, write
     from dsdiff.results.frontier.run import compare
+    from ldm.fileio import only_run_in
 
-    with logs(args.verbose):
+    with logs(args.verbose), only_run_in(options.outdir):
         costs = [compare(options)]
         write(costs, options.outdir, "merging")
         print(markdown(costs))

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace, device: str) -> None:
     from dsdiff.images.png import write_png
     from dsdiff.results import quantization_cost as cost
     from dsdiff.results.variants import ABLATION, TABLE
-    from ldm.fileio import check_writable, write_atomically
-    from qdiff.distributed import rank
+    from ldm.fileio import check_writable
+    from qdiff.distributed import only_work_in, rank
 
     options = cost.CostOptions(
         n=args.n,
@@ -60,34 +60,35 @@ def run(args: argparse.Namespace, device: str) -> None:
     check_writable(args.outdir)
     variants, name = (ABLATION, "ablation") if args.ablation else (TABLE, "quantization")
     rows, pictures = [], []
-    for row, drawn in cost.costs(variants, options):
-        rows.append(row)
-        pictures.append(cost.shown(drawn))
-    if rank() != 0:
-        return
-    table = cost.markdown(rows)
-    texts = {"json": json.dumps(cost.content(rows, options), indent=2), "md": table}
-    for suffix, text in texts.items():
-        path = args.outdir / f"{name}.{suffix}"
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text + "\n", encoding="utf-8"))
-    write_png(args.outdir / f"{name}.png", cost.sheet(pictures, [row.variant for row in rows]))
+    with only_work_in(args.outdir):
+        for row, drawn in cost.costs(variants, options):
+            rows.append(row)
+            pictures.append(cost.shown(drawn))
+        if rank() == 0:
+            write(args.outdir, name, json.dumps(cost.content(rows, options), indent=2), cost.markdown(rows))
+            write_png(args.outdir / f"{name}.png", cost.sheet(pictures, [row.variant for row in rows]))
+
+
+def write(outdir: Path, name: str, content: str, table: str) -> None:
+    """Write NAME.json and NAME.md, and print the table."""
+    from ldm.fileio import write_atomically
+
+    for suffix, text in {"json": content + "\n", "md": table + "\n"}.items():
+        write_atomically(outdir / f"{name}.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     print(table)
 
 
 def run_eps(args: argparse.Namespace, device: str) -> None:
     from dsdiff.results.eps_error import eps_markdown, eps_rows
-    from ldm.fileio import check_writable, write_atomically
+    from ldm.fileio import check_writable, only_run_in
     from qdiff.distributed import world_size
 
     if world_size() > 1:
         raise ValueError("--eps is the work of one process: start it without torchrun")
     check_writable(args.outdir)
-    rows = eps_rows(args.eps, n=args.n, seed=args.seed, batch_size=args.batch_size, device=device)
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    for name, text in {"json": json.dumps([asdict(row) for row in rows], indent=2), "md": eps_markdown(rows)}.items():
-        content = text + "\n"
-        write_atomically(args.outdir / f"eps.{name}", lambda path, content=content: path.write_text(content, "utf-8"))
-    print(eps_markdown(rows))
+    with only_run_in(args.outdir):
+        rows = eps_rows(args.eps, n=args.n, seed=args.seed, batch_size=args.batch_size, device=device)
+        write(args.outdir, "eps", json.dumps([asdict(row) for row in rows], indent=2), eps_markdown(rows))
 
 
 @command

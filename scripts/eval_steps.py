@@ -54,8 +54,9 @@ def main(argv: list[str]) -> None:
     options = frontier.options_of(args)
     from dsdiff.results.frontier.report import markdown, write
     from dsdiff.results.frontier.run import compare
+    from ldm.fileio import only_run_in
 
-    with logs(args.verbose):
+    with logs(args.verbose), only_run_in(options.outdir):
         costs = []
         for steps in dict.fromkeys(args.steps):
             costs.append(compare(replace(options, draw=replace(options.draw, steps=steps))))

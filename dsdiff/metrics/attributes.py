@@ -16,12 +16,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.png import to_pictures, write_png
 from dsdiff.metrics.intervals import wilson
-from dsdiff.pipeline import Pipeline
 from ldm.data.reader import ShapesReader, judge
-from ldm.data.shapes import SceneSpec, ShapesDataset, caption, parse_caption
+from ldm.data.shapes import SceneSpec, caption, parse_caption
 from ldm.fileio import write_atomically
 
 ATTRIBUTES = ("color", "shape", "texture", "size", "count", "relation")
@@ -89,32 +87,6 @@ def judge_folder(folder: Path, reader: ShapesReader, batch_size: int) -> Judged:
     """Judge the PNGs of a folder, as scripts/txt2img.py writes them. Raises ValueError as `read_folder` does."""
     specs, ready = read_folder(folder)
     return judge_sources("images", specs, {"images": lambda part: tensor_of(ready[part])}, reader, batch_size)
-
-
-def judge_model(
-    pipeline: Pipeline, settings: DrawSettings, split: str, n: int, seed: int, reader: ShapesReader, batch_size: int
-) -> Judged:
-    """Draw and judge n captions of a split, "test" or "heldout".
-
-    Beside the generated pictures there are two ceilings: real pictures of the same captions (rendered), and these after
-    encoding and decoding (autoencoder). seed: of the captions; picture i starts from the noise of seed + i.
-    """
-    data = ShapesDataset(n, split, settings.height, seed)
-    specs = [data.spec(i) for i in range(n)]
-    captions = [caption(spec) for spec in specs]
-
-    def rendered(part: slice) -> Tensor:
-        return tensor_of([data.picture(i) for i in range(part.start, part.stop)])
-
-    def generated(part: slice) -> Tensor:
-        seeds = [seed + i for i in range(part.start, part.stop)]
-        return pipeline.decode(pipeline.sample(captions[part], seeds, settings), settings)
-
-    def decoded(part: slice) -> Tensor:
-        return pipeline.decode(pipeline.encode(rendered(part)))
-
-    sources = {"generated": generated, "autoencoder": decoded, "rendered": rendered}
-    return judge_sources(split, specs, sources, reader, batch_size)
 
 
 def read_folder(folder: Path) -> tuple[list[SceneSpec], list[Image.Image]]:

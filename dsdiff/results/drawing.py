@@ -49,7 +49,7 @@ class DrawTask:
     def plan(
         cls,
         model: DrawModel,
-        options: DrawOptions,
+        options: DrawOptions | DrawSettings,
         *,
         title: str,
         prompts: Sequence[str],
@@ -62,7 +62,7 @@ class DrawTask:
 
         Reads the headers of the model's files. Raises ValueError or OSError for what cannot be drawn.
         """
-        settings = model.open().resolve(options)
+        settings = options if isinstance(options, DrawSettings) else model.open().resolve(options)
         key = _key(model, settings, prompts, seed, batch_size)
         folder = root / f"{name}-{key}"
         return cls(
@@ -85,10 +85,14 @@ class DrawTask:
     def paths(self) -> list[Path]:
         return [self.folder / f"{i:05}.png" for i in range(len(self.prompts))]
 
-    def draw(self) -> None:
-        """Draw what is missing. Under torchrun all processes call this, and share the pictures."""
+    def draw(self, opened: Pipeline | None = None) -> None:
+        """Draw what is missing. Under torchrun all processes call this, and share the pictures.
+
+        opened: the model's pipeline, for a caller that needs it for more; None opens one if anything is missing.
+        """
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        draw_missing(self.model.open, self.prompts, seeds, self.paths, self.settings, self.batch_size, self.title)
+        open_model = self.model.open if opened is None else lambda: opened
+        draw_missing(open_model, self.prompts, seeds, self.paths, self.settings, self.batch_size, self.title)
 
 
 def _key(model: DrawModel, settings: DrawSettings, prompts: Sequence[str], seed: int, batch_size: int) -> str:

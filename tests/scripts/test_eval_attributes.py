@@ -15,6 +15,7 @@ from dsdiff.models.registry import EMBEDDED
 from dsdiff.pipeline import Pipeline
 from ldm.data.reader import ShapesReader
 from ldm.data.shapes import ShapesDataset, caption
+from ldm.fileio import only_run_in
 from scripts import eval_attributes as script
 
 
@@ -41,20 +42,30 @@ def test_judges_a_folder(tmp_path, capsys):
     assert not list(outdir.glob(".*"))
 
 
-def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
-    """The whole run with a stand-in for the model, which paints what the latents say."""
-    data = ShapesDataset(3, "test")
+@pytest.fixture
+def drawn(monkeypatch):
+    """Put a stand-in for the model in place, which paints what the latents say; return the seeds that were drawn."""
+    data, seeds_drawn = ShapesDataset(3, "test"), []
+
+    def sample(pipeline, captions, seeds, settings):
+        seeds_drawn.extend(seeds)
+        return seeds
 
     def decode(pipeline, latents, settings=None):
         """Latents are seeds, or pictures that went through the stand-in for the encoder."""
         return latents if torch.is_tensor(latents) else attributes.tensor_of([data.picture(i) for i in latents])
 
     monkeypatch.setattr(Pipeline, "prepare", lambda pipeline, settings: None)
-    monkeypatch.setattr(Pipeline, "sample", lambda pipeline, captions, seeds, settings: seeds)
+    monkeypatch.setattr(Pipeline, "sample", sample)
     monkeypatch.setattr(Pipeline, "decode", decode)
     monkeypatch.setattr(Pipeline, "encode", lambda pipeline, images: torch.ones_like(images))
     reader = ShapesReader(width=8, features=8).eval()
     monkeypatch.setattr(ShapesReader, "from_file", lambda path: reader)
+    return seeds_drawn
+
+
+def test_generates_and_reads(tmp_path, capsys, random_ckpt, drawn):
+    data = ShapesDataset(3, "test")
     flags = ["--ckpt", str(random_ckpt), "--ddim_steps", "7", "--plms", "--ratio", "0.5", "--device", "cpu"]
     script.main(["--n", "3", "--captions", "test", "--batch_size", "2", "--outdir", str(tmp_path), *flags])
     content = json.loads((tmp_path / "attributes.json").read_text())
@@ -73,11 +84,40 @@ def test_generates_and_reads(tmp_path, monkeypatch, capsys, random_ckpt):
     assert len(out) == 2 + 4
 
 
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, random_ckpt, drawn):
+    flags = ["--ckpt", str(random_ckpt), "--n", "3", "--captions", "test", "--batch_size", "1", "--device", "cpu"]
+    flags += ["--outdir", str(tmp_path)]
+    decode = Pipeline.decode
+
+    def stop(pipeline, latents, settings=None):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return decode(pipeline, latents, settings)
+
+    monkeypatch.setattr(Pipeline, "decode", stop)
+    with pytest.raises(SystemExit) as leaving:
+        script.main(flags)
+    assert leaving.value.code == 130 and len(list(tmp_path.glob("pictures/test-*/*.png"))) == 2
+    monkeypatch.setattr(Pipeline, "decode", decode)
+    figures = []
+    for expected in ([0, 1, 2, 2], [0, 1, 2, 2]):  # what was begun is drawn, and nothing at last
+        script.main(flags)
+        assert drawn == expected
+        figures.append(json.loads((tmp_path / "attributes.json").read_text())["figures"])
+    assert figures[0] == figures[1] and figures[0]["test"]["generated"] == figures[0]["test"]["rendered"]
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys, random_ckpt, drawn):
+    with only_run_in(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
+        script.main(["--n", "1", "--ckpt", str(random_ckpt), "--outdir", str(tmp_path / "out"), "--device", "cpu"])
+    assert "another run is writing to" in capsys.readouterr().err and not drawn
+
+
 def test_what_a_cali_ckpt_does_not_say_is_told(monkeypatch, caplog):
     read = quantized.read_cali_header
     monkeypatch.setattr(quantized, "read_cali_header", lambda *args: replace(read(*args), inferred=("sm_abit",)))
     with caplog.at_level("INFO", logger="dsdiff"):
-        script.build_pipeline(script.parse_args(["--ptq", "--device", "cpu"]))
+        script.build_model(script.parse_args(["--ptq", "--device", "cpu"]))
     assert "does not say sm_abit: told by its numbers" in caplog.text
 
 

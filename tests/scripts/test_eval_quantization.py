@@ -13,6 +13,7 @@ from dsdiff.results import eps_error
 from dsdiff.results import quantization_cost as cost
 from dsdiff.results.variants import TABLE
 from ldm.data.shapes import ShapesDataset
+from ldm.fileio import only_run_in
 from scripts import eval_quantization as script
 
 
@@ -42,6 +43,14 @@ def test_tables_are_written(tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out + "\n" and table.count("\n") == len(TABLE) + 2
     sheet = Image.open(tmp_path / "quantization.png")
     assert sheet.size == (4 * (256 + 4), len(TABLE) * (256 + 16))
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
+    cali = str(CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]][8])
+    for flags in ([], ["--eps", cali]):
+        with only_run_in(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
+            script.main([*flags, "--outdir", str(tmp_path / "out"), "--device", "cpu"])
+        assert "another run is writing to" in capsys.readouterr().err, flags
 
 
 def test_bad_flags_are_one_line(capsys):
