@@ -33,6 +33,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what is measured").add_argument
     add("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     add("--table", type=Path, default=TABLE, metavar="FILE", help=f"default: {TABLE.relative_to(ROOT)}")
+    add(
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="ROW",
+        help="these and the baseline, as FP32-0.5 W4A8-0.5 (default: all)",
+    )
     add("--pictures", type=number(int, 2), metavar="N", help="pictures a row (default: the table's)")
     add("--reference", metavar="SOURCE", help="as of eval_fid.py (default: the table's)")
     add = parser.add_argument_group("files").add_argument

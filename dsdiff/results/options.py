@@ -1,5 +1,6 @@
 """The options of the table of results. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,17 @@ MODELS = tuple(CONFIGS)
 class ResultsOptions:
     """How the table of results is made. None leaves a value to the table, or to the model.
 
-    model: the name of a model in the table. table: its file. pictures: in a row. reference: the source of real
-    pictures, see `dsdiff.metrics.options`. ckpt, tokenizer: of the model. cali_ckpt: a calibration of 4-bit weights and
-    8-bit activations; None takes the one that comes with the model, or makes one. inception_weights: a file. outdir:
-    for all files. cache: the folder of features. batch_size: pictures drawn at a time. repeats: of timings. shown:
-    prompts whose pictures are in the page. device: auto, cpu, cuda or cuda:N.
+    model: the name of a model in the table. table: its file. rows: keys of the rows that are made, such as "W4A8-0.5",
+    beside the baseline; none stands for all. pictures: in a row. reference: the source of real pictures, see
+    `dsdiff.metrics.options`. ckpt, tokenizer: of the model. cali_ckpt: a calibration of 4-bit weights and 8-bit
+    activations; None takes the one that comes with the model, or makes one. inception_weights: a file. outdir: for all
+    files. cache: the folder of features. batch_size: pictures drawn at a time. repeats: of timings. shown: prompts
+    whose pictures are in the page. device: auto, cpu, cuda or cuda:N.
     """
 
     model: str = MODELS[0]
     table: Path = TABLE
+    rows: Sequence[str] = ()
     pictures: int | None = None
     reference: str | None = None
     ckpt: Path | None = None

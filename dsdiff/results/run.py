@@ -29,7 +29,7 @@ from dsdiff.results.options import ResultsOptions
 from dsdiff.results.picture_time import picture_time
 from dsdiff.results.prompt_scores import add_shapes_scores
 from dsdiff.results.record import Change, Results, RowResult
-from dsdiff.results.table import Protocol, Row, read_table
+from dsdiff.results.table import Protocol, Row, choose_rows, read_table
 from ldm.data.shapes import ShapesDataset, caption
 from ldm.fileio import check_writable, write_atomically
 from qdiff.checkpoint import read_cali_header
@@ -58,7 +58,7 @@ def make_results(options: ResultsOptions) -> Results:
     rows, protocols = read_table(options.table)
     if options.model not in protocols:
         raise ValueError(f"table {str(options.table)!r} has no model {options.model}: it has {', '.join(protocols)}")
-    protocol = protocols[options.model]
+    rows, protocol = choose_rows(rows, options.rows), protocols[options.model]
     spec = find_model(model_options(protocol, options), accept_bundle=False)
     check(spec, protocol, options)
     with only_work_in(options.outdir):

@@ -163,6 +163,17 @@ def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
     return rows, protocols
 
 
+def choose_rows(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """Return the baseline, which is the first row, and the rows with these keys; all rows if there are no keys.
+
+    Raises ValueError for a key of no row.
+    """
+    known = {row.key: row for row in rows}
+    if unknown := [key for key in keys if key not in known]:
+        raise ValueError(f"no row {', '.join(unknown)} in the table: it has {', '.join(known)}")
+    return [row for row in rows if not keys or row is rows[0] or row.key in keys]
+
+
 def _protocol(values: Mapping[str, Any], name: str) -> Protocol:
     """Return the protocol of the model `name`. Sections that are left empty have the defaults of their classes."""
     plain = {each.name for each in fields(Protocol)}

@@ -10,17 +10,25 @@ from dsdiff.calibration.options import PRESETS
 from dsdiff.models.registry import ROOT
 from dsdiff.options import DrawOptions, MergeOptions, QuantizationOptions
 from dsdiff.results.options import TABLE, ResultsOptions
-from dsdiff.results.table import Row, read_table
+from dsdiff.results.table import Row, choose_rows, read_table
 
 CALI = Path("cali.safetensors")
 
 
-def test_other_tables_are_read():
-    for name, steps in (("table_steps.yaml", {None, 8}), ("table_corners.yaml", {None})):
-        rows, protocols = read_table(TABLE.with_name(name))
-        assert list(protocols) == ["embedded"] and {row.steps for row in rows} == steps, name
-        for row in rows:
-            row.options(protocols["embedded"].drawing)
+def test_the_table_of_steps_is_read():
+    rows, protocols = read_table(TABLE.with_name("table_steps.yaml"))
+    assert list(protocols) == ["embedded"] and {row.steps for row in rows} == {None, 4, 8}
+    for row in rows:
+        row.options(protocols["embedded"].drawing)
+        assert all(lora.path.is_file() for lora in row.loras)
+
+
+def test_rows_are_chosen_by_their_keys():
+    rows, _ = read_table(TABLE)
+    assert choose_rows(rows, ()) == rows
+    assert choose_rows(rows, ["W4A8-0.5", "FP32-0.5"]) == [rows[0], rows[1], rows[7]]
+    with pytest.raises(ValueError, match=r"no row W4A8-0\.7 in the table: it has FP32-0, FP32-0\.5, W4A32-0"):
+        choose_rows(rows, ["W4A8-0.7", "FP32-0"])
 
 
 def test_shipped_table_is_that_of_the_original():
