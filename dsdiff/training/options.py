@@ -119,10 +119,11 @@ T = TypeVar("T", DataConfig, TrainerConfig, InitialWeights)
 def read_training_config(options: TrainingOptions) -> TrainingConfig:
     """Read the config file, and change in it what the options say.
 
+    A file with `base: FILE` has all of that file's settings but for those that it names anew.
     Raises OSError or ValueError, before anything is trained, for a file that describes no training, and for options
     that cannot work with it.
     """
-    content, source = read_config(options.config), str(options.config)
+    content, source = _read_with_base(options.config), str(options.config)
     lacking = [part for part in ("model", "data", "trainer") if not isinstance(content.get(part), Mapping)]
     if lacking:
         raise ValueError(f"config {source!r} has no {', '.join(lacking)}: it does not describe a training")
@@ -143,6 +144,26 @@ def read_training_config(options: TrainingOptions) -> TrainingConfig:
         data=_read_part(DataConfig, content["data"], f"data in config {source!r}"),
         trainer=trainer,
     )
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    """Read a config over the one that it names as its `base`, if any. Raise ValueError for the base of a base."""
+    content = read_config(path)
+    if "base" not in content:
+        return content
+    base = read_config(Path(str(content.pop("base"))))
+    if "base" in base:
+        raise ValueError(f"the base of config {str(path)!r} has a base itself: one is all that can be")
+    return over(base, content)
+
+
+def over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with `changes` in place of what `base` has under the same names."""
+    both = {**base, **changes}
+    return {
+        name: over(base[name], value) if isinstance(value, Mapping) and isinstance(base.get(name), Mapping) else value
+        for name, value in both.items()
+    }
 
 
 def _export_path(options: TrainingOptions, trainer: TrainerConfig) -> Path | None:

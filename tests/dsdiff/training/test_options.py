@@ -1,5 +1,6 @@
 """The options of a run and its config, refused before anything is trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ def test_a_part_may_begin_with_a_part_of_a_file(configs):
     config = read_training_config(TrainingOptions(config=Path("autoencoder.yaml")))
     expected = InitialWeights(file=Path("model.safetensors"), prefix="first_stage_model.")
     assert config.trainer.init_from == {"": expected}
+
+
+def test_a_config_may_change_another_one(configs):
+    OmegaConf.save(
+        {"base": "txt2img.yaml", "model": {"params": {"focus": [1, 2, 0.5]}}, "data": {"batch_size": 2}}, "b.yaml"
+    )
+    base, changed = (read_training_config(TrainingOptions(config=Path(name))) for name in ("txt2img.yaml", "b.yaml"))
+    assert changed.data == replace(base.data, batch_size=2) and changed.trainer == base.trainer
+    assert changed.model["params"] == {**base.model["params"], "focus": [1, 2, 0.5]}
+    OmegaConf.save({"base": "b.yaml"}, "c.yaml")
+    with pytest.raises(ValueError, match=r"the base of config 'c\.yaml' has a base itself"):
+        read_training_config(TrainingOptions(config=Path("c.yaml")))
 
 
 def test_a_bad_config_is_told_in_one_line(configs):
