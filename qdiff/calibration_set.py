@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.fileio import write_atomically
 from qdiff.checkpoint_qdiff import read_tensors
+from qdiff.finite import named
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,17 @@ class CalibrationSet:
             raise ValueError(f"calibration data must have as many x as t and context, got {[len(p) for p in parts]}")
         if self.x.ndim != 4 or self.t.ndim != 1 or (self.context is not None and self.context.ndim != 3):
             raise ValueError("calibration data must be x [N, C, h, w], t [N] and context [N, M, D]")
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise ValueError("calibration data holds NaN or infinite values")
+        for name, part in zip(("x", "t", "context"), parts, strict=False):
+            bad = (~part.isfinite()).reshape(len(part), -1).any(1).nonzero()
+            if len(bad):
+                raise ValueError(f"calibration data holds NaN or infinite values: {name} of {self.name(int(bad[0]))}")
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def name(self, i: int) -> str:
+        """Return sample i in words, with its timestep."""
+        return f"sample {i} of {len(self)} (timestep {float(self.t[i]):g})"
 
     def batch(self, part: slice, device: torch.device) -> tuple[Tensor, ...]:
         """Return the UNet's arguments x, t and context (if there is one) for the samples `part`, on `device`."""
@@ -92,7 +99,8 @@ class CalibrationSet:
             raise ValueError(f"calibration data {str(path)!r} cannot be read: {error}") from error
         if not {"x", "t"} <= tensors.keys() <= {"x", "t", "context"}:
             raise ValueError(f"{str(path)!r} is no calibration data: it holds {', '.join(sorted(tensors))}")
-        return cls(tensors["x"], tensors["t"], tensors.get("context"), facts)
+        with named(repr(str(path))):
+            return cls(tensors["x"], tensors["t"], tensors.get("context"), facts)
 
 
 def from_qdiffusion(
@@ -119,7 +127,8 @@ def from_qdiffusion(
         raise ValueError(f"calibration data {source!r} is damaged: {error}") from error
     copies = max(len(branches), 1)
     context = torch.cat(branches) if branches else None
-    return CalibrationSet(x.repeat(copies, 1, 1, 1), t.repeat(copies), context, {"data": Path(source).name})
+    with named(repr(source)):
+        return CalibrationSet(x.repeat(copies, 1, 1, 1), t.repeat(copies), context, {"data": Path(source).name})
 
 
 def chosen_calls(calls: int, steps: int) -> list[int]:

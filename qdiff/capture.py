@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qdiff.calibration_set import CalibrationSet
 from qdiff.distributed import rank, sum_over_ranks, world_size
+from qdiff.finite import is_finite
 from qdiff.quant_model import QuantModel
 
 Progress = Callable[[int], object]  # called with the number of samples, or steps, done since the last call
@@ -29,6 +30,8 @@ class Cache:
         self.folder = folder
         self.held = 0
         self.files = 0
+        self.on_disk = 0  # bytes in files
+        self.most_on_disk = 0  # of them at a time, since someone set it to 0
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
         """Return zeros of `shape`, in float32."""
@@ -39,6 +42,8 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"activations-{rank()}-{self.files}.bin"
         self.files += 1
+        self.on_disk += size
+        self.most_on_disk = max(self.most_on_disk, self.on_disk)
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
 
     def clear(self) -> None:
@@ -49,6 +54,7 @@ class Cache:
             self.folder.rmdir()
         self.files = 0
         self.held = 0
+        self.on_disk = 0
 
 
 @torch.no_grad()
@@ -66,7 +72,8 @@ def capture(
 
     The result is float32 tensors [N, ...] from `cache`: one for each argument, or one for the output. The model runs in
     its present state, and each forward pass ends at the unit. Several processes share the batches. progress(n) is
-    called when n more samples are done. Raises RuntimeError if the unit is not reached.
+    called when n more samples are done. Raises RuntimeError if the unit is not reached, and ValueError, which names the
+    sample, for values that are NaN or infinite.
     """
     device = next(qnn.parameters()).device
     stores: list[Tensor] = []
@@ -85,6 +92,10 @@ def capture(
             if not stores:
                 stores = [cache.allocate((len(data), *value.shape[1:])) for value in caught]
             for store, value in zip(stores, caught, strict=True):
+                if not is_finite(value):
+                    bad = next(i for i, each in enumerate(value) if not is_finite(each))
+                    what = "output" if output else "input"
+                    raise ValueError(f"its {what} is NaN or infinite for {data.name(start + bad)}")
                 if number or rank() == 0:  # all processes have the first batch, and they are summed below
                     store[place] = value.float().cpu()
             progress((place.stop - place.start) * world_size())

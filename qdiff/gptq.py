@@ -29,6 +29,7 @@ from torch import Tensor
 
 from qdiff.bitpack import pack
 from qdiff.distributed import sum_over_ranks
+from qdiff.finite import check_error
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizers import FrozenQuantizer, UniformAffineQuantizer
 
@@ -166,7 +167,7 @@ def gptq_codes(
     hessian: [n, n]. damp: share of its mean diagonal that is added to its diagonal. act_order: round the columns of the
     largest diagonal first, instead of in their order. shift: see InputStatistics; rounded is then the weight that comes
     closest to the targets, W + shift H^-1. Errors are sums over the inputs. Whichever is better of both is returned.
-    Raises ValueError if the Hessian cannot be factored.
+    Raises ValueError if the Hessian cannot be factored, and if a number is NaN or infinite.
     """
     n = len(hessian)
     diagonal = hessian.diagonal()
@@ -174,13 +175,13 @@ def gptq_codes(
     order = torch.argsort(diagonal, stable=True) if act_order else torch.arange(n - 1, -1, -1, device=weight.device)
     damping = float(damp * diagonal.mean()) or 1.0
     if not math.isfinite(damping):
-        raise ValueError("the inputs of a layer are infinite or NaN: is the calibration data of this model?")
+        raise ValueError("the inputs are NaN or infinite: is the calibration data of this model?")
     dtype = torch.float64 if n <= EXACT else torch.float32
     permuted = hessian[order[:, None], order[None, :]].to(dtype)
     permuted.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(permuted)
     if failed:
-        raise ValueError(f"damp is {damp!r}, which is too little to factor the Hessian of a layer: use a larger one")
+        raise ValueError(f"damp is {damp!r}, which is too little to factor the Hessian: use a larger one")
     del permuted
     ideal = weight[:, order].to(dtype)
     if shift is not None:
@@ -192,7 +193,8 @@ def gptq_codes(
 
     nearest, plain = grid.round(weight[:, order].to(dtype), order)
     codes, rounded = _round_from_the_last(ideal, factor, grid, order)
-    before, after = error(plain), error(rounded)
+    before = check_error(error(plain), "the error of rounding to nearest")
+    after = check_error(error(rounded), "the error of GPTQ's rounding")
     result = torch.empty_like(codes)
     result[:, order] = codes if after < before else nearest
     return result, before, min(before, after)

@@ -12,6 +12,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Progress
 from qdiff.distributed import from_first_rank
 from qdiff.exchange import put_module
+from qdiff.finite import named
 from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 
@@ -73,6 +74,11 @@ class Observer(nn.Module):
                 low, high = torch.minimum(old_low, low), torch.maximum(old_high, high)
         self.extremes = (low, high)
 
+    @property
+    def finite(self) -> bool:
+        """False if a batch held NaN or infinite values."""
+        return self.extremes is None or all(math.isfinite(value) for value in self.extremes)
+
     def fit(self) -> None:
         """Set the quantizer's range from all batches. Raises ValueError if there was none."""
         if self.extremes is None:
@@ -100,7 +106,8 @@ def fit_activations(
     quantizer's own method, or with `running` to Q-Diffusion's running averages of each batch's minimum and maximum.
     These forget slowly, so the samples come in random order: in that of timesteps the first ones would decide.
     batch_size: samples per forward pass. seed: for that order, and for the values drawn for ranges by mse. progress(n)
-    is called when n more samples are done. Raises ValueError if an activation is never computed.
+    is called when n more samples are done. Raises ValueError, which names the activation, if one is never computed, or
+    is NaN or infinite.
     """
     if running:
         data = data.shuffled(seed)
@@ -110,16 +117,20 @@ def fit_activations(
         for start in range(0, len(data), batch_size):
             part = slice(start, min(start + batch_size, len(data)))
             qnn(*data.batch(part, device))
-            for observer in observers:
+            for name, observer in observers.items():
                 observer.end_batch()
+                if not observer.finite:
+                    first, last = data.name(part.start), data.name(part.stop - 1)
+                    raise ValueError(f"{name}: its input is NaN or infinite in one of {first} to {last}")
             progress(part.stop - part.start)
-    for observer in observers:
-        observer.fit()
-    from_first_rank([value for observer in observers for value in observer.quantizer.buffers()])
+    for name, observer in observers.items():
+        with named(name):
+            observer.fit()
+    from_first_rank([value for observer in observers.values() for value in observer.quantizer.buffers()])
 
 
 @contextmanager
-def _observed(qnn: QuantModel, values_a_batch: int, seed: int, running: bool) -> Iterator[list[Observer]]:
+def _observed(qnn: QuantModel, values_a_batch: int, seed: int, running: bool) -> Iterator[dict[str, Observer]]:
     """Put Observers into the slots of all activation quantizers, within the block."""
     quantizers = {name: q for name, q in qnn.act_quantizers().items() if isinstance(q, UniformAffineQuantizer)}
     observers = {
@@ -129,7 +140,7 @@ def _observed(qnn: QuantModel, values_a_batch: int, seed: int, running: bool) ->
     try:
         for name, observer in observers.items():
             put_module(qnn, name, observer)
-        yield list(observers.values())
+        yield observers
     finally:
         for name, quantizer in quantizers.items():
             put_module(qnn, name, quantizer)

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from qdiff.capture import Progress
 from qdiff.distributed import rank, sum_over_ranks, world_size
+from qdiff.finite import check_error, is_finite
 from qdiff.quantizers import lp_loss
+
+GPU_LOOKS = 64  # steps between two looks at the loss on a GPU, for which it has to be waited for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,18 +63,22 @@ def minimize(
     """Learn `parameters` by Adam, so that forward(*inputs) approaches the target.
 
     All processes choose the same samples; each works on its part of them, and gradients are averaged.
-    regularizer(step) is added to the loss. progress(1) is called after each step.
+    regularizer(step) is added to the loss. progress(1) is called after each step. Raises ValueError, which names the
+    step, for a loss or a parameter that becomes NaN or infinite.
     """
     optimizer = torch.optim.Adam(parameters, lr=settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps) if settings.cosine else None
     generator = torch.Generator().manual_seed(settings.seed)
     size = min(settings.batch_size, len(samples))
+    looks = 1 if samples.device.type == "cpu" else GPU_LOOKS
     for step in range(settings.steps):
         chosen = torch.randperm(len(samples), generator=generator)[:size]
         mine = chosen[rank() :: world_size()]
         optimizer.zero_grad()
         if len(mine):
             loss = samples.loss(forward, mine, settings.p) * (len(mine) / size)
+            if step % looks == 0 and not is_finite(loss):
+                raise ValueError(_diverged("loss", step + 1, settings))
             loss.backward()
         _sum_gradients(parameters)
         penalty = None if regularizer is None else regularizer(step)
@@ -81,6 +88,13 @@ def minimize(
         if schedule is not None:
             schedule.step()
         progress(1)
+    if not all(is_finite(parameter.detach()) for parameter in parameters):
+        raise ValueError(_diverged("result", settings.steps, settings))
+
+
+def _diverged(what: str, step: int, settings: AdamSettings) -> str:
+    where = f"the {what} is NaN or infinite at step {step} of {settings.steps}"
+    return f"{where}: use a smaller learning rate than {settings.lr:g}"
 
 
 def _sum_gradients(parameters: list[Tensor]) -> None:
@@ -97,11 +111,14 @@ def _sum_gradients(parameters: list[Tensor]) -> None:
 
 @torch.no_grad()
 def mean_error(forward: Callable[..., Tensor], samples: Samples, p: float, batch_size: int) -> float:
-    """Return the loss over all samples, computed `batch_size` at a time, by all processes together."""
+    """Return the loss over all samples, computed `batch_size` at a time, by all processes together.
+
+    Raises ValueError for one that is NaN or infinite.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for number, start in enumerate(range(0, len(samples), batch_size)):
         if number % world_size() == rank():
             part = slice(start, min(start + batch_size, len(samples)))
             total += samples.loss(forward, part, p).double().cpu() * (part.stop - part.start)
     sum_over_ranks([total])
-    return float(total) / len(samples)
+    return check_error(float(total) / len(samples), "the error of the outputs")

@@ -30,6 +30,27 @@ def weight_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
     return tensors
 
 
+def weight_range_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
+    """Return the fitted ranges of the weights of a unit, or of the whole model."""
+    tensors = {}
+    for layer, part_name, name in _weights(qnn, unit):
+        tensors |= range_tensors(name, getattr(layer, part_name))
+    return tensors
+
+
+def load_weight_ranges(qnn: QuantModel, tensors: Mapping[str, Tensor]) -> None:
+    """Set the ranges of all weights to what `weight_range_tensors` returned; roundings stay to be chosen.
+
+    Raises ValueError if a tensor is missing or does not fit.
+    """
+    for layer, part_name, name in _weights(qnn, ""):
+        try:
+            delta, zero_point = (tensors[f"{name}.{what}"] for what in ("delta", "zero_point"))
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from error
+        getattr(layer, part_name).set(delta, zero_point)
+
+
 def activation_tensors(qnn: QuantModel, unit: str = "") -> dict[str, Tensor]:
     """Return the fitted ranges of the activations of a unit, or of the whole model; dynamic ones have none."""
     tensors = {}

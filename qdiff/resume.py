@@ -1,6 +1,7 @@
 """Keep the finished steps of a calibration on disk, so that it can be resumed after a kill."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from ldm.messages import first_line
+
+logger = logging.getLogger(__name__)
+
+LAYOUT, VERSION = "layout", 2  # of the steps in the folder: those of other versions cannot be gone on with
 
 
 class ProgressFolder:
     """A folder with a file for each finished step of a calibration, and the settings that it was begun with.
 
-    Files are written atomically. A step holds a unit's weights, the ranges of all activations, or a unit's step sizes.
-    Steps are numbered from 0 in their order; a step is used again only if all steps before it are there.
+    Files are written atomically. A step holds the ranges of all weights, a unit's weights, the ranges of all
+    activations, or a unit's step sizes. Steps are numbered from 0 in their order; a step is used again only if all
+    steps before it are there.
     """
 
     def __init__(self, folder: Path):
@@ -32,13 +39,14 @@ class ProgressFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("step-*"):
             path.unlink()
-        write_atomically(self.folder / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=2)))
+        content = json.dumps({LAYOUT: VERSION, **settings}, indent=2)
+        write_atomically(self.folder / "settings.json", lambda path: path.write_text(content))
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the differences, unless the calibration here was begun with these settings."""
         try:
             old = flat(json.loads((self.folder / "settings.json").read_text()))
-            new = flat(settings)
+            new = flat({LAYOUT: VERSION, **settings})
             differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         except (ValueError, AttributeError) as error:
             raise ValueError(
@@ -58,10 +66,7 @@ class ProgressFolder:
         write_atomically(self._path(number), lambda path: save_file(content, path, metadata=metadata))
 
     def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the report of step `number`, None if it is not finished.
-
-        Raises ValueError if its file is damaged.
-        """
+        """Return the tensors and the report of step `number`, None if it is not finished or its file is damaged."""
         path = self._path(number)
         if not path.exists():
             return None
@@ -70,7 +75,8 @@ class ProgressFolder:
                 report = json.loads((file.metadata() or {})["report"])
                 return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: remove it and those after it ({error})") from error
+            logger.warning("%s is damaged: what it held, and all after it, is done anew (%s)", path, first_line(error))
+            return None
 
     def remove(self) -> None:
         """Remove the calibration and its folder."""

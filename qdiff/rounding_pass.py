@@ -19,6 +19,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.config import ReconConfig
 from qdiff.distributed import from_first_rank, rank, world_size
 from qdiff.exchange import put_module
+from qdiff.finite import is_finite, named
 from qdiff.gptq import InputStatistics, output_of, round_layer
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -28,15 +29,20 @@ from qdiff.reconstruction import WEIGHTS, UnitReport
 class RoundingLayer(nn.Module):
     """Take a layer's slot during the pass; round the layer once its inputs have come, and compute.
 
-    config: the settings of GPTQ. rounded(before, after, seconds) is called when the layer is rounded, with
-    `round_layer`'s two errors; None leaves the layer as it is.
+    name: the layer's. config: the settings of GPTQ. rounded(before, after, seconds) is called when the layer is
+    rounded, with `round_layer`'s two errors; None leaves the layer as it is.
     """
 
     def __init__(
-        self, layer: QuantModule, config: ReconConfig, rounded: Callable[[float, float, float], object] | None
+        self,
+        name: str,
+        layer: QuantModule,
+        config: ReconConfig,
+        rounded: Callable[[float, float, float], object] | None,
     ):
         super().__init__()
         self._layer = (layer,)  # in a tuple: not a submodule
+        self.name = name
         self.config = config
         self.rounded = rounded
 
@@ -58,7 +64,8 @@ class RoundingLayer(nn.Module):
         statistics = InputStatistics(layer, targets=target is not None)
         statistics.add(x, target)
         statistics.sum_over_processes()
-        before, after = round_layer(layer, statistics, damp=self.config.damp, act_order=self.config.act_order)
+        with named(self.name.removeprefix("model.")):
+            before, after = round_layer(layer, statistics, damp=self.config.damp, act_order=self.config.act_order)
         from_first_rank([getattr(layer, name).packed for name in layer.weight_parts()])
         self.rounded(before, after, time.perf_counter() - began)
 
@@ -76,7 +83,8 @@ def round_units(
 
     All ranges of weights must be fitted. config.samples_w samples of `data`, chosen at random, pass through the model
     at once; several processes share them. on_unit(report) is called when the last layer of a unit is rounded, in the
-    order of `qnn.units()`; its errors are sums over the layers. Raises ValueError for fewer samples than processes.
+    order of `qnn.units()`; its errors are sums over the layers. Raises ValueError for fewer samples than processes, and
+    where a number becomes NaN or infinite, with the layer's name.
     """
     chosen = data.subset(config.samples_w, config.seed)
     if len(chosen) < world_size():
@@ -84,7 +92,9 @@ def round_units(
     units = list(qnn.units())[finished:]
     with qnn.quant_state(True, False, dynamic=True), _rounding(qnn, units, config, on_unit):
         arguments = chosen.batch(slice(rank(), None, world_size()), next(qnn.parameters()).device)
-        qnn(*(arguments if config.sym else (torch.cat([values, values]) for values in arguments)))
+        eps = qnn(*(arguments if config.sym else (torch.cat([values, values]) for values in arguments)))
+    if not is_finite(eps):
+        raise ValueError("the output of the rounded model is NaN or infinite")
 
 
 @contextmanager
@@ -98,13 +108,13 @@ def _rounding(
     layers = qnn.layers()
     try:
         for name, layer in layers.items():
-            put_module(qnn, name, RoundingLayer(layer, config, None))
+            put_module(qnn, name, RoundingLayer(name, layer, config, None))
         for unit in units:
             own = {name: layer for name, layer in layers.items() if name == unit or name.startswith(f"{unit}.")}
             tally = _Tally(unit, len(own), on_unit)
             for name, layer in own.items():
                 back = partial(put_module, qnn, name, layer)
-                put_module(qnn, name, RoundingLayer(layer, config, partial(tally.add, back)))
+                put_module(qnn, name, RoundingLayer(name, layer, config, partial(tally.add, back)))
         yield
     finally:
         for name, layer in layers.items():

@@ -6,6 +6,7 @@ v J d is the scalar product of d with the gradient of v eps. So one backward pas
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ def act_sensitivities(
 
     Each is summed over eps and averaged over the samples of `data`; weights are quantized, other activations float.
     batch_size: samples per pass. probes: random vectors v for each sample. seed: of these. progress(n) is called when n
-    more samples are done. All ranges must be fitted; raises ValueError otherwise.
+    more samples are done. All ranges must be fitted; raises ValueError otherwise, and for what is NaN or infinite.
     """
     device = next(qnn.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +56,9 @@ def act_sensitivities(
             for name, grad in zip(switches, grads, strict=True):
                 totals[name] += 0.0 if grad is None else float(grad.double().square().sum())
         progress(size)
+    bad = [name for name, total in totals.items() if not math.isfinite(total)]
+    if bad:
+        raise ValueError(f"{bad[0]}: the gradient of the output by its quantization is NaN or infinite")
     sums = torch.tensor(list(totals.values()), device=device, dtype=torch.float64)
     from_first_rank([sums])  # all processes choose alike
     return dict(zip(totals, (sums / (len(data) * probes)).tolist(), strict=True))

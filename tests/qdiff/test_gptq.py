@@ -169,5 +169,5 @@ def test_infinite_inputs_are_refused():
     layer.fit_weight()
     statistics = InputStatistics(layer)
     statistics.add(torch.full((2, 3), float("inf")))
-    with pytest.raises(ValueError, match="infinite or NaN"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         round_layer(layer, statistics, damp=0.01, act_order=False)

@@ -222,10 +222,11 @@ def test_steps_are_weights_then_ranges_then_activations(make_qnn):
     qnn = make_qnn()
     units = list(qnn.units())
     expected = [Step(phase="weights", unit=unit) for unit in units]
+    expected.insert(0, Step(phase="fitting"))
     expected += [Step(phase="ranges"), *(Step(phase="activations", unit=unit) for unit in units)]
     assert calibration_steps(qnn, ReconConfig()) == expected
-    assert calibration_steps(qnn, None) == [Step(phase="ranges")]
-    assert calibration_steps(make_qnn(quant_act=False), None) == []
+    assert calibration_steps(qnn, None) == [Step(phase="fitting"), Step(phase="ranges")]
+    assert calibration_steps(make_qnn(quant_act=False), None) == [Step(phase="fitting")]
 
 
 def whole(qnn, data, tmp_path, folder=None, stop_after=None):
@@ -241,7 +242,7 @@ def whole(qnn, data, tmp_path, folder=None, stop_after=None):
 
 def test_a_resumed_calibration_ends_with_the_same_file(make_qnn, only, data, tmp_path):
     uninterrupted = whole(only(make_qnn()), data, tmp_path)
-    for stop_after in (1, 3, 4, 6):
+    for stop_after in (1, 2, 4, 5, 7):
         folder = ProgressFolder(tmp_path / "progress")
         folder.begin({"seed": 1})
         assert whole(only(make_qnn()), data, tmp_path, folder, stop_after) is None, stop_after
@@ -254,10 +255,26 @@ def test_finished_steps_are_not_done_again(make_qnn, only, data, tmp_path, monke
     whole(only(make_qnn()), data, tmp_path, folder)
     monkeypatch.setattr("qdiff.calibrate.unit_reconstruction", None)
     monkeypatch.setattr("qdiff.calibrate.fit_activations", None)
+    monkeypatch.setattr("qdiff.quant_layer.QuantModule.fit_weight", None)
     assert whole(only(make_qnn()), data, tmp_path, folder)
 
 
-def test_other_settings_and_damaged_steps_are_refused(tmp_path):
+def test_a_damaged_step_and_those_after_it_are_done_again(make_qnn, only, data, tmp_path, caplog):
+    uninterrupted = whole(only(make_qnn()), data, tmp_path)
+    folder = ProgressFolder(tmp_path / "progress")
+    for number in (0, 2, 3):
+        folder.begin({"seed": 1})
+        whole(only(make_qnn()), data, tmp_path, folder)
+        (tmp_path / "progress" / f"step-{number:04}.safetensors").write_bytes(b"rubbish")
+        caplog.clear()
+        assert whole(only(make_qnn()), data, tmp_path, folder) == uninterrupted, number
+        assert [record.message.split(":")[0].split("/")[-1] for record in caplog.records] == [
+            f"step-{number:04}.safetensors is damaged"
+        ]
+        assert folder.load(number) is not None
+
+
+def test_other_settings_are_refused(tmp_path):
     folder = ProgressFolder(tmp_path / "progress")
     folder.begin({"seed": 1, "samples": 8})
     folder.check({"seed": 1, "samples": 8})
@@ -265,9 +282,10 @@ def test_other_settings_and_damaged_steps_are_refused(tmp_path):
         folder.check({"seed": 2, "samples": 8})
     folder.save(0, {"a": torch.zeros(2)}, {"unit": "x"})
     assert folder.load(0)[1] == {"unit": "x"} and folder.load(1) is None
-    (tmp_path / "progress" / "step-0000.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="damaged"):
-        folder.load(0)
+    settings = tmp_path / "progress" / "settings.json"
+    settings.write_text(settings.read_text().replace('"layout": 2', '"layout": 1'))
+    with pytest.raises(ValueError, match="layout \\(1 there, 2 here\\)"):  # of an earlier version
+        folder.check({"seed": 1, "samples": 8})
     folder.remove()
     assert not (tmp_path / "progress").exists()
 

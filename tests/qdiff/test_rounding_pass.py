@@ -146,7 +146,7 @@ def test_an_interrupted_pass_taken_up_ends_with_the_same_file(make_qnn, data, tm
         assert [step for step, _ in steps] == calibration_steps(qnn, CONFIG)
         assert all(report["unit"] == step.unit for step, report in steps)
         work = {step: sum(n for other, n in done if other == step) for step, _ in done}
-        assert all(n == step_work(step, CONFIG, len(data)) for step, n in work.items())
+        assert all(n == step_work(step, CONFIG, len(data), layers=len(qnn.layers())) for step, n in work.items())
         save_cali_ckpt(qnn, tmp_path / "cali.safetensors")
         return (tmp_path / "cali.safetensors").read_bytes()
 
@@ -169,9 +169,12 @@ def test_an_interrupted_pass_taken_up_ends_with_the_same_file(make_qnn, data, tm
 
 def test_nearest_has_no_steps_for_weights(make_qnn):
     qnn = make_qnn()
-    assert [step.phase for step in calibration_steps(qnn, ReconConfig(rounding="nearest", iters_a=0))] == ["ranges"]
+    assert [step.phase for step in calibration_steps(qnn, ReconConfig(rounding="nearest", iters_a=0))] == [
+        "fitting",
+        "ranges",
+    ]
     phases = [step.phase for step in calibration_steps(qnn, ReconConfig(rounding="gptq", iters_w=0, iters_a=0))]
-    assert phases == ["weights"] * len(qnn.units()) + ["ranges"]
+    assert phases == ["fitting"] + ["weights"] * len(qnn.units()) + ["ranges"]
 
 
 def test_fewer_samples_than_processes_are_refused(make_qnn, data, monkeypatch):

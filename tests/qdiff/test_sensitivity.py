@@ -102,7 +102,7 @@ def test_more_bits_where_they_count_make_the_error_smaller(fitted, data):
 
 def test_a_calibration_mixes_and_resumes(make_qnn, data, tmp_path):
     mix, files = MixConfig(amount=3, samples=4, probes=1), []
-    steps = [Step(phase="mixing"), Step(phase="ranges")]
+    steps = [Step(phase="fitting"), Step(phase="mixing"), Step(phase="ranges")]
     for stopped in (False, True):
         qnn, folder = make_qnn(), ProgressFolder(tmp_path / "progress")
         assert calibration_steps(qnn, None, mix) == steps
@@ -120,7 +120,7 @@ def test_a_calibration_mixes_and_resumes(make_qnn, data, tmp_path):
             qnn = make_qnn()
             for _ in calibrate(qnn, data, None, **options, progress=count):
                 pass
-        assert work == {step: step_work(step, None, len(data), mix) for step in steps}
+        assert work == {step: step_work(step, None, len(data), mix, layers=len(qnn.layers())) for step in steps}
         files.append(tmp_path / f"{stopped}.safetensors")
         save_cali_ckpt(qnn, files[-1])
     assert files[0].read_bytes() == files[1].read_bytes()
