@@ -11,9 +11,11 @@ from typing import Any
 
 import tomesd
 from dsdiff.calibration.bars import PhaseBars
-from dsdiff.calibration.data import calibration_data
-from dsdiff.calibration.estimate import check_estimate, estimate
+from dsdiff.calibration.data import DataPlan, calibration_data, plan_data
+from dsdiff.calibration.estimate import check_estimate, duration, size
+from dsdiff.calibration.needs import Workload, estimate
 from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.calibration.usage import Usage
 from dsdiff.environment import choose_device, precision_context, versions
 from dsdiff.models.lora import SOURCE_ENTRY, lora_facts
 from dsdiff.models.spec import ModelSpec, find_model
@@ -33,8 +35,8 @@ from qdiff.resume import ProgressFolder
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
-# What the bar of a phase counts: samples captured and iterations, or samples.
-COUNTED = {"weights": "it", "mixing": "sample", "ranges": "sample", "activations": "it"}
+# What the bar of a phase counts: layers, samples captured and iterations, or samples.
+COUNTED = {"fitting": "layer", "weights": "it", "mixing": "sample", "ranges": "sample", "activations": "it"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +85,25 @@ def calibrate(options: CalibrationOptions) -> Path:
 
 
 def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder) -> None:
-    qnn, data = _prepare(spec, options)
     cache = Cache(options.cache_bytes, options.outdir / "cache")
     cache.clear()
+    usage = Usage(options.outdir, cache)
+    qnn, data = _prepare(spec, options, progress, usage)
     # Float targets are computed in whole float32, and with the same tokens merged as what is compared with them.
     with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
-        _check_needs(qnn, data, cache, options)
         settings = _settings(qnn, data, options)
         begin_or_resume(progress, asdict(settings), restarted() or options.resume)
-        reports = _learn(qnn, data, options, progress, cache)
+        reports = _learn(qnn, data, options, progress, cache, usage)
     barrier()  # all have read what is removed now
     if rank() == 0:
         _write(qnn, settings, reports, spec, data, options)
+        usage.look()
         progress.remove()
     for line in summary(reports):
         logger.info("%s", line)
     if rank() == 0:
+        taken = (duration(usage.seconds), size(usage.memory), size(usage.disk))
+        logger.info("took %s, %s more memory, and %s of disk at most", *taken)
         logger.info("written to %s (%.2f MB)", options.target, options.target.stat().st_size / 1e6)
 
 
@@ -121,14 +126,33 @@ def ready_made(folder: Path, options: CalibrationOptions) -> Path:
 # --- preparations ------------------------------------------------------------------------------------------
 
 
-def _prepare(spec: ModelSpec, options: CalibrationOptions) -> tuple[QuantModel, CalibrationSet]:
-    """Return the quantized UNet, not calibrated yet, and its data. The model around the UNet is let go."""
+def _prepare(
+    spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder, usage: Usage
+) -> tuple[QuantModel, CalibrationSet]:
+    """Return the quantized UNet, not calibrated yet, and its data. The model around the UNet is let go.
+
+    What the calibration needs, data included, is told before any of it is done. Raises ValueError if it is not there.
+    """
     pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer, lora=options.lora)
+    plan = plan_data(pipeline, options)
+    qnn = _quantized(pipeline, options)
+    usage.begin()  # the model is loaded
+    _check_needs(qnn, plan, options, progress)
+    if plan.ready is not None:
+        return qnn, plan.ready
+    if options.merge is not None:
+        tomesd.remove_patch(qnn)
+    qnn.restore()  # the data is drawn with the float model
     data = calibration_data(pipeline, options)
+    return _quantized(pipeline, options), data
+
+
+def _quantized(pipeline: Pipeline, options: CalibrationOptions) -> QuantModel:
+    """Return the pipeline's UNet, quantized, with merged tokens if they are asked for."""
     qnn = QuantModel(pipeline.model.model.diffusion_model, options.quant_config())
     if options.merge is not None:
         tomesd.apply_patch(qnn, **asdict(options.merge))
-    return qnn, data
+    return qnn
 
 
 @contextmanager
@@ -141,9 +165,18 @@ def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]
             yield
 
 
-def _check_needs(qnn: QuantModel, data: CalibrationSet, cache: Cache, options: CalibrationOptions) -> None:
-    needs = estimate(qnn, data, options.recon_config(), options.effort.batch_size, cache.limit, options.mix_config())
-    check_estimate(needs, cache.limit, options.outdir, choose_device(options.device))
+def _check_needs(qnn: QuantModel, plan: DataPlan, options: CalibrationOptions, progress: ProgressFolder) -> None:
+    work = Workload(
+        recon=options.recon_config(),
+        mix=options.mix_config(),
+        batch_size=options.effort.batch_size,
+        cache=options.cache_bytes,
+        format=options.format,
+        finished=progress.finished() if progress.begun else 0,
+    )
+    device = choose_device(options.device)
+    with _merged_alike(qnn, options.merge), precision_context(device, "full"):
+        check_estimate(estimate(qnn, plan, work), options.outdir, device)
 
 
 def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions) -> Settings:
@@ -191,12 +224,18 @@ def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume:
 
 
 def _learn(
-    qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions, folder: ProgressFolder, cache: Cache
+    qnn: QuantModel,
+    data: CalibrationSet,
+    options: CalibrationOptions,
+    folder: ProgressFolder,
+    cache: Cache,
+    usage: Usage,
 ) -> list[UnitReport]:
     """Calibrate behind a bar for each phase; return the reports of all units."""
     recon, mix = options.recon_config(), options.mix_config()
     steps = procedure.calibration_steps(qnn, recon, mix)
-    work = [(step, procedure.step_work(step, recon, len(data), mix)) for step in steps]
+    layers = len(qnn.layers())
+    work = [(step, procedure.step_work(step, recon, len(data), mix, layers=layers)) for step in steps]
     counted = {**COUNTED, **({"weights": "unit"} if recon is not None and recon.rounding == "gptq" else {})}
     bars = PhaseBars(work, folder.finished(), counted, shown=rank() == 0)
     reports: list[UnitReport] = []
@@ -215,6 +254,7 @@ def _learn(
     try:
         with bars:
             for step, report in steps:
+                usage.look()
                 if step.unit:
                     reports.append(UnitReport(**report))
                     logger.debug("%s", describe(reports[-1]))
@@ -225,6 +265,11 @@ def _learn(
             f"{folder.finished()} of {len(work)} steps done in {options.outdir}; the same command with --resume goes on"
         )
         raise KeyboardInterrupt(way_on) from None
+    except ValueError as error:
+        kept = (
+            f"{folder.finished()} of {len(work)} steps are kept in {str(folder.folder)!r}, from which --resume goes on"
+        )
+        raise ValueError(f"{error}; {kept} with the same settings; remove it for others") from error
     finally:
         cache.clear()
     return reports
