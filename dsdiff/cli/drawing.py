@@ -233,8 +233,8 @@ def _generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
 
 def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", log: Log, mark: "LaunchMark") -> None:
     from dsdiff.draw_run import DrawRun
-    from dsdiff.environment import peak_memory
     from dsdiff.jobs import jobs_of
+    from dsdiff.memory import PeakMemory
     from qdiff.distributed import barrier, own_share, rank
 
     _tell_resizing(record)
@@ -242,21 +242,22 @@ def _draw(args: argparse.Namespace, record: "RunRecord", pipeline: "Pipeline", l
     run = DrawRun(pipeline, record, keep=args.resume, save=not args.skip_save)
     batches = jobs_of(record, args.outdir)
     pending = [not run.is_done(batch) for batch in batches]
-    if any(own_share(pending)):
-        pipeline.prepare(record.draw)
-    barrier()  # nothing is written before all processes have looked at the folder, and have the model
-    if rank() == 0:
-        (args.outdir if args.skip_save else args.outdir / "samples").mkdir(parents=True, exist_ok=True)
-        log.open(args.outdir / "log.txt")
-        _write_settings(record, args.outdir)
-        mark.set()
-    barrier()
-    run.execute(args.outdir, batches, pending)
+    with PeakMemory() as peak:
+        if any(own_share(pending)):
+            pipeline.prepare(record.draw)
+        barrier()  # nothing is written before all processes have looked at the folder, and have the model
+        if rank() == 0:
+            (args.outdir if args.skip_save else args.outdir / "samples").mkdir(parents=True, exist_ok=True)
+            log.open(args.outdir / "log.txt")
+            _write_settings(record, args.outdir)
+            mark.set()
+        barrier()
+        run.execute(args.outdir, batches, pending)
     if rank() == 0:
         mark.remove()
     logger.info("%s", run.summary())
-    if run.pictures and (peak := peak_memory()) is not None:
-        logger.info("at most %.2f GB of memory", peak / 1e9)
+    if run.pictures:
+        logger.info("at most %s", peak)
 
 
 def _write_settings(record: "RunRecord", outdir: Path) -> None:

@@ -84,7 +84,7 @@ class Drawing:
     """The answer to a DrawRequest.
 
     pictures: fewer than asked for if it was interrupted. seconds: of drawing, without reading the model. memory: the
-    most bytes held meanwhile, the model included.
+    most bytes of its own that the process held meanwhile, the model included, mapped files not.
     """
 
     request: DrawRequest

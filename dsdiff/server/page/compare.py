@@ -19,7 +19,7 @@ from dsdiff.server.studio import Studio
 
 NOTE = (
     "Seconds are of drawing, the decoder included, after a first picture of one step that is not counted; reading the "
-    "model is not. Memory is the most that the server held meanwhile, the model included. PSNR is to the first picture."
+    "model is not. Memory is the most that was the server's own, the model included. PSNR is to the first picture."
 )
 
 
