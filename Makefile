@@ -53,7 +53,7 @@ bench: $(VENV)/ready
 
 # Hours, and days of them on a CPU; each part goes on from its last checkpoint.
 train: $(VENV)/ready
-	@set -e; for part in reader autoencoder clip txt2img tiny; do \
+	@set -e; for part in reader autoencoder clip txt2img textures tiny; do \
 		$(RUN) scripts/train.py --config configs/shapes/$$part.yaml; done
 
 # The marker is written last, so that an interrupted installation is begun again.

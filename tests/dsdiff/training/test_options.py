@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dsdiff.training.options import InitialWeights, TrainingOptions, read_training_config
+from tomesd.options import MergeOptions
 
 
 def test_the_config_and_what_the_options_change_in_it(configs):
@@ -40,6 +41,20 @@ def test_a_config_may_change_another_one(configs):
     OmegaConf.save({"base": "b.yaml"}, "c.yaml")
     with pytest.raises(ValueError, match=r"the base of config 'c\.yaml' has a base itself"):
         read_training_config(TrainingOptions(config=Path("c.yaml")))
+
+
+def test_textures_are_learned_by_the_network_of_the_first_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[3])
+    options = {
+        name: TrainingOptions(config=Path(f"configs/shapes/{name}.yaml"), outdir=tmp_path)
+        for name in ("txt2img", "textures")
+    }
+    first, second = (read_training_config(given) for given in options.values())
+    for part in ("unet_config", "first_stage_config", "cond_stage_config", "linear_end"):
+        assert second.model["params"][part] == first.model["params"][part], part
+    assert second.model["params"]["focus"] == [100, 599, 0.8] and second.data.train == first.data.train
+    assert second.trainer.init_from["model."].file == first.trainer.export
+    assert second.trainer.merge == MergeOptions(ratio=0.75, sx=4, sy=4, merge_kv=True, proportional=True)
 
 
 def test_a_bad_config_is_told_in_one_line(configs):
