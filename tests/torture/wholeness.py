@@ -9,6 +9,8 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from ldm.tensor_files import check_whole
+
 
 def _read_picture(path: Path) -> None:
     with Image.open(path) as picture:
@@ -19,6 +21,7 @@ def _read_tensors(path: Path) -> None:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (it is no dict)
             file.get_tensor(name)
+    check_whole(path)
 
 
 def _read_csv(path: Path) -> None:
