@@ -1,6 +1,7 @@
 """Checkpoints: fill a model with the weights of a file, and write one. `weight_files` reads the formats."""
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,9 +60,12 @@ TRAINING_ONLY = (
     "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection",
     *("v_pred", "ztsnr"),  # marks of a model that predicts v, and of its schedule, see `dsdiff.models.spec`
-    "denoiser",  # another trainer's noise schedule
+    *("denoiser", "sigmas", "log_sigmas", "snr"),  # other trainers' noise schedules
     "embedding_manager",  # of textual inversion
 )
+
+# The factor of latents, which files of models hold whose training measured it. The config's is used.
+SCALE = "scale_factor"
 
 # The rest of a whole CLIP: the projections and the tower of pictures.
 OTHER_HALF = tuple(
@@ -111,7 +115,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[s
     in place of floating point (or the reverse), or no plain tensor; the message names the file, `source`.
     """
     known = model.state_dict()
-    ignored = [name for name in tensors if name not in known and _is_of(name, (*TRAINING_ONLY, *OTHER_HALF))]
+    dispensable = (*TRAINING_ONLY, *OTHER_HALF, *_own_scale(model, tensors, source))
+    ignored = [name for name in tensors if name not in known and _is_of(name, dispensable)]
     skipped = {*ignored, *SCHEDULE_KEYS}
     weights = {name: _in_shape(name, tensor, known) for name, tensor in tensors.items() if name not in skipped}
     strange = [f"{name} is no plain tensor" for name, tensor in weights.items() if not is_plain(tensor)]
@@ -133,6 +138,19 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[s
     if mistyped:
         raise ValueError(f"checkpoint {source!r} does not fit the config: {some(mistyped)}")
     return ignored
+
+
+def _own_scale(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
+    """Return the name of the factor of latents if the file holds it. Raises ValueError if the model has another one."""
+    own, stored = getattr(model, SCALE, None), tensors.get(SCALE)
+    if own is None or stored is None or not is_plain(stored) or stored.numel() != 1:
+        return ()
+    if not math.isclose(float(stored), own, rel_tol=1e-3):  # it may have been rounded to float16
+        raise ValueError(
+            f"checkpoint {source!r} does not fit the config: it was trained with {SCALE} {float(stored):g}, and the "
+            f"config has {own:g}"
+        )
+    return (SCALE,)
 
 
 def _in_shape(name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> Tensor:

@@ -126,6 +126,8 @@ def test_old_files_run_no_code(config, golden, tmp_path):
 def test_leftovers_of_other_trainers_and_the_rest_of_clip_are_ignored(config, golden, tmp_path):
     extra = (
         "denoiser.sigmas",
+        "log_sigmas",
+        "snr",
         "embedding_manager.string_to_param_dict.*",
         "embedding_manager.initial_embeddings.*",
         "cond_stage_model.logit_scale",
@@ -136,6 +138,16 @@ def test_leftovers_of_other_trainers_and_the_rest_of_clip_are_ignored(config, go
     )
     torch.save({"state_dict": golden | {name: torch.zeros(2) for name in extra}}, tmp_path / "m.ckpt")
     assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden)
+
+
+def test_a_measured_factor_of_latents_must_be_the_configs(config, golden, tmp_path):
+    own = config.model.params.get("scale_factor", 1.0)
+    torch.save({"state_dict": golden | {"scale_factor": torch.tensor(own).half()}}, tmp_path / "m.ckpt")
+    assert_holds(load_model_from_config(config, tmp_path / "m.ckpt"), golden)
+    line = refused_state(config, golden | {"scale_factor": torch.tensor(1.1 * own)}, tmp_path)
+    assert f"trained with scale_factor {1.1 * own:g}, and the config has {own:g}" in line
+    for odd in (torch.ones(2), torch.tensor(float("nan"))):
+        assert "scale_factor" in refused_state(config, golden | {"scale_factor": odd}, tmp_path)
 
 
 def test_pointwise_convolutions_saved_as_matrices(config, golden, tmp_path):
