@@ -38,7 +38,7 @@ def check_estimate(expected: Estimate, folder: Path, device: torch.device) -> No
         )
     if expected.memory > free_memory:
         raise ValueError(
-            f"{expected.memory / GIB:.1f} GiB more memory are needed and {free_memory / GIB:.1f} are available: "
+            f"{size(expected.memory)} more memory are needed and {size(free_memory)} are available: "
             "use a smaller --cache_gb or --batch_size, or with --rounding gptq fewer --samples_w"
         )
     if device.type == "cuda":

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class PeakMemory(TorchDispatchMode):
+class TensorPeak(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is entered, and have not been freed: the most at a time.
 
     Buffers that an operation takes and gives back within itself are not seen.
@@ -61,10 +61,10 @@ class GpuPeak:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[PeakMemory | GpuPeak]:
+def peak_memory(device: torch.device) -> Iterator[TensorPeak | GpuPeak]:
     """Yield an object whose `most` is the bytes that tensors on `device` take at most within the block."""
     if device.type == "cuda":
         yield GpuPeak(device)
         return
-    with PeakMemory() as peak:
+    with TensorPeak() as peak:
         yield peak

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 import tomesd
 from dsdiff.calibration.bars import PhaseBars
 from dsdiff.calibration.data import DataPlan, calibration_data, plan_data
@@ -87,18 +89,23 @@ def calibrate(options: CalibrationOptions) -> Path:
 def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder) -> None:
     cache = Cache(options.cache_bytes, options.outdir / "cache")
     cache.clear()
-    usage = Usage(options.outdir, cache)
-    qnn, data = _prepare(spec, options, progress, usage)
-    # Float targets are computed in whole float32, and with the same tokens merged as what is compared with them.
-    with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
-        settings = _settings(qnn, data, options)
-        begin_or_resume(progress, asdict(settings), restarted() or options.resume)
-        reports = _learn(qnn, data, options, progress, cache, usage)
-    barrier()  # all have read what is removed now
-    if rank() == 0:
-        _write(qnn, settings, reports, spec, data, options)
-        usage.look()
-        progress.remove()
+    pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer, lora=options.lora)
+    plan = plan_data(pipeline, options)
+    qnn = _quantized(pipeline, options)
+    _check_needs(qnn, plan, options, progress)
+    with Usage(options.outdir, cache) as usage:
+        qnn, data = _with_data(pipeline, qnn, plan, options)
+        del pipeline  # the model around the UNet is let go
+        # Float targets are computed in whole float32, and with the same tokens merged as what is compared with them.
+        with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
+            settings = _settings(qnn, data, options)
+            begin_or_resume(progress, asdict(settings), restarted() or options.resume)
+            reports = _learn(qnn, data, options, progress, cache, usage)
+        barrier()  # all have read what is removed now
+        if rank() == 0:
+            _write(qnn, settings, reports, spec, data, options)
+            usage.look()
+            progress.remove()
     for line in summary(reports):
         logger.info("%s", line)
     if rank() == 0:
@@ -126,23 +133,15 @@ def ready_made(folder: Path, options: CalibrationOptions) -> Path:
 # --- preparations ------------------------------------------------------------------------------------------
 
 
-def _prepare(
-    spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder, usage: Usage
+def _with_data(
+    pipeline: Pipeline, qnn: QuantModel, plan: DataPlan, options: CalibrationOptions
 ) -> tuple[QuantModel, CalibrationSet]:
-    """Return the quantized UNet, not calibrated yet, and its data. The model around the UNet is let go.
-
-    What the calibration needs, data included, is told before any of it is done. Raises ValueError if it is not there.
-    """
-    pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer, lora=options.lora)
-    plan = plan_data(pipeline, options)
-    qnn = _quantized(pipeline, options)
-    usage.begin()  # the model is loaded
-    _check_needs(qnn, plan, options, progress)
+    """Return the quantized UNet, not calibrated yet, and its data, which the float UNet draws if it is not there."""
     if plan.ready is not None:
         return qnn, plan.ready
     if options.merge is not None:
         tomesd.remove_patch(qnn)
-    qnn.restore()  # the data is drawn with the float model
+    qnn.restore()
     data = calibration_data(pipeline, options)
     return _quantized(pipeline, options), data
 
@@ -166,6 +165,7 @@ def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]
 
 
 def _check_needs(qnn: QuantModel, plan: DataPlan, options: CalibrationOptions, progress: ProgressFolder) -> None:
+    """Tell what the calibration needs before any of it is done. Raises ValueError for what is not there."""
     work = Workload(
         recon=options.recon_config(),
         mix=options.mix_config(),
@@ -327,6 +327,15 @@ def _write(
     source: dict[str, Any] = {"ckpt": spec.ckpt.name, "config": spec.config_path.name, **spec.hashes}
     if settings.lora:
         source[SOURCE_ENTRY] = settings.lora
-    save_cali_ckpt(qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source)
+    with tqdm(total=2, desc="writing", unit="file") as bar:
+        save_cali_ckpt(
+            qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source
+        )
+        bar.update(1)
+        _write_report(facts, reports, options)
+        bar.update(1)
+
+
+def _write_report(facts: Mapping[str, Any], reports: Sequence[UnitReport], options: CalibrationOptions) -> None:
     content = json.dumps({"settings": facts, "units": [asdict(report) for report in reports]}, indent=2) + "\n"
     write_atomically(options.outdir / REPORT_FILE, lambda path: path.write_text(content, encoding="utf-8"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsdiff.calibration import data as module
-from dsdiff.calibration.data import calibration_data
+from dsdiff.calibration.data import calibration_data, plan_data
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions
 from dsdiff.pipeline import Pipeline
@@ -68,6 +68,69 @@ def test_batches_make_no_difference(pipeline, options, tmp_path, monkeypatch):
     parts = calibration_data(pipeline, replace(one, outdir=tmp_path / "parts"))
     assert len(data) == 6 and torch.equal(data.t, parts.t)
     assert torch.allclose(data.x, parts.x, atol=1e-4) and torch.equal(data.x[0], data.x[0])
+
+
+def test_the_plan_is_of_the_data_to_come(pipeline, options, tmp_path):
+    half = replace(options.draw, steps=4, guidance_start=0.5)
+    for case, changes in enumerate(({}, {"cond": False}, {"draw": half, "cali_st": 4}, {"num_samples": 3})):
+        own = replace(options, outdir=tmp_path / str(case), **changes)
+        plan = plan_data(pipeline, own)
+        calls = []
+        hook = pipeline.model.model.diffusion_model.register_forward_pre_hook(lambda _, x, n=calls: n.append(len(x[0])))
+        data = calibration_data(pipeline, own)
+        hook.remove()
+        assert plan.ready is None and plan.drawn == sum(calls), case
+        assert (plan.samples, plan.x, plan.context) == (len(data), data.x.shape[1:], data.context.shape[1:]), case
+        if case < 3:  # a part is chosen of the file
+            (file,) = own.outdir.iterdir()
+            assert plan.bytes_written == pytest.approx(file.stat().st_size, rel=0.05), case
+        there = plan_data(pipeline, own)
+        assert torch.equal(there.ready.x, data.x) and there.drawn == there.bytes_written == 0, case
+        assert there.samples == len(data), case
+
+
+def test_an_interrupted_drawing_goes_on_with_the_same_bytes(pipeline, options, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MAX_BATCH", 2)
+    whole = replace(options, outdir=tmp_path / "whole", cali_n=5)
+    calibration_data(pipeline, whole)
+    (file,) = whole.outdir.iterdir()
+    own = replace(whole, outdir=tmp_path / "own")
+    plain, drawn = pipeline.sample, []
+
+    def sample(texts, seeds, settings):
+        if len(drawn) == 2:
+            drawn.append(None)
+            raise KeyboardInterrupt
+        drawn.append(seeds)
+        return plain(texts, seeds, settings)
+
+    monkeypatch.setattr(pipeline, "sample", sample)
+    with pytest.raises(KeyboardInterrupt, match="4 of 5 pictures of the calibration data are drawn; the same command"):
+        calibration_data(pipeline, own)
+    assert plan_data(pipeline, own).drawn == 1 * 2 * 2  # a picture, two steps, both branches
+    parts = sorted((own.outdir / file.name).with_suffix(".parts").iterdir())
+    parts[0].write_bytes(b"rubbish")
+    calibration_data(pipeline, own)
+    assert drawn == [[42, 43], [44, 45], None, [42, 43], [46]] and "is damaged and drawn anew" in caplog.text
+    assert [path.name for path in own.outdir.iterdir()] == [file.name]
+    assert (own.outdir / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_damaged_file_is_drawn_anew(pipeline, options, tmp_path, caplog):
+    own = replace(options, outdir=tmp_path)
+    calibration_data(pipeline, own)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert plan_data(pipeline, own).ready is None and "drawn anew" in caplog.text
+    calibration_data(pipeline, own)
+    assert file.read_bytes() == whole
+
+
+def test_pictures_that_become_infinite_are_named(pipeline, options, tmp_path):
+    wild = replace(options, outdir=tmp_path, draw=replace(options.draw, scale=1e38))
+    with pytest.raises(ValueError, match=r"calibration data, pictures 0 to 1: DDIM, step \d of 2: latents are NaN"):
+        calibration_data(pipeline, wild)
 
 
 def test_data_is_kept_and_found_again(pipeline, options, tmp_path, monkeypatch):
