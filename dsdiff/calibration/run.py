@@ -1,7 +1,6 @@
 """Run a calibration: collect data, learn unit by unit, write the file and the report of all units."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from dsdiff.calibration.data import DataPlan, calibration_data, plan_data
 from dsdiff.calibration.estimate import check_estimate, duration, size
 from dsdiff.calibration.needs import Workload, estimate
 from dsdiff.calibration.options import CalibrationOptions
+from dsdiff.calibration.report import describe, describe_mixing, summary, write_report
 from dsdiff.calibration.usage import Usage
 from dsdiff.environment import choose_device, precision_context, versions
 from dsdiff.models.lora import SOURCE_ENTRY, lora_facts
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import MergeOptions
 from dsdiff.pipeline import Pipeline
-from ldm.fileio import check_writable, write_atomically
+from ldm.fileio import check_writable
 from qdiff import calibrate as procedure
 from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
@@ -76,6 +76,7 @@ def calibrate(options: CalibrationOptions) -> Path:
     progress = ProgressFolder(options.outdir / "progress")
     if options.resume and not progress.begun and options.target.exists():
         raise ValueError(f"{str(options.target)!r} is finished: leave out --resume to calibrate anew in its place")
+    check_begun(progress, restarted() or options.resume)
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
@@ -201,6 +202,15 @@ def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions
     )
 
 
+def check_begun(folder: ProgressFolder, resume: bool) -> None:
+    """Raise ValueError for an unfinished calibration that is not to be gone on with."""
+    if folder.begun and not resume:
+        raise ValueError(
+            f"{str(folder.folder)!r} holds an unfinished calibration: go on with --resume, or remove it or use another "
+            "--outdir to begin anew"
+        )
+
+
 def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume: bool) -> None:
     """Begin a calibration, or make sure that the one begun has the same settings. All processes call this.
 
@@ -208,11 +218,7 @@ def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume:
     """
     begun = folder.begun
     barrier()  # no process may find what another has just begun
-    if begun and not resume:
-        raise ValueError(
-            f"{str(folder.folder)!r} holds an unfinished calibration: go on with --resume, or remove it or use another "
-            "--outdir to begin anew"
-        )
+    check_begun(folder, resume)
     if begun:
         folder.check(settings)
     elif rank() == 0:
@@ -275,36 +281,6 @@ def _learn(
     return reports
 
 
-def describe(report: UnitReport) -> str:
-    """Return a report as a line."""
-    verdict = "" if report.improved else " (kept as it was)"
-    return (
-        f"{report.phase:<11} {report.unit.removeprefix('model.'):<45} "
-        f"{report.before:.3e} -> {report.after:.3e}{verdict} {report.seconds:.1f} s"
-    )
-
-
-def describe_mixing(shares: Mapping[str, float], bits: int) -> str:
-    """Return which inputs get more bits, as a line. shares: of the error that quantized inputs cause, by name."""
-    first = ", ".join(f"{name.removeprefix('model.')} {share:.0%}" for name, share in list(shares.items())[:3])
-    return (
-        f"{bits} bits for {len(shares)} inputs, {sum(shares.values()):.0%} of the error that quantized inputs cause: "
-        f"{first}{' and others' if len(shares) > 3 else ''}"
-    )
-
-
-def summary(reports: Sequence[UnitReport]) -> Iterator[str]:
-    """Yield a line for each phase, which says by how much the errors of its units fell."""
-    for phase in ("weights", "activations"):
-        units = [report for report in reports if report.phase == phase]
-        if units:
-            ratios = sorted(unit.after / unit.before if unit.before else 1.0 for unit in units)
-            yield (
-                f"{phase}: {sum(unit.improved for unit in units)} of {len(units)} units improved, error x "
-                f"{ratios[len(ratios) // 2]:.2f} (median), {sum(unit.seconds for unit in units):.0f} s"
-            )
-
-
 # --- the files ---------------------------------------------------------------------------------------------
 
 
@@ -332,10 +308,5 @@ def _write(
             qnn, options.target, format=options.format, merge=facts["merge"], calibration=facts, source=source
         )
         bar.update(1)
-        _write_report(facts, reports, options)
+        write_report(options.outdir / REPORT_FILE, facts, reports)
         bar.update(1)
-
-
-def _write_report(facts: Mapping[str, Any], reports: Sequence[UnitReport], options: CalibrationOptions) -> None:
-    content = json.dumps({"settings": facts, "units": [asdict(report) for report in reports]}, indent=2) + "\n"
-    write_atomically(options.outdir / REPORT_FILE, lambda path: path.write_text(content, encoding="utf-8"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dsdiff.calibration import calibrate, ready_made, run
-from dsdiff.calibration.run import describe, summary
+from dsdiff.calibration.report import describe, summary
 from dsdiff.options import MergeOptions
 from qdiff.checkpoint import read_cali_header
 from qdiff.reconstruction import UnitReport
