@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.fileio import write_atomically
-from ldm.messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class ProgressFolder:
                 report = json.loads((file.metadata() or {})["report"])
                 return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s is damaged: what it held, and all after it, is done anew (%s)", path, first_line(error))
+            logger.warning("%s is damaged: what it held, and all after it, is done anew (%s)", path, error)
             return None
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""What a calibration needs in time, memory and disk, by measurements of the model that it is for."""
+"""Compute what a calibration needs in time, memory and disk, from measurements of its model."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ WRITING = 2e8  # bytes a second that a disk takes at least
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a calibration is to do.
+    """The work of a calibration.
 
     recon, mix: see `qdiff.calibrate`. batch_size: samples per forward pass. cache: bytes of activations that each
     process keeps in memory. format: of the cali_ckpt. finished: steps done by an interrupted run.
@@ -70,7 +70,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured of a model, for the estimate.
+    """The measurements of a model that an estimate needs.
 
     plain, weights, both: passes without quantization, with quantized weights, and with quantized activations as well;
     a pass that the calibration does not make is None. learning: of each step that learns. fitting: seconds of all

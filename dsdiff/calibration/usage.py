@@ -1,4 +1,4 @@
-"""What a calibration has taken: time, memory and disk, to be compared with the estimate."""
+"""Count the time, memory and disk that a calibration takes, to be compared with the estimate."""
 
 import gc
 import time
