@@ -1,7 +1,7 @@
 """Compute what a calibration needs in time, memory and disk, from measurements of its model."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dsdiff.calibration.data import MAX_BATCH, DataPlan
@@ -22,7 +22,7 @@ from dsdiff.calibration.measure import (
 from qdiff.calibrate import Step, calibration_steps
 from qdiff.config import MixConfig, ReconConfig
 from qdiff.distributed import world_size
-from qdiff.gptq import EXACT
+from qdiff.gptq import CHUNK, EXACT
 from qdiff.observers import SAMPLED_VALUES
 from qdiff.quant_model import QuantModel
 from qdiff.sensitivity import BACKWARD
@@ -233,9 +233,19 @@ def _memory_of_phases(qnn: QuantModel, plan: DataPlan, work: Workload, measured:
 
 
 def gptq_bytes(sizes: Sizes, samples: float) -> int:
-    """Return what GPTQ needs at most for so many samples at once: activations, sums over them, and factors."""
-    layers: Sequence[tuple[int, int]] = list(zip(sizes.columns, sizes.layer_bytes, strict=True))
-    return int(max(samples * (sizes.skip_bytes + 2 * size) + (12 if n > EXACT else 20) * n**2 for n, size in layers))
+    """Return what GPTQ needs at most for so many samples at once.
+
+    These are activations, inputs laid out as columns and a copy of them, the sums over them, and factors.
+    """
+    layers = zip(sizes.columns, sizes.layer_bytes, sizes.places, strict=True)
+    return int(
+        max(
+            samples * (sizes.skip_bytes + 2 * size)
+            + 8 * min(CHUNK, samples * places * n)
+            + (12 if n > EXACT else 20) * n**2
+            for n, size, places in layers
+        )
+    )
 
 
 def local_processes() -> int:

@@ -95,12 +95,12 @@ def test_what_does_not_fit_into_the_cache_goes_to_disk(qnn, plan, monkeypatch):
 
 def test_gptq_needs_memory_for_its_samples_and_its_largest_hessian():
     def sizes(layer_bytes, columns):
-        return Sizes(inputs={}, outputs={}, skip_bytes=1000, places=[1], layer_bytes=layer_bytes, columns=columns)
+        return Sizes(inputs={}, outputs={}, skip_bytes=1000, places=[1, 2], layer_bytes=layer_bytes, columns=columns)
 
-    assert gptq_bytes(sizes([10, 300], [3, 100]), 7) == 7 * 1600 + 20 * 100**2
-    assert gptq_bytes(sizes([10, 300], [3, EXACT + 1]), 7) == 7 * 1600 + 12 * (EXACT + 1) ** 2
+    assert gptq_bytes(sizes([10, 300], [3, 100]), 7) == 7 * 1600 + 8 * 7 * 2 * 100 + 20 * 100**2
+    assert gptq_bytes(sizes([10, 300], [3, EXACT + 1]), 7) == 7 * 1600 + 8 * 7 * 2 * (EXACT + 1) + 12 * (EXACT + 1) ** 2
     wide = sizes([10**9, 300], [3, EXACT + 1])  # the widest layer is not the largest
-    assert gptq_bytes(wide, 7) == 7 * (1000 + 2 * 10**9) + 20 * 9
+    assert gptq_bytes(wide, 7) == 7 * (1000 + 2 * 10**9) + 8 * 7 * 3 + 20 * 9
 
 
 # --- in fact -----------------------------------------------------------------------------------------------
