@@ -76,7 +76,7 @@ def calibrate(options: CalibrationOptions) -> Path:
     progress = ProgressFolder(options.outdir / "progress")
     if options.resume and not progress.begun and options.target.exists():
         raise ValueError(f"{str(options.target)!r} is finished: leave out --resume to calibrate anew in its place")
-    check_begun(progress, restarted() or options.resume)
+    check_begun(progress, progress.begun, restarted() or options.resume)
     spec = find_model(options.model, accept_bundle=False)
     logger.info("%s", spec)
     check_writable(options.outdir)
@@ -202,9 +202,9 @@ def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions
     )
 
 
-def check_begun(folder: ProgressFolder, resume: bool) -> None:
-    """Raise ValueError for an unfinished calibration that is not to be gone on with."""
-    if folder.begun and not resume:
+def check_begun(folder: ProgressFolder, begun: bool, resume: bool) -> None:
+    """Raise ValueError for a calibration that was begun in the folder and is not to be gone on with."""
+    if begun and not resume:
         raise ValueError(
             f"{str(folder.folder)!r} holds an unfinished calibration: go on with --resume, or remove it or use another "
             "--outdir to begin anew"
@@ -218,7 +218,7 @@ def begin_or_resume(folder: ProgressFolder, settings: Mapping[str, Any], resume:
     """
     begun = folder.begun
     barrier()  # no process may find what another has just begun
-    check_begun(folder, resume)
+    check_begun(folder, begun, resume)
     if begun:
         folder.check(settings)
     elif rank() == 0:

