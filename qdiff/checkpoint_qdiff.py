@@ -162,11 +162,12 @@ def _tell_of_other_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tens
     Models that were rounded to float16 on their way count as the same.
     """
     half = torch.finfo(torch.float16)
-    nearby = {"rtol": half.eps, "atol": half.eps * half.smallest_normal}
+    tiny = half.eps * half.smallest_normal
     others = [
         key
         for key, weight in own.items()
-        if weight.device.type != "meta" and not torch.allclose(tensors[key].float(), weight.float().cpu(), **nearby)
+        if weight.device.type != "meta"
+        and not torch.allclose(tensors[key].float(), weight.float().cpu(), rtol=half.eps, atol=tiny)
     ]
     if others:
         logger.warning(
