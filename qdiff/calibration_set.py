@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from ldm.tensor_files import check_whole, save_tensors
 from qdiff.checkpoint_qdiff import read_tensors
 from qdiff.finite import named
 
@@ -72,11 +72,9 @@ class CalibrationSet:
 
     def save(self, path: Path) -> None:
         """Write a .safetensors file, atomically."""
-        tensors = {"x": self.x.contiguous(), "t": self.t.contiguous()}
-        if self.context is not None:
-            tensors["context"] = self.context.contiguous()
+        tensors = {"x": self.x, "t": self.t} | ({} if self.context is None else {"context": self.context})
         facts = {"facts": json.dumps(self.facts)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+        write_atomically(path, lambda temporary: save_tensors(tensors, temporary, facts))
 
     @classmethod
     def load(cls, path: str | Path, steps: int | None = None, per_step: int | None = None) -> "CalibrationSet":
@@ -97,6 +95,7 @@ class CalibrationSet:
                 facts = json.loads((file.metadata() or {}).get("facts", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"calibration data {str(path)!r} cannot be read: {error}") from error
+        check_whole(path)
         if not {"x", "t"} <= tensors.keys() <= {"x", "t", "context"}:
             raise ValueError(f"{str(path)!r} is no calibration data: it holds {', '.join(sorted(tensors))}")
         with named(repr(str(path))):

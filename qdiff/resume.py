@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from ldm.tensor_files import check_whole, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,8 @@ class ProgressFolder:
 
     def save(self, number: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Write step `number`."""
-        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"report": json.dumps(dict(report))}
-        write_atomically(self._path(number), lambda path: save_file(content, path, metadata=metadata))
+        write_atomically(self._path(number), lambda path: save_tensors(tensors, path, metadata))
 
     def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and the report of step `number`, None if it is not finished or its file is damaged."""
@@ -70,6 +69,7 @@ class ProgressFolder:
         if not path.exists():
             return None
         try:
+            check_whole(path)
             with safe_open(path, framework="pt") as file:
                 report = json.loads((file.metadata() or {})["report"])
                 return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from dsdiff.pipeline import Pipeline
 from ldm.fileio import file_sha256, write_atomically
 from ldm.messages import first_line
 from ldm.models.diffusion.guidance import guided_steps
+from ldm.tensor_files import check_whole, save_tensors
 from qdiff.calibration_set import CalibrationSet, chosen_calls, recorded_inputs
 from qdiff.distributed import barrier, rank
 from qdiff.finite import named
@@ -284,11 +285,9 @@ def _with_prompt(values: tuple[Tensor, ...], pictures: int) -> tuple[Tensor, ...
 
 def _write_part(file: Path, batch: Sequence[tuple[Tensor, ...]]) -> None:
     """Keep a batch: for each call its tensors, under the numbers of both."""
-    tensors = {
-        f"{call:04}.{i}": value.contiguous() for call, values in enumerate(batch) for i, value in enumerate(values)
-    }
+    tensors = {f"{call:04}.{i}": value for call, values in enumerate(batch) for i, value in enumerate(values)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda path: save_file(tensors, path))
+    write_atomically(file, lambda path: save_tensors(tensors, path))
 
 
 def _read_part(file: Path, calls: int) -> list[tuple[Tensor, ...]] | None:
@@ -296,6 +295,7 @@ def _read_part(file: Path, calls: int) -> list[tuple[Tensor, ...]] | None:
     if not file.exists():
         return None
     try:
+        check_whole(file)
         tensors = load_file(file)
         names = [sorted(name for name in tensors if name.startswith(f"{call:04}.")) for call in range(calls)]
         if not all(names):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.data.shapes import COLORS, SHAPES, SIZES, TEXTURES, ObjectSpec, Scene, SceneSpec, ShapesDataset, render
+from ldm.tensor_files import check_whole
 
 STRIDE = 8  # pixels of a grid cell
 READING_SIDE = 128  # pixels of the pictures that the reader learnt from
@@ -194,8 +195,9 @@ class ShapesReader(nn.Module):
         """
         reader = cls(**params)
         try:
+            check_whole(path)
             reader.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} does not hold the weights of this reader ({reason}): train it anew") from error
         return reader.eval()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm.lora import layer_shapes, merge_lora
+from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.lora_names import UNET
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import guide
@@ -39,6 +39,14 @@ class LowRankFactors(nn.Module):
         """Return the change, with alpha equal to the rank."""
         return LowRank(down=self.down, up=self.up, strength=1.0)
 
+    @torch.no_grad()
+    def begin_from(self, change: LowRank) -> None:
+        """Take the factors of a change. Raises ValueError for one of another rank."""
+        if len(change.down) != len(self.down):
+            raise ValueError(f"rank {len(change.down)} in place of {len(self.down)}")
+        self.down.copy_(change.down)
+        self.up.copy_(change.up * change.strength)
+
 
 class ConsistencyDistillation(nn.Module):
     """A LoRA of a LatentDiffusion, which learns to go from any noise to the teacher's end in one step.
@@ -48,6 +56,7 @@ class ConsistencyDistillation(nn.Module):
 
     teacher: the config file of the LatentDiffusion. ckpt: its weights, which are not part of the state_dict.
     rank: of the changes to each linear layer and convolution of the UNet.
+    lora: a file whose changes are the first ones, of this rank; None begins without any.
     guidance: lowest and highest scale of the teacher's guidance, between which that of each picture is drawn.
     skip: k, in steps of LCM's 50. huber: c of the pseudo-Huber distance sqrt(d² + c²) - c.
     low_snr: the loss at t has the weight min(1, sqrt(SNR_t / low_snr)); 0 weights all alike. Errors of x_0 at large t
@@ -55,7 +64,7 @@ class ConsistencyDistillation(nn.Module):
     average_decay: of the running average of the factors, which is exported. average_target: the far end of the step
         is seen by the average in place of the student itself.
     scheduler_config: how training changes the learning rate; kept as an attribute.
-    Raises ValueError for values out of range, and for a teacher that predicts v.
+    Raises ValueError for values out of range, for a teacher that predicts v, and for a `lora` that does not fit.
     """
 
     times: Tensor
@@ -68,6 +77,7 @@ class ConsistencyDistillation(nn.Module):
         teacher: str,
         ckpt: str,
         rank: int = 16,
+        lora: str | None = None,
         guidance: Sequence[float] = (4.0, 4.0),
         skip: int = 1,
         huber: float = 1e-3,
@@ -87,8 +97,21 @@ class ConsistencyDistillation(nn.Module):
         shapes = layer_shapes(self.teacher.model.diffusion_model, self.teacher.cond_stage_model)
         self.layers = [name for name in shapes if name.startswith(UNET)]
         self.factors = nn.ModuleDict({_key(name): LowRankFactors(shapes[name], rank) for name in self.layers})
+        if lora is not None:
+            self._begin_from(lora, shapes)
         self.average = LitEma(self.factors, decay=average_decay)
         self._register_schedule(low_snr)
+
+    def _begin_from(self, lora: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the factors of a file. Raises ValueError, and FileNotFoundError, as `read_lora` does."""
+        for name, change in read_lora(lora, shapes).items():
+            if name not in self.layers:
+                raise ValueError(f"LoRA {lora!r} changes {name}, which is not trained: only layers of the UNet are")
+            factors = cast(LowRankFactors, self.factors[_key(name)])
+            try:
+                factors.begin_from(change)
+            except ValueError as error:
+                raise ValueError(f"LoRA {lora!r} cannot be trained on: {name} has {error}") from error
 
     def _register_schedule(self, low_snr: float) -> None:
         """Compute what depends on the place in the teacher's schedule: 0 is the picture, 50 the noise."""

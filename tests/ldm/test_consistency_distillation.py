@@ -11,6 +11,7 @@ from torch import nn
 from ldm.lora import layer_shapes, merge_lora, read_lora, save_lora
 from ldm.models.consistency_distillation import ConsistencyDistillation
 from ldm.models.diffusion.lcm import LCMSampler
+from ldm.modules.low_rank import LowRank
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 FILES: dict[str, Any] = {"teacher": str(GOLDENS / "tiny_ldm.yaml"), "ckpt": str(GOLDENS / "tiny_ldm.safetensors")}
@@ -154,6 +155,24 @@ def test_the_file_holds_the_changes_and_draws_what_training_drew(tmp_path):
             generator = torch.Generator().manual_seed(0)
             pictures.append(LCMSampler(each).sample(4, 2, (4, 8, 8), **arguments, generator=generator)[0])
     assert (pictures[0] - pictures[1]).abs().max() < 0.02 * pictures[0].abs().max()
+
+
+@torch.no_grad()
+def test_training_goes_on_from_a_file(tmp_path):
+    model, path = perturbed(distillation(rank=2)), tmp_path / "lcm.safetensors"
+    changes = {name: LowRank(down=change.down, up=change.up, strength=0.5) for name, change in model.changes().items()}
+    save_lora(changes, path, model.layers, {})
+    further = distillation(rank=2, lora=str(path))
+    for name, change in further.changes().items():
+        delta = changes[name].delta()
+        assert (change.delta() - delta).abs().max() < 2e-3 * delta.abs().max(), name
+    with further.average.average_parameters(further.factors):  # the average begins there too
+        name = further.layers[0]
+        assert torch.equal(
+            further.changes()[name].delta(), distillation(rank=2, lora=str(path)).changes()[name].delta()
+        )
+    with pytest.raises(ValueError, match=r"cannot be trained on: .* has rank 2 in place of 3"):
+        distillation(rank=3, lora=str(path))
 
 
 def test_a_teacher_that_predicts_v_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from ldm.data.reader import (
     relation_holds,
 )
 from ldm.data.shapes import ShapesDataset, held_out, parse_caption
+from ldm.tensor_files import save_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ROOT / "models/ldm/shapes/reader.safetensors"
@@ -164,6 +165,10 @@ def test_other_weights_are_refused(tmp_path):
     path.write_bytes(b"no weights at all")
     with pytest.raises(ValueError, match="does not hold the weights"):
         ShapesReader.from_file(path)
+    save_tensors(ShapesReader(width=8, features=8).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="damaged"):
+        ShapesReader.from_file(path, width=8, features=8)
 
 
 # judgement

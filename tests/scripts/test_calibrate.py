@@ -117,7 +117,9 @@ def test_an_interrupted_calibration_tells_how_to_go_on(make, tmp_path, monkeypat
         with pytest.raises(SystemExit) as leaving:
             make(tmp_path, *linear)
     assert leaving.value.code == 130 and "the same command with --resume goes on" in capsys.readouterr().err
-    assert "go on with --resume" in error_of(capsys, make, tmp_path, *linear)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsdiff.calibration.run.find_model", None)  # the refusal comes before anything is read
+        assert "go on with --resume" in error_of(capsys, make, tmp_path, *linear)
     assert "other settings: running_stat" in error_of(capsys, make, tmp_path, *linear, "--running_stat", "--resume")
     make(tmp_path, *linear, "--resume")
     assert (tmp_path / "cali.safetensors").is_file() and not (tmp_path / "progress").exists()

@@ -109,7 +109,9 @@ def test_an_interrupted_drawing_goes_on_with_the_same_bytes(pipeline, options, t
         calibration_data(pipeline, own)
     assert plan_data(pipeline, own).drawn == 1 * 2 * 2  # a picture, two steps, both branches
     parts = sorted((own.outdir / file.name).with_suffix(".parts").iterdir())
-    parts[0].write_bytes(b"rubbish")
+    part = bytearray(parts[0].read_bytes())
+    part[-1] ^= 4  # a bit that the disk turned over
+    parts[0].write_bytes(part)
     calibration_data(pipeline, own)
     assert drawn == [[42, 43], [44, 45], None, [42, 43], [46]] and "is damaged and drawn anew" in caplog.text
     assert [path.name for path in own.outdir.iterdir()] == [file.name]
@@ -121,10 +123,12 @@ def test_a_damaged_file_is_drawn_anew(pipeline, options, tmp_path, caplog):
     calibration_data(pipeline, own)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
-    file.write_bytes(whole[:1000])
-    assert plan_data(pipeline, own).ready is None and "drawn anew" in caplog.text
-    calibration_data(pipeline, own)
-    assert file.read_bytes() == whole
+    for content in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 4])):  # cut, and with a bit turned over
+        file.write_bytes(content)
+        caplog.clear()
+        assert plan_data(pipeline, own).ready is None and "drawn anew" in caplog.text
+        calibration_data(pipeline, own)
+        assert file.read_bytes() == whole
 
 
 def test_pictures_that_become_infinite_are_named(pipeline, options, tmp_path):
