@@ -113,7 +113,7 @@ def _noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     for what, value, known in (("beta_schedule", schedule, SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
         if value not in known:
             raise ValueError(f"scheduler: {what} {value!r} is not supported: only {', '.join(known)} are")
-    unusual = {} if prediction == "epsilon" else {"parameterization": PREDICTIONS[prediction]}
+    unusual: dict[str, Any] = {} if prediction == "epsilon" else {"parameterization": PREDICTIONS[prediction]}
     if scheduler.get("rescale_betas_zero_snr"):
         unusual["rescale_betas_zero_snr"] = True
     return unusual | {

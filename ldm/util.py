@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def default(value: T | None, fallback: T | Callable[[], T]) -> T:
     """Return `value`, or the fallback if it is None (what the fallback returns, if it is a function)."""
     if value is not None:
         return value
-    return fallback() if callable(fallback) else fallback
+    return cast(T, fallback() if callable(fallback) else fallback)
 
 
 def get_obj_from_str(path: str) -> Any:
@@ -239,7 +239,7 @@ def for_inference(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place_tokenizer(model: nn.Module, ckpt: Path, directory: str | Path | None) -> None:
-    encoder = model.cond_stage_model
+    encoder: Any = model.cond_stage_model
     if hasattr(encoder, "set_tokenizer_candidates"):
         folder = ckpt if ckpt.is_dir() else ckpt.parent
         encoder.set_tokenizer_candidates((folder / "tokenizer", folder))
@@ -250,7 +250,7 @@ def _place_tokenizer(model: nn.Module, ckpt: Path, directory: str | Path | None)
 
 
 def _check_schedule(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    stored, own = tensors.get("alphas_cumprod"), model.alphas_cumprod
+    stored, own = tensors.get("alphas_cumprod"), model.get_buffer("alphas_cumprod")
     if stored is None:
         return
     if not is_plain(stored) or not stored.is_floating_point():

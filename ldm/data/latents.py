@@ -54,7 +54,7 @@ class CachedLatents(Dataset):
     def _encode(self, missing: dict[Path, int], model: AutoencoderKL, batch_size: int) -> None:
         """Write the missing parts; `missing` has the index of the first item of each."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device, memory_format=torch.channels_last).eval()
+        model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         there = len(self.source) - sum(len(self._items(start)) for start in missing.values())
         with tqdm(total=len(self.source), initial=there, desc="encoding", unit="picture", smoothing=0.05) as bar:
             for path, start in missing.items():

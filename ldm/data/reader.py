@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ class ShapesReader(nn.Module):
         self.head.bias.data[0] = -4.0  # few cells hold a centre
 
     @classmethod
-    def from_file(cls, path: str | PathLike, **params: int) -> "ShapesReader":
+    def from_file(cls, path: str | Path, **params: int) -> "ShapesReader":
         """Return a reader in eval mode with the weights of a safetensors file, as float32.
 
         params: the arguments of the constructor. Raises ValueError for a file that does not hold such a reader.

@@ -67,10 +67,12 @@ class AutoencoderKL(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ResnetBlock | AttnBlock):
                 zero_module(module.conv2 if isinstance(module, ResnetBlock) else module.proj_out)
+        assert self.quant_conv.bias is not None
         self.quant_conv.weight[self.embed_dim :] *= 0.1
         self.quant_conv.bias[self.embed_dim :] = -8.0
 
@@ -100,6 +102,7 @@ class AutoencoderKL(nn.Module):
         mean = posterior.mean.mean(dim=[0, 2, 3])
         std = (posterior.mean.var(dim=[0, 2, 3]) + posterior.var.mean(dim=[0, 2, 3])).sqrt()
         inner, outer = self.quant_conv, self.post_quant_conv
+        assert inner.bias is not None and outer.bias is not None
         n = self.embed_dim
         inner.weight[:n] /= std[:, None, None, None]
         inner.bias[:n] = (inner.bias[:n] - mean) / std

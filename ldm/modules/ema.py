@@ -1,5 +1,8 @@
 """Exponential moving average of a network's weights, under the key names of CompVis checkpoints."""
 
+# pyright: reportPrivateImportUsage=false
+# (the functions on lists of tensors, as torch.optim uses them)
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -38,7 +38,7 @@ class AttentionByHeads(torch.autograd.Function):
             p = probabilities(query, key)
             torch.mm(p.t(), of_out, out=grad_v[head])
             of_p = torch.mm(of_out, value.t())
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype)
             torch.mm(of_scores, key, out=grad_q[head])
             torch.mm(of_scores.t(), query, out=grad_k[head])
         return (grad_q * ctx.scale).view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape), None

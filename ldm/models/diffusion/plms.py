@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import reduce
+from operator import add
 
 from torch import Tensor
 
@@ -59,7 +61,7 @@ class PLMSSampler(DDIMSampler):
                 x_end, _ = self._update(x, e[0], i, noise)
                 e_prime = (e[0] + predict_eps(x_end, int(self.ddim_timesteps[max(i - 1, 0)]))) / 2
             else:
-                e_prime = sum(w * e_k for w, e_k in zip(ADAMS_BASHFORTH[len(e)], e, strict=True))
+                e_prime = reduce(add, (w * e_k for w, e_k in zip(ADAMS_BASHFORTH[len(e)], e, strict=True)))
             x, pred_x0 = self._update(x, e_prime, i, noise)
             yield x, pred_x0
 

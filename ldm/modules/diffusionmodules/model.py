@@ -1,7 +1,8 @@
 """The encoder and the decoder of the autoencoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
             size = f"{x.shape[3]}x{x.shape[2]}"
             raise ValueError(f"pictures of {size} cannot be encoded: sides must be multiples of {self.factor}")
         h = self.conv_in(x)
-        for level in self.down[:-1]:
+        for level in cast(Iterable[Level], self.down[:-1]):
             h = level.downsample(level(h))
         h = self.mid(self.down[-1](h))
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -220,7 +221,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up[1:]):
+        for level in cast(Iterable[Level], reversed(self.up[1:])):
             h = level.upsample(level(h))
         h = self.up[0](h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,6 +1,7 @@
 """The UNet that predicts the noise: residual blocks and attention at several resolutions, with skip connections."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -432,12 +433,13 @@ class UNetModel(nn.Module):
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.resblock_updown and any(n % factor for n in x.shape[2:]):
             raise ValueError(f"latents of {tuple(x.shape[2:])} are not multiples of {factor}, as this UNet needs")
-        dtype = dtype or self.out[0].weight.dtype
+        own = cast(nn.GroupNorm, self.out[0]).weight.dtype
+        dtype = dtype or own
         emb = self.embed_time(timesteps, dtype) if guidance is None else self.embed_guided(timesteps, guidance, dtype)
         if y is not None:
             emb = emb + self.label_emb(y)
         h = self._features(x.to(dtype), timesteps, emb, context)
-        return self.out(h.to(self.out[0].weight.dtype)).to(x.dtype)
+        return self.out(h.to(own)).to(x.dtype)
 
     def _features(
         self, h: torch.Tensor, timesteps: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None

@@ -131,7 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _added_token(token: str | dict[str, Any], **more: bool) -> AddedToken:
+def _added_token(token: str | dict[str, Any], **more: Any) -> AddedToken:
     """Make an AddedToken from its text, or from its text and flags as the files hold them."""
     if isinstance(token, str):
         return AddedToken(token, **more)
