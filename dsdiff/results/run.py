@@ -58,7 +58,9 @@ def make_results(options: ResultsOptions) -> Results:
     rows, protocols = read_table(options.table)
     if options.model not in protocols:
         raise ValueError(f"table {str(options.table)!r} has no model {options.model}: it has {', '.join(protocols)}")
-    rows, protocol = choose_rows(rows, options.rows), protocols[options.model]
+    protocol = protocols[options.model]
+    # The rows of a model are of the weights that come with it: their calibrations fit no others.
+    rows = choose_rows([*rows, *(protocol.rows if options.ckpt is None else ())], options.rows)
     spec = find_model(model_options(protocol, options), accept_bundle=False)
     check(spec, protocol, options)
     with only_work_in(options.outdir):
@@ -173,14 +175,13 @@ def plan_tasks(
 
 
 def _try_quantized(tasks: Sequence[Task]) -> None:
-    """Load a quantized model, so that a damaged file or one of another model is reported now."""
-    for task in tasks:
-        if task.pictures.settings.quantization is not None:
-            pipeline = task.pictures.model.open()
-            for note in pipeline.notes:
-                logger.info("%s", note)
-            pipeline.prepare(task.pictures.settings)
-            return
+    """Load a model of each cali_ckpt, so that a damaged file or one of another model is reported now."""
+    by_file = {each.cali_ckpt: task for task in tasks if (each := task.pictures.model.quantization) is not None}
+    for task in by_file.values():
+        pipeline = task.pictures.model.open()
+        for note in pipeline.notes:
+            logger.info("%s", note)
+        pipeline.prepare(task.pictures.settings)
 
 
 # --- the rows ----------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ class Row:
 
     ratio: of token merging, 0 for none. weight_bit, act_bit: None for float. published: the FID of the original work.
     Fields of DRAWN: how its pictures are drawn, see DrawOptions; None draws as the model's other rows, and without
-    guidance with samplers of few steps. lora: a LoRA, FILE or FILE:SCALE, from the root of the repository.
-    Raises ValueError for quantized activations with float weights, and for a value out of range.
+    guidance with samplers of few steps. lora: a LoRA, FILE or FILE:SCALE, and cali_ckpt: a calibration in place of the
+    table's, both from the root of the repository.
+    Raises ValueError for quantized activations or a cali_ckpt with float weights, and for a value out of range.
     """
 
     name: str
@@ -52,11 +53,14 @@ class Row:
     cache_depth: int | None = None
     vae: str | None = None
     lora: str | None = None
+    cali_ckpt: str | None = None
 
     def __post_init__(self) -> None:
         MergeOptions(ratio=self.ratio)  # which checks it
         if self.weight_bit is None and self.act_bit is not None:
             raise ValueError(f"{self.name}: activations of {self.act_bit} bits need a weight_bit")
+        if self.weight_bit is None and self.cali_ckpt is not None:
+            raise ValueError(f"{self.name}: cali_ckpt {self.cali_ckpt!r} needs a weight_bit")
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -108,9 +112,11 @@ class Row:
         return MergeOptions(ratio=self.ratio) if self.ratio else None
 
     def quantization(self, cali_ckpt: Path) -> QuantizationOptions | None:
-        """Return the options by which the row reads a cali_ckpt; None for a float model."""
+        """Return the options by which the row reads its own cali_ckpt, or this one; None for a float model."""
         if self.weight_bit is None:
             return None
+        if self.cali_ckpt is not None:
+            cali_ckpt = ROOT / self.cali_ckpt
         quant_act = self.act_bit is not None
         return QuantizationOptions(
             cali_ckpt=cali_ckpt, weight_bit=self.weight_bit, quant_act=quant_act, act_bit=self.act_bit
@@ -123,7 +129,8 @@ class Protocol:
 
     config: the model's yaml. prompts: "shapes" for captions, or a text with {class} for the classes of ImageNet.
     pictures: in a row. seed: of the first picture. drawing, calibration, scoring: see their classes; the model, the
-    device, the folders, and what the rows differ in are still to be filled in.
+    device, the folders, and what the rows differ in are still to be filled in. rows: of this model alone, and of
+    the weights that come with it, after those of all models.
     """
 
     config: Path
@@ -133,6 +140,7 @@ class Protocol:
     drawing: DrawOptions
     calibration: CalibrationOptions
     scoring: ScoringOptions
+    rows: Sequence[Row] = ()
 
     def __post_init__(self) -> None:
         for name, low in (("pictures", 2), ("seed", 0)):
@@ -149,7 +157,7 @@ def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         check_names("the table", content, ("rows", "models"), ("rows", "models"))
-        rows = [build(Row, values, f"row {number}") for number, values in enumerate(content["rows"], 1)]
+        rows = _rows(content["rows"], "row")
         protocols = {name: _protocol(values, name) for name, values in content["models"].items()}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {error}") from error
@@ -158,9 +166,15 @@ def read_table(path: Path) -> tuple[list[Row], dict[str, Protocol]]:
             f"table {str(path)!r}: its first row must be full precision without merging, drawn as the model says: the "
             "baseline"
         )
-    if len({row.key for row in rows}) < len(rows):
-        raise ValueError(f"table {str(path)!r}: two rows have the same name and ratio, and are drawn alike")
+    for protocol in protocols.values():
+        all_rows = [*rows, *protocol.rows]
+        if len({row.key for row in all_rows}) < len(all_rows):
+            raise ValueError(f"table {str(path)!r}: two rows have the same name and ratio, and are drawn alike")
     return rows, protocols
+
+
+def _rows(values: Sequence[Mapping[str, Any]], where: str) -> list[Row]:
+    return [build(Row, each, f"{where} {number}") for number, each in enumerate(values, 1)]
 
 
 def choose_rows(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
@@ -197,6 +211,7 @@ def _protocol(values: Mapping[str, Any], name: str) -> Protocol:
         drawing=build(DrawOptions, sections["drawing"], f"drawing of {name}"),
         calibration=build(CalibrationOptions, calibration, f"calibration of {name}"),
         scoring=build(ScoringOptions, scoring, f"scoring of {name}"),
+        rows=_rows(values.get("rows") or (), f"{name}, row"),
     )
 
 

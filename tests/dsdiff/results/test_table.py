@@ -44,7 +44,9 @@ def test_shipped_table_is_that_of_the_original():
     assert sd.drawing == DrawOptions(sampler="plms", steps=50, scale=7.5, precision="full")
     assert embedded.drawing == DrawOptions(sampler="dpm_solver", steps=20, precision="full")
     assert (sd.scoring.reference, sd.scoring.resize, sd.scoring.size) == (None, "center-crop", 512)
-    assert embedded.scoring.reference == "shapes"
+    assert embedded.scoring.reference == "shapes" and not sd.rows
+    assert [row.key for row in embedded.rows] == ["W4A8-dynamic-0", "W4A8-dynamic-0.5"]
+    assert all((ROOT / row.cali_ckpt).is_file() for row in embedded.rows)
 
 
 def test_a_calibration_is_w4a8_and_what_the_table_adds():
@@ -73,6 +75,11 @@ def test_what_rows_ask_for():
             MergeOptions(ratio=0.6),
             QuantizationOptions(cali_ckpt=CALI, weight_bit=4, quant_act=True, act_bit=8),
         ),
+        (
+            Row(name="W4A8", ratio=0.0, weight_bit=4, act_bit=8, cali_ckpt="models/own.safetensors"),
+            None,
+            QuantizationOptions(cali_ckpt=ROOT / "models/own.safetensors", weight_bit=4, quant_act=True, act_bit=8),
+        ),
     ]
     for row, merge, quantization in cases:
         assert row.merge == merge and row.quantization(CALI) == quantization, row.title
@@ -96,6 +103,9 @@ BAD_TABLES = [
     (lambda table: table["rows"][1].update(ratio="half"), "row 2: ratio is 'half': it must be of type float"),
     (lambda table: table["rows"][1].pop("ratio"), "row 2 lacks ratio"),
     (lambda table: table["rows"][1].update(act_bit=8), "need a weight_bit"),
+    (lambda table: table["rows"][1].update(cali_ckpt="x"), "FP32: cali_ckpt 'x' needs a weight_bit"),
+    (edited(None, rows=[{"name": "FP32", "ratio": 0.5}]), "two rows have the same name and ratio"),
+    (edited(None, rows=[{"name": "FP32"}]), "sd-v1, row 1 lacks ratio"),
     (lambda table: table["rows"][1].update(colour="red"), "row 2 has unknown colour"),
     (edited(None, prompts="a dog"), "prompts are 'a dog'"),
     (edited(None, pictures="many"), "pictures is 'many'"),
