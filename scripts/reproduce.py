@@ -9,7 +9,8 @@ OUTDIR/results.json, results.md and results.html, which needs nothing beside it.
 
 --model sd-v1 does the same with Stable Diffusion v1.4 after the original's protocol: it needs the checkpoint,
 --reference imagenet:DIR, and torch-fidelity's Inception weights. Without --cali_ckpt the one that comes with the model
-is taken, or one is made first, in OUTDIR.
+is taken, or one is made first, in OUTDIR. Rows with a calibration of their own, such as W4A8-dynamic, are of the
+weights that come with the model, and left out with --ckpt.
 
 Pictures are kept in OUTDIR/pictures and drawn only if they are not there: an interrupted run goes on with the same
 command. With torchrun the processes share the pictures: torchrun --nproc_per_node 2 scripts/reproduce.py
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=(),
         metavar="ROW",
-        help="these and the baseline, as FP32-0.5 W4A8-0.5 (default: all)",
+        help="these and the baseline, as FP32-0.5 W4A8-dynamic-0.5 (default: all)",
     )
     add("--pictures", type=number(int, 2), metavar="N", help="pictures a row (default: the table's)")
     add("--reference", metavar="SOURCE", help="as of eval_fid.py (default: the table's)")
