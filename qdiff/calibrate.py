@@ -122,6 +122,10 @@ def calibrate(
             _restore(qnn, step, tensors, report, mix)
             yield step, report
             continue
+        if resuming and folder is not None:
+            barrier()  # all have looked: none may find, and load, what another has just finished
+            if rank() == 0:
+                folder.drop_from(number)
         resuming = False
         if step.phase == "weights" and recon is not None and recon.rounding == "gptq":
             if not rounded:

@@ -46,15 +46,23 @@ class Cache:
         self.most_on_disk = max(self.most_on_disk, self.on_disk)
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
 
+    def sweep(self) -> None:
+        """Delete what killed processes left, whichever they were. The first process does it, before any allocates."""
+        if rank() == 0:
+            self._delete("activations-*.bin")
+
     def clear(self) -> None:
-        """Drop all tensors, which must not be used any more, and delete files that a killed process left."""
-        for path in self.folder.glob(f"activations-{rank()}-*.bin"):
-            path.unlink()
-        with suppress(OSError):  # other processes may still have files in it
-            self.folder.rmdir()
+        """Drop all tensors, which must not be used any more, and delete this process's files."""
+        self._delete(f"activations-{rank()}-*.bin")
         self.files = 0
         self.held = 0
         self.on_disk = 0
+
+    def _delete(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern):
+            path.unlink()
+        with suppress(OSError):  # other processes may still have files in it
+            self.folder.rmdir()
 
 
 @torch.no_grad()
@@ -93,7 +101,7 @@ def capture(
                 stores = [cache.allocate((len(data), *value.shape[1:])) for value in caught]
             for store, value in zip(stores, caught, strict=True):
                 if not is_finite(value):
-                    bad = next(i for i, each in enumerate(value) if not is_finite(each))
+                    bad = next((i for i, each in enumerate(value) if not is_finite(each)), 0)  # sums overflow together
                     what = "output" if output else "input"
                     raise ValueError(f"its {what} is NaN or infinite for {data.name(start + bad)}")
                 if number or rank() == 0:  # all processes have the first batch, and they are summed below

@@ -77,6 +77,12 @@ class ProgressFolder:
             logger.warning("%s is damaged: what it held, and all after it, is done anew (%s)", path, error)
             return None
 
+    def drop_from(self, number: int) -> None:
+        """Remove the steps from `number` on: they followed a step that is done anew."""
+        for path in self.folder.glob("step-*"):
+            if path >= self._path(number):
+                path.unlink()
+
     def remove(self) -> None:
         """Remove the calibration and its folder."""
         for path in sorted(self.folder.glob("*"), reverse=True):  # steps before settings

@@ -307,7 +307,8 @@ def _read_part(file: Path, calls: int) -> list[tuple[Tensor, ...]] | None:
 
 
 def _remove_parts(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
+    for pattern in ("*.safetensors", ".*.tmp"):  # the latter were being written as their process was killed
+        for file in folder.glob(pattern):
+            file.unlink()
     with suppress(OSError):  # there is none, or something else in it
         folder.rmdir()

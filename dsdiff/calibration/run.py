@@ -89,9 +89,10 @@ def calibrate(options: CalibrationOptions) -> Path:
 
 def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressFolder) -> None:
     cache = Cache(options.cache_bytes, options.outdir / "cache")
-    cache.clear()
+    cache.sweep()
     pipeline = Pipeline(spec, device=options.device, tokenizer=options.model.tokenizer, lora=options.lora)
     plan = plan_data(pipeline, options)
+    barrier()  # all have looked for the data
     qnn = _quantized(pipeline, options)
     _check_needs(qnn, plan, options, progress)
     with Usage(options.outdir, cache) as usage:

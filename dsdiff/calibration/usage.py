@@ -1,7 +1,9 @@
 """Count the time, memory and disk that a calibration takes, to be compared with the estimate."""
 
 import gc
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -54,4 +56,10 @@ class Usage:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Return the bytes of all files below a folder. Other processes may rename and delete them meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total

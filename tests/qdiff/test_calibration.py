@@ -123,6 +123,17 @@ def test_captured_inputs_give_the_captured_output(make_qnn, data, tmp_path, asse
             assert not (tmp_path / "cache").exists()
 
 
+def test_files_that_killed_processes_left_are_swept(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for rank in range(3):  # there were more of them
+        (folder / f"activations-{rank}-0.bin").write_bytes(bytes(8))
+    Cache(0, folder).clear()
+    assert len(list(folder.iterdir())) == 2  # other processes may be using theirs
+    Cache(0, folder).sweep()
+    assert not folder.exists()
+
+
 @torch.no_grad()
 def test_every_sample_is_captured_the_last_batch_included(make_qnn, data, tmp_path):
     qnn = make_qnn()

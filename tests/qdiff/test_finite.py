@@ -95,6 +95,14 @@ def test_a_captured_sample_is_named(make_qnn, data, tmp_path):
             capture(qnn, qnn.units()["model.input_blocks.1.0"], wild, 4, Cache(10**9, tmp_path), output=output)
 
 
+def test_samples_whose_sums_overflow_only_together_are_named(make_qnn, data, tmp_path):
+    half = torch.full_like(data.x, 2e38 / data.x[0].numel())  # two of them are more than float32 holds
+    wild = CalibrationSet(half, data.t, data.context)
+    qnn = make_qnn()
+    with pytest.raises(ValueError, match="its input is NaN or infinite for sample 0 of 6"):
+        capture(qnn, qnn.units()["model.input_blocks.0.0"], wild, 4, Cache(10**9, tmp_path))
+
+
 def test_an_activation_is_named(make_qnn, data):
     qnn = make_qnn()
     qnn.fit_weights()

@@ -12,6 +12,8 @@ from qdiff.checkpoint import read_cali_header
 from qdiff.reconstruction import UnitReport
 from qdiff.resume import ProgressFolder
 
+LINEAR = {"quant_mode": "linear", "rounding": None, "iters_w": None, "iters_a": None, "no_grad_ckpt": False}
+
 
 @pytest.fixture(scope="module")
 def calibrated(options, tmp_path_factory):
@@ -100,9 +102,18 @@ def test_a_ready_made_file_is_made_gone_on_with_and_found(options, tmp_path, mon
     assert len(calls) == 2  # it was found
 
 
+def test_all_processes_have_looked_for_the_data_before_one_draws_it(options, tmp_path, monkeypatch):
+    """Or one that looks later finds it there, and does not wait where the others do."""
+    events = []
+    for name in ("plan_data", "barrier", "calibration_data"):
+        own = getattr(run, name)
+        monkeypatch.setattr(run, name, lambda *args, name=name, own=own: events.append(name) or own(*args))
+    calibrate(replace(options, outdir=tmp_path, **LINEAR))
+    assert events[:3] == ["plan_data", "barrier", "calibration_data"]
+
+
 def test_merging_is_noted(options, tmp_path):
-    linear = {"quant_mode": "linear", "rounding": None, "iters_w": None, "iters_a": None, "no_grad_ckpt": False}
-    own = replace(options, outdir=tmp_path, merge=MergeOptions(ratio=0.5), **linear)
+    own = replace(options, outdir=tmp_path, merge=MergeOptions(ratio=0.5), **LINEAR)
     header = read_cali_header(calibrate(own))
     assert header.merge["ratio"] == 0.5 and header.calibration["quant_mode"] == "linear"
     assert json.loads((tmp_path / "report.json").read_text())["units"] == []
