@@ -15,12 +15,14 @@ from dsdiff.models.registry import ROOT
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config as plain dicts. A relative tokenizer directory in it is found wherever the command runs.
 
-    Raises OSError if the file cannot be read, ValueError if it is no yaml.
+    Raises OSError if the file cannot be read, ValueError if it is no yaml, or no settings by name.
     """
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(path)!r} is no valid yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config {str(path)!r} holds a {type(config).__name__}: it must hold settings by name")
     encoder = look_up(config, "model.params.cond_stage_config.params")
     if isinstance(encoder, dict) and encoder.get("tokenizer"):
         directory = encoder.pop("tokenizer")

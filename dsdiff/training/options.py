@@ -1,10 +1,12 @@
 """The options of a training run, and the contents of its config file. Nothing here imports torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsdiff.checks import check_whole
 from dsdiff.models.configs import read_config
 from ldm.fileio import check_writable
 from tomesd.options import MergeOptions
@@ -59,7 +61,7 @@ class TrainingOptions:
 class DataConfig:
     """The data sets of a training, as configs with `target` and `params`, and how they are read.
 
-    batch_size: pictures per step, on all devices together.
+    batch_size: pictures per step, on all devices together. Raises ValueError for values out of range.
     """
 
     batch_size: int
@@ -67,13 +69,25 @@ class DataConfig:
     validation: Mapping[str, Any]
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("num_workers", self.num_workers, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Weights that a part of a model begins with: those of `file` whose names begin with `prefix`, without it."""
+    """Weights that a part of a model begins with: those of `file` whose names begin with `prefix`, without it.
+
+    file: a name is taken, too. Raises ValueError for what is none.
+    """
 
     file: Path
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str | Path) or not isinstance(self.prefix, str):
+            raise ValueError(f"file is {self.file!r} and prefix {self.prefix!r}: both must be names")
+        object.__setattr__(self, "file", Path(self.file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +104,8 @@ class TrainerConfig:
         keys and values merged into many (`merge_kv`, `proportional`) the result is nearly the same, in less time.
     export: where to write the float16 weights at the end; None: nowhere.
     init_from: prefix of the model's keys -> the weights of that part, whose keys lack the prefix.
+
+    Raises ValueError for values out of range.
     """
 
     max_steps: int
@@ -101,6 +117,13 @@ class TrainerConfig:
     merge: MergeOptions | None = None
     export: Path | None = None
     init_from: Mapping[str, InitialWeights] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "checkpoint_every"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("log_images_every", self.log_images_every, 0)
+        if self.export is not None and not isinstance(self.export, str | Path):
+            raise ValueError(f"export is {self.export!r}: it must be the name of a file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +158,12 @@ def read_training_config(options: TrainingOptions) -> TrainingConfig:
         max_steps=options.max_steps or trainer.max_steps,
         export=_export_path(options, trainer),
         merge=_merge_options(content["trainer"].get("merge"), source),
-        init_from={prefix: _initial_weights(given, source) for prefix, given in _init_from(content).items()},
+        init_from=_init_from(content["trainer"].get("init_from"), source),
     )
     check_writable(options.folder)
     return TrainingConfig(
         model={name: value for name, value in content["model"].items() if name != "base_learning_rate"},
-        learning_rate=float(content["model"]["base_learning_rate"]),
+        learning_rate=_learning_rate(content["model"]["base_learning_rate"], source),
         data=_read_part(DataConfig, content["data"], f"data in config {source!r}"),
         trainer=trainer,
     )
@@ -151,7 +174,10 @@ def _read_with_base(path: Path) -> dict[str, Any]:
     content = read_config(path)
     if "base" not in content:
         return content
-    base = read_config(Path(str(content.pop("base"))))
+    name = content.pop("base")
+    if not isinstance(name, str):
+        raise ValueError(f"the base of config {str(path)!r} is {name!r}: it must be the name of a config")
+    base = read_config(Path(name))
     if "base" in base:
         raise ValueError(f"the base of config {str(path)!r} has a base itself: one is all that can be")
     return over(base, content)
@@ -187,19 +213,30 @@ def _merge_options(given: Mapping[str, Any] | None, source: str) -> MergeOptions
         raise ValueError(f"merge of the trainer in config {source!r}: {error}") from error
 
 
-def _init_from(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    return content["trainer"].get("init_from") or {}
+def _learning_rate(given: Any, source: str) -> float:
+    try:
+        rate = float(given)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"base_learning_rate in config {source!r} is {given!r}: it must be a number above 0")
+    return rate
 
 
-def _initial_weights(given: str | Mapping[str, Any], source: str) -> InitialWeights:
-    """Read an entry of init_from: the name of a file, or a mapping with `file` and `prefix`."""
-    fields_given = {"file": given} if isinstance(given, str) else given
-    weights = _read_part(InitialWeights, fields_given, f"init_from in config {source!r}")
-    return replace(weights, file=Path(weights.file))
+def _init_from(given: Any, source: str) -> dict[str, InitialWeights]:
+    """Read init_from: for each part the name of a file, or a mapping with `file` and `prefix`; None for no parts."""
+    if not isinstance(given or {}, Mapping):
+        raise ValueError(f"init_from in config {source!r} is {given!r}: it must name a file for each part of the model")
+    parts = {prefix: {"file": each} if isinstance(each, str) else each for prefix, each in (given or {}).items()}
+    return {
+        prefix: _read_part(InitialWeights, each, f"init_from in config {source!r}") for prefix, each in parts.items()
+    }
 
 
 def _read_part(kind: type[T], content: Mapping[str, Any], what: str) -> T:
-    """Make a dataclass from a part of a config. Raise ValueError for fields that are unknown or missing."""
+    """Make a dataclass from a part of a config. Raise ValueError for fields that are unknown, missing, or wrong."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{what}: {content!r} is no mapping of names to values")
     known = {field.name: field for field in fields(kind)}
     unknown = sorted(set(map(str, content)) - known.keys())
     if unknown:
@@ -207,4 +244,7 @@ def _read_part(kind: type[T], content: Mapping[str, Any], what: str) -> T:
     required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
         raise ValueError(f"{what}: {', '.join(missing)} is missing")
-    return kind(**content)
+    try:
+        return kind(**content)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error

@@ -39,8 +39,15 @@ def test_a_config_may_change_another_one(configs):
     assert changed.data == replace(base.data, batch_size=2) and changed.trainer == base.trainer
     assert changed.model["params"] == {**base.model["params"], "focus": [1, 2, 0.5]}
     OmegaConf.save({"base": "b.yaml"}, "c.yaml")
-    with pytest.raises(ValueError, match=r"the base of config 'c\.yaml' has a base itself"):
-        read_training_config(TrainingOptions(config=Path("c.yaml")))
+    for content, message in (
+        ({"base": "b.yaml"}, r"the base of config 'c\.yaml' has a base itself"),
+        ({"base": ["txt2img.yaml"]}, r"the base of config 'c\.yaml' is \['txt2img\.yaml'\]: it must be the name"),
+        ({"base": "d.yaml"}, r"config 'd\.yaml' holds a list: it must hold settings by name"),
+    ):
+        OmegaConf.save(content, "c.yaml")
+        OmegaConf.save(["a"], "d.yaml")
+        with pytest.raises(ValueError, match=message):
+            read_training_config(TrainingOptions(config=Path("c.yaml")))
 
 
 def test_textures_are_learned_by_the_network_of_the_first_part(tmp_path, monkeypatch):
@@ -66,6 +73,21 @@ def test_a_bad_config_is_told_in_one_line(configs):
         ("trainer", {"max_steps": None}, "trainer in config 'bad.yaml': max_steps is missing"),
         ("data", {"train": None}, "data in config 'bad.yaml': train is missing"),
         ("trainer", {"init_from": {"": {"path": "a"}}}, "init_from in config 'bad.yaml': unknown path "),
+        (
+            "trainer",
+            {"init_from": "a.safetensors"},
+            r"init_from in config 'bad\.yaml' is 'a\.safetensors': it must name",
+        ),
+        ("trainer", {"init_from": {"": 3}}, r"init_from in config 'bad\.yaml': 3 is no mapping"),
+        ("trainer", {"init_from": {"": {"file": 3}}}, r"init_from in config 'bad\.yaml': file is 3 and prefix ''"),
+        ("trainer", {"max_steps": "many"}, r"trainer in config 'bad\.yaml': max_steps is 'many'"),
+        ("trainer", {"checkpoint_every": 0}, r"trainer in config 'bad\.yaml': checkpoint_every is 0"),
+        ("trainer", {"log_images_every": -1}, r"trainer in config 'bad\.yaml': log_images_every is -1"),
+        ("trainer", {"export": 3}, r"trainer in config 'bad\.yaml': export is 3"),
+        ("data", {"batch_size": 0}, r"data in config 'bad\.yaml': batch_size is 0"),
+        ("data", {"num_workers": "2"}, r"data in config 'bad\.yaml': num_workers is '2'"),
+        ("model", {"base_learning_rate": "fast"}, r"base_learning_rate in config 'bad\.yaml' is 'fast': it must be"),
+        ("model", {"base_learning_rate": [1]}, r"base_learning_rate in config 'bad\.yaml' is \[1\]: it must be"),
         ("trainer", {"merge": {"ratio": 2}}, r"merge of the trainer in config 'bad\.yaml': ratio is 2"),
         ("trainer", {"merge": {"rate": 0.5}}, r"merge of the trainer in config 'bad\.yaml': .*'rate'"),
         ("trainer", {"export": "weights.ckpt"}, r"--export weights\.ckpt must end in \.safetensors"),
