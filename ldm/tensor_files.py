@@ -1,7 +1,7 @@
-"""Write .safetensors with a check sum of all that they hold, and check those that have one.
+"""Write .safetensors with a checksum of all that they hold, and check those that have one.
 
 The format has none of its own: a bit that a disk or a copy turned over would be another weight, and nobody would know.
-Other programs read these files as any other, and see the check sum as a fact in the header.
+Other programs read these files as any other, and see the checksum as a fact in the header.
 """
 
 import functools
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METADATA, ENTRY = "__metadata__", "dsdiff_check"  # of the header: the facts, and the check sum in them
-EMPTY = "0" * 64  # stands for the check sum until it is known
+METADATA, ENTRY = "__metadata__", "dsdiff_check"  # of the header: the facts, and the checksum in them
+EMPTY = "0" * 64  # stands for the checksum until it is known
 BLOCK, BLOCKS = 2**16, 16  # bytes that one sum is of; sums computed at a time, whose bytes fit into a cache
 # What describes the tensors of a file is small beside them. A larger one is an attack on the memory of its reader.
 LARGEST_HEADER = 16 * 2**20
@@ -64,13 +64,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
 def check_whole(path: str | Path) -> None:
     """Raise ValueError for a .safetensors that holds something else than `save_tensors` wrote.
 
-    Nothing is said of a file without a check sum, or with an unreadable header. A file is read once in a process, as
+    Nothing is said of a file without a checksum, or with an unreadable header. A file is read once in a process, as
     long as its size and its time of change are the same.
     """
     resolved = Path(path).resolve()
     status = resolved.stat()
     if _is_damaged(resolved, status.st_size, status.st_mtime_ns):
-        raise ValueError(f"{str(path)!r} is damaged, or was changed by another program: its check sum is wrong")
+        raise ValueError(f"{str(path)!r} is damaged, or was changed by another program: its checksum is wrong")
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def _is_damaged(path: Path, size: int, mtime_ns: int) -> bool:
 
 
 def _check_sum(header: Mapping[str, Any], file: BinaryIO) -> str:
-    """Return a hash of the header, without its check sum, and of the sums of all blocks from where `file` stands.
+    """Return a hash of the header, without its checksum, and of the sums of all blocks from where `file` stands.
 
     A sum of 64-bit words costs a tenth of a hash of their bytes. It tells any bit that was turned over, and any hole.
     """

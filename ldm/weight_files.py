@@ -176,14 +176,14 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"checkpoint {str(path)!r} has a pickle of more than {LARGEST_PICKLE >> 20} MB: refused")
     damaged = _damaged_entry(path.resolve(), status.st_size, status.st_mtime_ns)
     if damaged is not None:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged: the check sum of {damaged!r} is wrong")
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: the checksum of {damaged!r} is wrong")
 
 
 @functools.cache
 def _damaged_entry(path: Path, size: int, mtime_ns: int) -> str | None:
-    """Return the name of the first entry of a zip whose check sum is wrong; None for a whole file.
+    """Return the name of the first entry of a zip whose checksum is wrong; None for a whole file.
 
-    A file is read once, as long as `size` and `mtime_ns` are the same. torch can write files without check sums, where
+    A file is read once, as long as `size` and `mtime_ns` are the same. torch can write files without checksums, where
     all are wrong: these count as whole.
     """
     with zipfile.ZipFile(path) as archive:
@@ -197,7 +197,7 @@ def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
         with archive.open(name) as file:
             while file.read(2**24):
                 pass
-    except Exception:  # a wrong check sum, or a place that is not in the file
+    except Exception:  # a wrong checksum, or a place that is not in the file
         return False
     return True
 

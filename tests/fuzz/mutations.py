@@ -74,7 +74,7 @@ def damaged_values(draw: st.DrawFn, content: Any) -> Any:
 
 
 def without_check_sum(content: bytes) -> bytes:
-    """Return a .safetensors without its check sum, which would tell of every damage before a loader meets it."""
+    """Return a .safetensors without its checksum, which would tell of every damage before a loader meets it."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header.get("__metadata__", {}).pop(ENTRY, None)

@@ -1,4 +1,4 @@
-"""Files of tensors with a check sum: as safetensors reads them, and every damage that it does not see."""
+"""Files of tensors with a checksum: as safetensors reads them, and every damage that it does not see."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_every_damage_is_noticed(tmp_path):
         assert data != content and load_file(path).keys() == examples().keys(), what
         for read in (check_whole, read_weights):
             with pytest.raises(
-                ValueError, match=r"damaged\.safetensors' is damaged, or was changed by another program: its check sum"
+                ValueError, match=r"damaged\.safetensors' is damaged, or was changed by another program: its checksum"
             ):
                 read(path)
 

@@ -495,7 +495,7 @@ def test_a_bit_that_was_turned_over_is_refused(small, small_file, tmp_path, subt
     for place in (8 + header, (8 + header + len(content)) // 2, len(content) - 1):
         with subtests.test(place=place):
             path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-            small.assert_refuses(path, "its check sum is wrong")
+            small.assert_refuses(path, "its checksum is wrong")
 
 
 def test_text_is_refused(small, tmp_path):

@@ -231,6 +231,6 @@ def test_a_bit_that_was_turned_over_is_refused(bundle, tmp_path, capsys):
     for place in (digit, len(content) // 2, len(content) - 1):
         content[place] ^= 1
         path.write_bytes(content)
-        refuse(txt2img, [*FLAGS, "--ckpt", str(path), "--outdir", str(tmp_path / "out")], capsys, "check sum is wrong")
+        refuse(txt2img, [*FLAGS, "--ckpt", str(path), "--outdir", str(tmp_path / "out")], capsys, "checksum is wrong")
         content[place] ^= 1
         assert list(tmp_path.iterdir()) == [path], place
