@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.fileio import write_atomically
+from ldm.fileio import json_object, write_atomically
 from ldm.tensor_files import check_whole, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,18 @@ class ProgressFolder:
         """Write step `number`."""
         metadata = {"report": json.dumps(dict(report))}
         write_atomically(self._path(number), lambda path: save_tensors(tensors, path, metadata))
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file beside the steps."""
+        text = json.dumps(content)
+        write_atomically(self.folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """Return what `keep` wrote under this name; None if it is not there, or damaged."""
+        try:
+            return json_object((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and the report of step `number`, None if it is not finished or its file is damaged."""

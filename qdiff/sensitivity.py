@@ -7,7 +7,7 @@ v J d is the scalar product of d with the gradient of v eps. So one backward pas
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,25 +43,34 @@ def act_sensitivities(
     """
     device = next(qnn.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    quantizers = qnn.input_quantizers()
-    totals = dict.fromkeys(quantizers, 0.0)
+    totals = dict.fromkeys(qnn.input_quantizers(), 0.0)
     for start in range(0, len(data), batch_size):
         part = slice(start, min(start + batch_size, len(data)))
-        size = part.stop - part.start
         for _ in range(probes):
-            with _switches(qnn, quantizers, size) as switches:
-                eps = qnn(*data.batch(part, device))
-                signs = torch.randint(2, eps.shape, generator=generator).to(eps) * 2 - 1
-                grads = torch.autograd.grad((eps.float() * signs).sum(), list(switches.values()), allow_unused=True)
-            for name, grad in zip(switches, grads, strict=True):
+            for name, grad in switch_gradients(qnn, data.batch(part, device), generator).items():
                 totals[name] += 0.0 if grad is None else float(grad.double().square().sum())
-        progress(size)
+        progress(part.stop - part.start)
     bad = [name for name, total in totals.items() if not math.isfinite(total)]
     if bad:
         raise ValueError(f"{bad[0]}: the gradient of the output by its quantization is NaN or infinite")
     sums = torch.tensor(list(totals.values()), device=device, dtype=torch.float64)
     from_first_rank([sums])  # all processes choose alike
     return dict(zip(totals, (sums / (len(data) * probes)).tolist(), strict=True))
+
+
+def switch_gradients(
+    qnn: QuantModel, batch: Sequence[Tensor], generator: torch.Generator
+) -> Mapping[str, Tensor | None]:
+    """Return the gradient [B] of v eps by the switch of each input's quantization, for one v; None without influence.
+
+    batch: the UNet's arguments, of B samples. The pass keeps the error of each input, all that the layers' gradients
+    need, and the quantized weights as floats, until the gradients are there.
+    """
+    with _switches(qnn, qnn.input_quantizers(), len(batch[0])) as switches:
+        eps = qnn(*batch)
+        signs = torch.randint(2, eps.shape, generator=generator).to(eps) * 2 - 1
+        grads = torch.autograd.grad((eps.float() * signs).sum(), list(switches.values()), allow_unused=True)
+    return dict(zip(switches, grads, strict=True))
 
 
 @contextmanager

@@ -55,8 +55,8 @@ class DataPlan:
     """The data of a calibration, before it is drawn.
 
     samples: how many inputs of the UNet there will be. x, context: their shapes [C, h, w] and [M, D]; None without a
-    context. ready: the data, if it is there. drawn: how many samples the UNet computes to draw what is not.
-    precision: in which it does.
+    context. ready: the data, if it is there. drawn: how many samples the UNet computes to draw what is not, `together`
+    of them in a call at most, in `precision`.
     """
 
     samples: int
@@ -64,6 +64,7 @@ class DataPlan:
     context: tuple[int, ...] | None
     ready: CalibrationSet | None = None
     drawn: int = 0
+    together: int = 0
     precision: str = "full"
 
     @classmethod
@@ -106,6 +107,7 @@ def plan_data(pipeline: Pipeline, options: CalibrationOptions) -> DataPlan:
         x=(spec.channels, settings.height // spec.factor, settings.width // spec.factor),
         context=None if width is None else (spec.prompt_room + 2, width),
         drawn=(options.effort.cali_n - drawing.pictures_kept()) * sum(rows),
+        together=min(options.effort.cali_n, MAX_BATCH) * max(rows),
         precision=settings.precision,
     )
 

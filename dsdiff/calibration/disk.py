@@ -55,13 +55,13 @@ def target_bytes(qnn: QuantModel, format: str, steps: list[Step]) -> int:
     return report + FACTS + file_bytes(weight_entries(qnn) | act_entries(qnn))
 
 
-def disk_bytes(qnn: QuantModel, plan: DataPlan, steps: list[Step], format: str, cached: int) -> int:
+def disk_bytes(qnn: QuantModel, plan: DataPlan, steps: list[Step], format: str, cached: int, finished: int = 0) -> int:
     """Return the most that a calibration has on disk at a time, beside what was there before.
 
-    cached: bytes of activations that memory does not hold.
+    cached: bytes of activations that memory does not hold. finished: how many of the steps were there.
     """
     data = plan.bytes_written
-    progress = sum(step_bytes(qnn, step) for step in steps)
+    progress = sum(step_bytes(qnn, step) for step in steps[finished:])
     return max(2 * data, data + progress + max(cached, target_bytes(qnn, format, steps)))
 
 

@@ -22,6 +22,7 @@ from qdiff.quant_model import QuantModel
 from qdiff.quantizers import UniformAffineQuantizer
 from qdiff.recomputation import recomputed
 from qdiff.reconstruction import WEIGHTS, learn_rounding, learn_step_sizes
+from qdiff.sensitivity import switch_gradients
 
 PRODUCT = 1024  # side of the matrices whose product is timed
 FITTED = 2**21  # numbers of the weight whose fitting is timed
@@ -44,7 +45,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Learning of one unit. seconds: of a step. memory: bytes at most, without what is captured."""
+    """Passes with gradients. seconds: of a step of learning. memory: bytes at most, without what is captured."""
 
     seconds: float
     memory: int
@@ -155,6 +156,17 @@ def placeholder_ranges(qnn: QuantModel) -> Iterator[None]:
     finally:
         for quantizer, delta, zero_point in before:
             quantizer.delta, quantizer.zero_point = delta, zero_point
+
+
+def measure_probe(qnn: QuantModel, plan: DataPlan, samples: int) -> Learning:
+    """Time the gradients by which inputs are ranked, for a sample; all ranges must be set. memory: of `samples`."""
+    device = next(qnn.parameters()).device
+    batch, generator = random_batch(plan, samples, device), torch.Generator().manual_seed(0)
+    with peak_memory(device) as memory:  # also the first call, which is slower
+        switch_gradients(qnn, batch, generator)
+    began = _now(device)
+    switch_gradients(qnn, batch, generator)
+    return Learning(seconds=(_now(device) - began) / samples, memory=memory.most)
 
 
 # --- learning ----------------------------------------------------------------------------------------------

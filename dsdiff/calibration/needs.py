@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dsdiff.calibration.data import MAX_BATCH, DataPlan
+from dsdiff.calibration.data import DataPlan
 from dsdiff.calibration.disk import act_entries, disk_bytes, target_bytes, weight_entries
 from dsdiff.calibration.measure import (
     GptqSpeeds,
@@ -15,10 +15,12 @@ from dsdiff.calibration.measure import (
     measure_gptq,
     measure_learning,
     measure_pass,
+    measure_probe,
     measure_sizes,
     placeholder_ranges,
     range_seconds,
 )
+from dsdiff.environment import precision_context
 from qdiff.calibrate import Step, calibration_steps
 from qdiff.config import MixConfig, ReconConfig
 from qdiff.distributed import world_size
@@ -73,14 +75,17 @@ class Measured:
     """The measurements of a model that an estimate needs.
 
     plain, weights, both: passes without quantization, with quantized weights, and with quantized activations as well;
-    a pass that the calibration does not make is None. learning: of each step that learns. fitting: seconds of all
-    ranges of weights. ranges: seconds of one range of an activation. gptq: None without it.
+    a pass that the calibration does not make is None. drawing: plain, in the precision in which data is drawn; None if
+    none is. probe: the gradients by which inputs are ranked, of a sample. learning: of each step that learns. fitting:
+    seconds of all ranges of weights. ranges: seconds of one range of an activation. gptq: None without it.
     """
 
     sizes: Sizes
     plain: Pass
     weights: Pass
     both: Pass | None
+    drawing: Pass | None
+    probe: Learning | None
     learning: Mapping[Step, Learning]
     fitting: float
     ranges: float
@@ -99,19 +104,40 @@ def measure(qnn: QuantModel, plan: DataPlan, work: Workload) -> Measured:
         with qnn.quant_state(True, False, dynamic=True):
             weights = measure_pass(qnn, plan, samples)
         both = None
-        if work.mix is not None or any(step.phase == "activations" for step in steps):
+        if any(step.phase == "activations" for step in steps):
             with qnn.quant_state(True, True):
                 both = measure_pass(qnn, plan, samples)
+        mixes = work.mix is not None and any(step.phase == "mixing" for step in steps)
         return Measured(
             sizes=sizes,
             plain=plain,
             weights=weights,
             both=both,
+            drawing=_measure_drawing(qnn, plan, samples) if plan.drawn else None,
+            probe=measure_probe(qnn, plan, probe_batch(plan, work)) if mixes else None,
             learning={step: measure_learning(qnn, step, sizes, recon) for step in learned if recon is not None},
             fitting=fitting_seconds(qnn),
             ranges=range_seconds(qnn),
             gptq=measure_gptq(qnn) if recon is not None and recon.rounding == "gptq" else None,
         )
+
+
+def _measure_drawing(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
+    with precision_context(next(qnn.parameters()).device, plan.precision):
+        return measure_pass(qnn, plan, samples)
+
+
+def probe_batch(plan: DataPlan, work: Workload) -> int:
+    """Return how many samples inputs are ranked with at a time."""
+    return min(work.batch_size, BACKWARD, plan.samples, BACKWARD if work.mix is None else work.mix.samples)
+
+
+def covers(measured: Measured, qnn: QuantModel, plan: DataPlan, work: Workload) -> bool:
+    """Return True if all was measured that an estimate of this work needs."""
+    steps = left_steps(qnn, work)
+    learned = {step for step in steps if _learns(step, work.recon)}
+    mixed = measured.probe is not None or not any(step.phase == "mixing" for step in steps)
+    return mixed and learned <= measured.learning.keys() and (not plan.drawn or measured.drawing is not None)
 
 
 def left_steps(qnn: QuantModel, work: Workload) -> list[Step]:
@@ -124,14 +150,10 @@ def _learns(step: Step, recon: ReconConfig | None) -> bool:
     return step.phase == "activations" or (step.phase == "weights" and not gptq)
 
 
-def estimate(qnn: QuantModel, plan: DataPlan, work: Workload) -> Estimate:
-    """Return the needs of a calibration, from passes and steps of learning that are measured now."""
-    return needs(qnn, plan, work, measure(qnn, plan, work))
-
-
 def needs(qnn: QuantModel, plan: DataPlan, work: Workload, measured: Measured) -> Estimate:
-    """Return the needs of a calibration, from what was measured."""
+    """Return the needs of a calibration, from what was measured for it, see `covers`."""
     steps = left_steps(qnn, work)
+    assert covers(measured, qnn, plan, work)
     cached = max((_captured(step, plan, measured) for step in steps if _learns(step, work.recon)), default=0)
     in_memory = min(cached, work.cache)
     main, at_work = plan.bytes_held, _memory(qnn, plan, work, measured)
@@ -140,7 +162,7 @@ def needs(qnn: QuantModel, plan: DataPlan, work: Workload, measured: Measured) -
     return Estimate(
         phases=_phases(qnn, plan, work, measured),
         memory=(main + in_memory + (0 if on_gpu else at_work)) * local_processes(),
-        disk=disk_bytes(qnn, plan, calibration_steps(qnn, work.recon, work.mix), work.format, spilled),
+        disk=disk_bytes(qnn, plan, calibration_steps(qnn, work.recon, work.mix), work.format, spilled, work.finished),
         gpu_memory=at_work if on_gpu else 0,
     )
 
@@ -156,7 +178,8 @@ def _captured(step: Step, plan: DataPlan, measured: Measured) -> int:
 def _phases(qnn: QuantModel, plan: DataPlan, work: Workload, measured: Measured) -> dict[str, float]:
     """Return the seconds of each phase that is left."""
     written = target_bytes(qnn, work.format, []) / WRITING
-    phases = {"data": measured.plain.seconds * plan.drawn} if plan.drawn else {}
+    drawing = measured.drawing if plan.drawn else None
+    phases = {} if drawing is None else {"data": drawing.seconds * plan.drawn}
     for step in left_steps(qnn, work):
         seconds = _step_seconds(qnn, step, plan, work, measured)
         phases[step.phase] = phases.get(step.phase, 0.0) + seconds
@@ -168,8 +191,8 @@ def _step_seconds(qnn: QuantModel, step: Step, plan: DataPlan, work: Workload, m
     if step.phase == "fitting":
         return measured.fitting
     fits = measured.ranges * len(act_entries(qnn)) / 2
-    if step.phase == "mixing" and mix is not None and measured.both is not None:  # processes share none of it
-        passes = measured.weights.seconds + 3 * mix.probes * measured.both.seconds
+    if step.phase == "mixing" and mix is not None and measured.probe is not None:  # processes share none of it
+        passes = measured.weights.seconds + mix.probes * measured.probe.seconds
         return min(mix.samples, plan.samples) * passes + fits
     if step.phase == "ranges" or recon is None:
         return measured.weights.seconds * plan.samples + fits
@@ -217,14 +240,14 @@ def _memory_of_phases(qnn: QuantModel, plan: DataPlan, work: Workload, measured:
     phases = {step.phase for step in left_steps(qnn, work)}
     recon, plain = work.recon, measured.plain
     yield target_bytes(qnn, work.format, []) * (2 if work.format == "dsdiff" else 1)  # copies, and what is written
-    if plan.drawn:
-        yield int(plain.memory / plain.samples * 2 * MAX_BATCH)
+    if plan.drawn and measured.drawing is not None:
+        yield measured.drawing.memory * plan.together // measured.drawing.samples
     if "fitting" in phases:
         yield 2 * max(4 * layer.weight.numel() for layer in qnn.layers().values())
     if "ranges" in phases:
         yield measured.weights.memory + 4 * SAMPLED_VALUES * len(act_entries(qnn)) // 2
-    if "mixing" in phases and measured.both is not None:
-        yield 4 * measured.both.memory * min(BACKWARD, measured.both.samples) // measured.both.samples
+    if "mixing" in phases and measured.probe is not None:
+        yield measured.probe.memory
     if measured.learning:
         passes = [plain, measured.weights, *([] if measured.both is None else [measured.both])]
         yield max(*(each.memory for each in measured.learning.values()), *(each.memory for each in passes))

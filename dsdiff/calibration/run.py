@@ -14,7 +14,8 @@ import tomesd
 from dsdiff.calibration.bars import PhaseBars
 from dsdiff.calibration.data import DataPlan, calibration_data, plan_data
 from dsdiff.calibration.estimate import check_estimate, duration, size
-from dsdiff.calibration.needs import Workload, estimate
+from dsdiff.calibration.kept import Measurement, measured_with
+from dsdiff.calibration.needs import Measured, Workload, covers, measure, needs
 from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.calibration.report import describe, describe_mixing, summary, write_report
 from dsdiff.calibration.usage import Usage
@@ -94,7 +95,11 @@ def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressF
     plan = plan_data(pipeline, options)
     barrier()  # all have looked for the data
     qnn = _quantized(pipeline, options)
-    _check_needs(qnn, plan, options, progress)
+    work = _workload(options, progress)
+    if progress.begun and plan.ready is not None:
+        progress.check(asdict(_settings(qnn, plan.ready, options)))  # other settings are told at once
+    measurement = Measurement(folder=progress, facts=measured_with(spec, qnn, plan, work, options))
+    measured = _check_needs(qnn, plan, work, options, measurement)
     with Usage(options.outdir, cache) as usage:
         qnn, data = _with_data(pipeline, qnn, plan, options)
         del pipeline  # the model around the UNet is let go
@@ -102,6 +107,8 @@ def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressF
         with _merged_alike(qnn, options.merge), precision_context(choose_device(options.device), "full"):
             settings = _settings(qnn, data, options)
             begin_or_resume(progress, asdict(settings), restarted() or options.resume)
+            if rank() == 0:
+                measurement.write(measured)
             reports = _learn(qnn, data, options, progress, cache, usage)
         barrier()  # all have read what is removed now
         if rank() == 0:
@@ -166,9 +173,8 @@ def _merged_alike(qnn: QuantModel, merge: MergeOptions | None) -> Iterator[None]
             yield
 
 
-def _check_needs(qnn: QuantModel, plan: DataPlan, options: CalibrationOptions, progress: ProgressFolder) -> None:
-    """Tell what the calibration needs before any of it is done. Raises ValueError for what is not there."""
-    work = Workload(
+def _workload(options: CalibrationOptions, progress: ProgressFolder) -> Workload:
+    return Workload(
         recon=options.recon_config(),
         mix=options.mix_config(),
         batch_size=options.effort.batch_size,
@@ -176,9 +182,22 @@ def _check_needs(qnn: QuantModel, plan: DataPlan, options: CalibrationOptions, p
         format=options.format,
         finished=progress.finished() if progress.begun else 0,
     )
+
+
+def _check_needs(
+    qnn: QuantModel, plan: DataPlan, work: Workload, options: CalibrationOptions, kept: Measurement
+) -> Measured:
+    """Tell what the calibration needs before any of it is done; return what was measured for it, now or earlier.
+
+    Raises ValueError for what is not there.
+    """
     device = choose_device(options.device)
-    with _merged_alike(qnn, options.merge), precision_context(device, "full"):
-        check_estimate(estimate(qnn, plan, work), options.outdir, device)
+    measured = kept.read(lambda found: covers(found, qnn, plan, work))
+    if measured is None:
+        with _merged_alike(qnn, options.merge), precision_context(device, "full"):
+            measured = measure(qnn, plan, work)
+    check_estimate(needs(qnn, plan, work, measured), options.outdir, device)
+    return measured
 
 
 def _settings(qnn: QuantModel, data: CalibrationSet, options: CalibrationOptions) -> Settings:

@@ -8,12 +8,14 @@ import torch
 
 from dsdiff.calibration import run
 from dsdiff.calibration.data import DataPlan
+from dsdiff.calibration.disk import step_bytes
 from dsdiff.calibration.measure import Sizes
 from dsdiff.calibration.needs import Workload, gptq_bytes, left_steps, measure, needs
 from dsdiff.calibration.peak import TensorPeak
 from dsdiff.calibration.usage import Usage
 from dsdiff.models.spec import find_model
 from dsdiff.pipeline import Pipeline
+from qdiff.calibrate import Step
 from qdiff.config import MixConfig, ReconConfig
 from qdiff.gptq import EXACT
 from qdiff.quant_model import QuantModel
@@ -48,10 +50,11 @@ def test_each_phase_is_counted(qnn, plan):
         expected = needs(qnn, plan, work, measured)
         assert set(expected.phases) == phases and all(seconds > 0 for seconds in expected.phases.values())
         assert expected.seconds == pytest.approx(sum(expected.phases.values()))
-        drawn = needs(qnn, replace(plan, drawn=7), work, measured)
-        assert drawn.seconds - expected.seconds == pytest.approx(7 * measured.plain.seconds)
+        drawn = needs(qnn, replace(plan, drawn=7, together=4), work, replace(measured, drawing=measured.weights))
+        assert drawn.seconds - expected.seconds == pytest.approx(7 * measured.weights.seconds)
         resumed = needs(qnn, plan, replace(work, finished=1), measured)
         assert expected.seconds - resumed.seconds == pytest.approx(measured.fitting)
+        assert expected.disk - resumed.disk == step_bytes(qnn, Step(phase="fitting"))  # which is there already
         if recon is ADAROUND:
             longer = needs(qnn, plan, replace(work, recon=replace(recon, iters_w=100)), measured)
             steps = sum(each.seconds for each in measured.learning.values())
@@ -63,10 +66,23 @@ def test_mixing_is_counted(qnn, plan):
     work = replace(WORK, recon=None, mix=MixConfig(samples=3, probes=2))
     measured = measure(qnn, plan, work)
     mixed, plain = needs(qnn, plan, work, measured), needs(qnn, plan, replace(work, mix=None), measured)
-    passes = measured.weights.seconds + 6 * measured.both.seconds
+    passes = measured.weights.seconds + 2 * measured.probe.seconds
     statics = sum(not quantizer.is_set for quantizer in qnn.act_quantizers().values())
     assert mixed.phases["mixing"] == pytest.approx(3 * passes + statics * measured.ranges)
     assert "mixing" not in plain.phases and mixed.memory >= plain.memory
+    layers = sum(4 * layer.weight.numel() for layer in qnn.layers().values())
+    assert measured.probe.memory > layers  # all weights as floats, which gradients need
+
+
+def test_data_is_measured_in_the_precision_in_which_it_is_drawn(qnn, plan):
+    work = replace(WORK, recon=None)
+    assert measure(qnn, plan, work).drawing is None
+    half = replace(plan, drawn=4, together=4, precision="autocast")
+    seen = []
+    hook = qnn.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    measured = measure(qnn, half, work)
+    hook.remove()
+    assert measured.drawing is not None and any(seen) and not all(seen)
 
 
 def test_measuring_leaves_the_model_as_it_was(qnn, plan):
@@ -115,6 +131,7 @@ def test_memory_and_disk_are_those_of_a_calibration(options, tmp_path, monkeypat
         "gptq": {"rounding": "gptq", "iters_w": None, "samples_w": 8},
         "files": {"cache_gb": 0.0, "cali_n": 8},
         "qdiff": {**plain, "format": "qdiff"},
+        "mixed": {**plain, "mixed_act": 2.0},
     }.items():
         told, used = [], []
         with ExitStack() as stack, monkeypatch.context() as patch:
@@ -122,8 +139,9 @@ def test_memory_and_disk_are_those_of_a_calibration(options, tmp_path, monkeypat
             check_needs, look = run._check_needs, Usage.look
 
             def check(*args, stack=stack, peak=peak, check_needs=check_needs):
-                check_needs(*args)
+                measured = check_needs(*args)
                 stack.enter_context(peak)
+                return measured
 
             def watch(self, used=used, look=look):
                 look(self)

@@ -6,9 +6,15 @@ from dataclasses import replace
 import pytest
 
 from dsdiff.calibration import calibrate, ready_made, run
+from dsdiff.calibration.data import DataPlan
+from dsdiff.calibration.kept import Measurement
+from dsdiff.calibration.needs import Workload, covers, measure, needs
 from dsdiff.calibration.report import describe, summary
+from dsdiff.models.spec import find_model
 from dsdiff.options import MergeOptions
+from dsdiff.pipeline import Pipeline
 from qdiff.checkpoint import read_cali_header
+from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
 from qdiff.resume import ProgressFolder
 
@@ -100,6 +106,62 @@ def test_a_ready_made_file_is_made_gone_on_with_and_found(options, tmp_path, mon
     assert [(own.outdir, own.resume) for own in calls] == [(tmp_path / "new", False), (tmp_path / "begun", True)]
     ready_made(tmp_path / "new", options)
     assert len(calls) == 2  # it was found
+
+
+def test_going_on_measures_nothing(options, tmp_path, monkeypatch, caplog):
+    own, save, measure, measured = replace(options, outdir=tmp_path, **LINEAR), ProgressFolder.save, run.measure, []
+
+    def stop(self, number, *args):
+        save(self, number, *args)
+        raise KeyboardInterrupt
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure", lambda *args: measured.append(measure(*args)) or measured[-1])
+    monkeypatch.setattr(ProgressFolder, "save", stop)
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 steps done"):
+        calibrate(own)
+    monkeypatch.setattr(ProgressFolder, "save", save)
+    assert len(measured) == 1
+    with pytest.raises(ValueError, match=r"other settings: running_stat \(False there, True here\)"):
+        calibrate(replace(own, running_stat=True, resume=True))
+    assert len(measured) == 1  # settings are compared before
+    file = tmp_path / "progress" / "measured.json"
+    whole = file.read_text()
+    own = replace(own, resume=True)
+    for damage in ("", "[]", whole[:-1], whole.replace('"seconds"', '"second"'), whole.replace('"torch"', '"torc"')):
+        file.write_text(damage)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run, "_learn", interrupt)
+            calibrate(own)
+        assert json.loads(file.read_text()).keys() == {"facts", "measured"}, damage  # measured anew, and kept
+    assert len(measured) == 6
+    with caplog.at_level("INFO"):
+        target = calibrate(own)
+    assert len(measured) == 6 and target.exists() and not file.parent.exists()
+    assert "of it ranges" in caplog.text  # and the rest is told still
+
+
+def test_what_was_measured_comes_back(options, tmp_path):
+    """Of a calibration of all phases, and for all of its work, as for what is left of it."""
+    own = replace(options, mixed_act=2.0, rounding="gptq", iters_w=None, samples_w=4)
+    pipeline = Pipeline(find_model(own.model), device="cpu")
+    qnn = QuantModel(pipeline.model.model.diffusion_model, own.quant_config())
+    plan = DataPlan(samples=8, x=(qnn.model.in_channels, 4, 4), context=(5, qnn.model.context_dim), drawn=8, together=4)
+    work = Workload(recon=own.recon_config(), batch_size=4, cache=10**9, mix=own.mix_config())
+    measured = measure(qnn, plan, work)
+    folder = ProgressFolder(tmp_path)
+    folder.begin({})
+    kept = Measurement(folder=folder, facts={"a": (1, 2)})
+    kept.write(measured)
+    found = kept.read(lambda found: covers(found, qnn, plan, work))
+    assert found is not None and needs(qnn, plan, work, found) == needs(qnn, plan, work, measured)
+    assert Measurement(folder=folder, facts={"a": (1, 3)}).read(lambda found: True) is None
+    later = replace(work, finished=2)
+    kept.write(measure(qnn, replace(plan, drawn=0), later))  # which does not cover all
+    assert kept.read(lambda found: covers(found, qnn, replace(plan, drawn=0), later)) is not None
+    assert kept.read(lambda found: covers(found, qnn, plan, later)) is None
 
 
 def test_all_processes_have_looked_for_the_data_before_one_draws_it(options, tmp_path, monkeypatch):
