@@ -60,9 +60,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--model", choices=list(CONFIGS), help="(default: embedded)")
     which.add_argument("--config", type=Path, metavar="FILE", help="any model's yaml; needs --random_weights")
     add = parser.add_argument
-    add("--random_weights", action="store_true", help="build the config's UNet without a checkpoint")
+    add("--random_weights", action="store_true", help="build the UNet with random weights, without a checkpoint")
     engines = " ".join(DEFAULT_ENGINES)
-    add("--engine", nargs="+", choices=ENGINES, metavar="E", help=f"(default: those that run of {engines})")
+    add("--engine", nargs="+", choices=ENGINES, metavar="E", help=f"(default: {engines}, those that run here)")
     add("--peers", nargs="*", choices=PEERS, metavar="P", help=f"all that is installed, or some of {' '.join(PEERS)}")
     ratios = "(default: 0 .3 .5; of pictures 0 .5)"
     add("--ratio", type=number(float, 0, 1), nargs="+", metavar="X", help=ratios)
@@ -77,15 +77,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--draws", type=draw, nargs="+", default=DRAWS, metavar="SAMPLER:STEPS[:SCALE][:tiny]", help=draws)
     steps = "take no more steps of a picture, and extrapolate (default: %(default)s)"
     add("--steps_measured", type=number(int, 2), default=4, metavar="N", help=steps)
-    add("--full", action="store_true", help="take all steps of a picture")
-    add("--isa", nargs="*", choices=CAPS, metavar="CAP", help="measure under all caps that this CPU has, or under some")
+    add("--full", action="store_true", help="measure all steps of a picture")
+    add("--isa", nargs="*", choices=CAPS, metavar="CAP", help="measure under these caps of the instruction set, or all")
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="(default: %(default)s)")
     seconds = "a measurement is the mean of the calls that fit into N seconds, of one at least (default: %(default)s)"
     add("--seconds", type=number(float, 0), default=0.5, metavar="N", help=seconds)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--threads", type=number(int, 1), metavar="N", help="of the CPU (default: torch's choice)")
+    add("--threads", type=number(int, 1), metavar="N", help="CPU threads (default: torch's choice)")
     add("--outdir", type=Path, default=Path("outputs/benchmark"), metavar="DIR", help="(default: %(default)s)")
-    add("--verbose", action="store_true", help="show where an error comes from")
+    add("--verbose", action="store_true", help="show tracebacks of errors")
     return parser.parse_args(argv)
 
 

@@ -39,11 +39,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("what to judge").add_argument
     add("--n", type=number(int, 1), default=256, metavar="N", help="captions of each split (default: %(default)s)")
-    add("--captions", default="both", choices=["test", "heldout", "both"], help="of which part (default: %(default)s)")
+    add("--captions", default="both", choices=["test", "heldout", "both"], help="split to judge (default: %(default)s)")
     add("--images", type=Path, metavar="DIR", help="judge the PNGs of DIR instead of generating")
     add("--reader", type=Path, default=READER, metavar="FILE", help="the detector's weights (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/attributes"), metavar="DIR", help="default: %(default)s")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     config = "the embedded model's; no other knows the captions"
     arguments.add_model_arguments(parser, config, lora="a LoRA to draw with")
     arguments.add_sampler_arguments(parser)

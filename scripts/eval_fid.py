@@ -43,33 +43,39 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what to compare with").add_argument
     add("--reference", metavar="SOURCE", help="a set of real pictures (see above)")
     add("--paired", type=Path, metavar="DIR", help="pictures of the same prompts and seeds, as txt2img.py writes them")
-    add("--n", type=number(int, 2), metavar="N", help="the first N of PICTURES (default: all; of shapes 5000)")
-    add("--reference_n", type=number(int, 2), metavar="N", help="the same for the reference")
-    add("--per_class", type=number(int, 1), metavar="N", help="of imagenet: the first N of each class (default: 5)")
+    add("--n", type=number(int, 2), metavar="N", help="take the first N of PICTURES (default: all; of shapes 5000)")
+    add("--reference_n", type=number(int, 2), metavar="N", help="take the first N of the reference")
+    add("--per_class", type=number(int, 1), metavar="N", help="for imagenet: take the first N of a class (default: 5)")
     add_method_arguments(parser)
     add = parser.add_argument_group("what to write").add_argument
     add("--outdir", type=Path, default=Path("outputs/fid"), metavar="DIR", help="default: %(default)s")
-    add("--name", metavar="TEXT", help="of the row in scores.md (default: PICTURES)")
+    add("--name", metavar="TEXT", help="name of the row in scores.md (default: PICTURES)")
     add("--save_stats", type=Path, metavar="FILE", help="write the statistics of PICTURES, .npz or .safetensors")
     add("--cache", type=Path, default=Path("outputs/fid-cache"), metavar="DIR", help="default: %(default)s")
     add("--no_cache", action="store_true", help="keep no features and look for none")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     return parser.parse_args(argv)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how the scores are computed."""
     add = parser.add_argument_group("how").add_argument
-    add("--resize", choices=RESIZES, default="none", help="how all pictures come to one size (default: %(default)s)")
-    add("--size", type=number(int, 8), metavar="PIXELS", help="the side of that size (default: that of PICTURES)")
-    add("--features", choices=EXTRACTORS, help="whose (default: shapes if a source is, what a FILE says, or inception)")
+    add("--resize", choices=RESIZES, default="none", help="how to give all pictures one size (default: %(default)s)")
+    add("--size", type=number(int, 8), metavar="PIXELS", help="side of the resized squares (default: that of PICTURES)")
+    features = "network of the features (default: shapes if a source is shapes; what a FILE says; else inception)"
+    add("--features", choices=EXTRACTORS, help=features)
     add(
-        "--inception_weights", type=Path, metavar="FILE", help="torch-fidelity's (default: where it keeps or gets them)"
+        "--inception_weights",
+        type=Path,
+        metavar="FILE",
+        help="torch-fidelity's weights (default: those in its cache, or downloaded)",
     )
     add("--reader", type=Path, metavar="FILE", help=f"weights of the shapes features (default: {READER})")
-    add("--clip", metavar="DIR", help="for the CLIP score; or shapes (default: ViT-L/14 of Hugging Face's cache)")
-    add("--resamples", type=number(int, 100), default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of intervals and extrapolation (default: 0)")
+    clip = "folder of the CLIP model for the CLIP score, or shapes (default: ViT-L/14 in Hugging Face's cache)"
+    add("--clip", metavar="DIR", help=clip)
+    resamples = "resamples of the bootstrap (default: %(default)s)"
+    add("--resamples", type=number(int, 100), default=2000, metavar="N", help=resamples)
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of intervals and extrapolation (default: 0)")
     add("--batch_size", type=number(int, 1), default=32, metavar="N", help="pictures per batch (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 

@@ -31,14 +31,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--n", type=number(int, 2), default=256, metavar="N", help="pictures of each variant (default: %(default)s)")
-    add("--ablation", action="store_true", help="the parts of Q-Diffusion, in place of the table")
-    add("--eps", type=Path, nargs="+", metavar="FILE", help="cali_ckpts to compare by the error of eps, by one process")
-    add("--preset", choices=list(PRESETS), default="fast", help="of the calibrations (default: %(default)s)")
+    add("--ablation", action="store_true", help="measure what each part of Q-Diffusion is worth, in place of the table")
+    add("--eps", type=Path, nargs="+", metavar="FILE", help="compare these cali_ckpts by the error of eps; one process")
+    add("--preset", choices=list(PRESETS), default="fast", help="preset of the calibrations (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/quantization"), metavar="DIR", help="default: %(default)s")
     add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of captions and noise (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of captions and noise (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,7 @@ from dsdiff.cli.flags import model_options
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("file", type=Path, nargs="?", metavar="FILE", help="to write, a .safetensors")
+    add("file", type=Path, nargs="?", metavar="FILE", help="the bundle to write, a .safetensors")
     add(
         "--diffusers",
         type=Path,
@@ -34,18 +34,20 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--cali_ckpt",
         type=Path,
         metavar="FILE",
-        help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
+        help="a calibration, of scripts/calibrate.py or Q-Diffusion's (default: the embedded model's)",
     )
-    add("--weight_bit", type=number(int, 2, 16), metavar="BITS", help="which of the embedded model's (default: 4)")
+    bits = "bits of weights, which choose among the embedded model's cali_ckpts (default: 4)"
+    add("--weight_bit", type=number(int, 2, 16), metavar="BITS", help=bits)
     add(
         "--vae_pictures",
         type=number(int, 0),
         metavar="N",
-        help="pictures that are drawn to fit the ranges of the decoder for --vae int8, two thirds of them in 2 or 4 "
-        "steps; 0 leaves them out (default: 12)",
+        help="pictures to draw with the float model, to fit the ranges of the decoder for --vae int8, two thirds of "
+        "them in 2 or 4 steps; 0 leaves the ranges out (default: 12)",
     )
-    add("--random_weights", action="store_true", help="Stable Diffusion v1's shapes without a checkpoint, to measure")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    random = "write Stable Diffusion v1's shapes with random weights, to measure size, memory and speed"
+    add("--random_weights", action="store_true", help=random)
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     add_model_arguments(parser, precision=False, lora="a LoRA that the calibration was made with")
     args = parser.parse_args(argv)
     if (args.file is None) == (args.diffusers is None):

@@ -33,16 +33,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--error",
         type=number(float, 0),
         metavar="X",
-        help="the most that the squared error of guided eps may be, weighted by the noise that a step removes",
+        help="the largest squared error of guided eps that is allowed, weighted by the noise that a step removes",
     )
-    goal.add_argument("--whole", type=number(int, 1), metavar="N", help="whole steps")
+    goal.add_argument("--whole", type=number(int, 1), metavar="N", help="number of whole steps")
     arguments.add_cache_depth(group)
     most = "steps that features may be kept for; the time of measuring grows with it (default: %(default)s)"
     group.add_argument("--longest", type=number(int, 2), default=10, metavar="N", help=most)
     add = parser.add_argument_group("what is measured").add_argument
     add("--prompts", type=Path, metavar="FILE", help="a prompt per line (default: cali_prompts.txt beside the config)")
     add("--n", type=number(int, 1), default=8, metavar="N", help="prompts, each drawn once (default: %(default)s)")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     arguments.add_model_arguments(parser, lora="a LoRA that changes the model")
     arguments.add_sampler_arguments(parser, cache=False)
     arguments.add_noise_arguments(parser)

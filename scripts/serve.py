@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_dir", type=Path, metavar="DIR", help="a folder of checkpoints to choose from, exported ones too")
     add("--lora_dir", type=Path, metavar="DIR", help="a folder of LoRAs for prompts to name")
     add("--outdir", type=Path, metavar="DIR", help="keep every picture there, too, with its settings")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     add = parser.add_argument_group("limits of a request").add_argument
     limits = Limits()
     for flag, default, what in (

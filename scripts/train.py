@@ -24,12 +24,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="begin anew although the folder holds a run")
     parser.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (default: the config's)")
     parser.add_argument("--export", help="where to write the float16 weights (default: the config's; '' writes none)")
-    parser.add_argument("--export_only", action="store_true", help="write the weights of the run's last checkpoint")
+    parser.add_argument(
+        "--export_only", action="store_true", help="do not train; write the weights of the last checkpoint"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--devices", type=number(int, 1), default=1, help="GPUs, or processes on the CPU, where one per core is fastest"
+        "--devices",
+        type=number(int, 1),
+        default=1,
+        help="number of GPUs, or of processes on the CPU, where one per core is fastest",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**31), default=0, help="seed of weights, order and noise (default: 0)"
+    )
     return parser.parse_args(argv)
 
 

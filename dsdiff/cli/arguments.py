@@ -67,8 +67,8 @@ def add_model_arguments(
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 "
-        "(default: autocast on a GPU, and of few-bit activations on a CPU that has bfloat16; else full)",
+        help="precision of the UNet: autocast is bfloat16, or float16 on a GPU without it; full is float32 (default: "
+        "autocast on a GPU, and for quantized activations on a CPU that has bfloat16; else full)",
     )
 
 
@@ -91,13 +91,13 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt_weights",
         action=argparse.BooleanOptionalAction,
         help="brackets give weights as in stable-diffusion-webui: (word:1.2), (word) is 1.1, [word] 1/1.1, and \\( is "
-        "a bracket; BREAK begins a new chunk (default: yes)",
+        "a plain bracket; BREAK begins a new chunk (default: yes)",
     )
     group.add_argument(
         "--long_prompts",
         choices=LONG_PROMPTS,
         help="prompts of more tokens than the text encoder sees at once (75 in Stable Diffusion): chunk reads all of "
-        "them, in chunks; cut shows what is left out (default: chunk)",
+        "them, in chunks; cut reads the first chunk, and warns of what is left out (default: chunk)",
     )
     group.add_argument(
         "--embedding",
@@ -120,31 +120,32 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=number(float, 0, 1),
         metavar="X",
-        help="share of the steps that are taken, above 0: the more, the less is left of the picture (default: 0.75)",
+        help="share of the steps that are taken, above 0 and up to 1: the more, the less is left of the picture "
+        "(default: 0.75)",
     )
     group.add_argument(
         "--resize",
         choices=RESIZES,
-        help="a picture of another size than --W and --H: crop scales it to cover them and cuts off at both sides, "
-        "stretch changes its shape (default: crop)",
+        help="how a picture of another size gets that of --W and --H: crop scales it to cover them and cuts off both "
+        "sides, stretch changes its shape (default: crop)",
     )
     group.add_argument(
         "--mask",
         type=Path,
         metavar="FILE",
-        help="of the picture's size: white is drawn anew, black stays (default: all is drawn anew)",
+        help="a mask of the picture's size: white is drawn anew, black stays (default: all is drawn anew)",
     )
     group.add_argument(
         "--mask_blur",
         type=number(float, 0),
         metavar="PIXELS",
-        help="with --mask: radius over which what is drawn fades into the picture (default: 4)",
+        help="with --mask: radius over which the drawn part fades into the picture (default: 4)",
     )
     group.add_argument(
         "--paste",
         action=argparse.BooleanOptionalAction,
-        help="with --mask: put the picture's own pixels back where the mask is black; without, they are those of the "
-        "decoder, a little other (default: yes)",
+        help="with --mask: put the picture's own pixels back where the mask is black; otherwise they are the "
+        "decoder's, which differ a little (default: yes)",
     )
 
 
@@ -166,14 +167,14 @@ def add_sampler_arguments(parser: argparse.ArgumentParser, *, cache: bool = True
         "--ddim_steps",
         type=number(int, 1),
         metavar="N",
-        help="steps, of whatever sampler; an N that does not divide the model's 1000 makes DDIM and PLMS take more, "
-        "up to twice as many (default: the model's; 4 with lcm and tcd, which take up to 50)",
+        help="number of steps of whichever sampler; DDIM and PLMS take more, up to twice as many, if N does not divide "
+        "the model's 1000 (default: the model's; 4 with lcm and tcd, which take up to 50)",
     )
     group.add_argument(
         "--ddim_eta",
         type=number(float, 0, 1),
         metavar="X",
-        help="noise in each step of ddim, euler_a and tcd, 0..1; 0 is deterministic (default: 0, 1 and 0.3)",
+        help="noise in each step of ddim, euler_a and tcd, in 0..1; 0 is deterministic (default: 0, 1 and 0.3)",
     )
     _add_guidance(group)
     if cache:
@@ -185,23 +186,24 @@ def _add_guidance(group: Any) -> None:
         "--scale",
         type=number(float, 0),
         metavar="X",
-        help="guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is none (default: the model's; 1 with lcm and "
-        "tcd, unless the model takes the scale as an input)",
+        help="scale of guidance, eps = eps_u + scale * (eps_c - eps_u); 1 is no guidance (default: the model's; 1 with "
+        "lcm and tcd, unless the model takes the scale as an input)",
     )
     share = number(float, 0, 1)
     group.add_argument(
         "--guidance_start",
         type=share,
         metavar="X",
-        help="share of the steps before which there is no guidance, which halves their time, 0..1 (default: 0)",
+        help="place in the steps, as a share in 0..1, before which there is no guidance; a step without guidance takes "
+        "half the time (default: 0)",
     )
     group.add_argument(
         "--guidance_stop",
         type=share,
         metavar="X",
-        help="share of the steps from which on there is no guidance, 0..1 (default: 1)",
+        help="place in the steps, as a share in 0..1, from which on there is no guidance (default: 1)",
     )
-    group.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: '')")
+    group.add_argument("--negative_prompt", metavar="TEXT", help="text that guidance leads away from (default: '')")
 
 
 def _add_cache(group: Any) -> None:
@@ -209,8 +211,8 @@ def _add_cache(group: Any) -> None:
         "--cache",
         type=_cache,
         metavar="N|FILE",
-        help="compute all of the UNet in every N-th step only, or in the steps of a FILE of scripts/schedule_cache.py; "
-        "in the others its ends, on deep features of the last such step (default: 1)",
+        help="compute the whole UNet in every N-th step only, or in the steps that a FILE of scripts/schedule_cache.py "
+        "names; the other steps compute its ends, on the deep features of the last whole step (default: 1)",
     )
     add_cache_depth(group)
 
@@ -227,7 +229,7 @@ def add_cache_depth(group: Any) -> None:
         "--cache_depth",
         type=number(int, 1),
         metavar="N",
-        help="input blocks and output blocks of the UNet that are its ends (default: 1)",
+        help="with --cache: number of input blocks, and of output blocks, that are the UNet's ends (default: 1)",
     )
 
 
@@ -237,9 +239,9 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vae",
         choices=VAES,
-        help="what the autoencoder's decoder computes in; int8 is for files of scripts/export.py; tiny is another, "
-        "small decoder, several times as fast and a little coarser "
-        "(default: int8 where file and CPU have it, else bf16 where the CPU has it, else float32)",
+        help="precision of the autoencoder's decoder; int8 is for files of scripts/export.py; tiny is another, small "
+        "decoder, several times as fast and a little coarser (default: on a CPU int8 if the file has it, else bf16 if "
+        "the CPU has it, else float32; on a GPU float32)",
     )
     group.add_argument(
         "--tiny_decoder",
@@ -287,31 +289,34 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0, 1),
         default=0.0,
         metavar="X",
-        help="part of the tokens to merge, up to 1 - 1/(sx*sy); 0 merges none, 0.5 is wise (default: %(default)s)",
+        help="share of the tokens to merge, up to 1 - 1/(sx*sy); 0 merges none; up to 0.5 is wise with tiles of 2 x 2 "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max_downsample",
         type=int,
         choices=[1, 2, 4, 8],
-        help="merge in blocks at 1/N of the latents' size or larger (default: 1)",
+        help="merge in blocks whose feature maps have 1/N of the latents' size or more (default: 1)",
     )
     group.add_argument("--sx", type=number(int, 1), metavar="N", help="width of a tile (default: 2)")
     group.add_argument("--sy", type=number(int, 1), metavar="N", help="height of a tile (default: 2)")
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--use_rand", action=switch, help="draw the token that a tile keeps (default: yes)")
+    group.add_argument(
+        "--use_rand", action=switch, help="keep a random token of each tile; otherwise its first one (default: yes)"
+    )
     group.add_argument("--merge_attn", action=switch, help="merge around self-attention (default: yes)")
     group.add_argument("--merge_crossattn", action=switch, help="merge around cross-attention (default: no)")
     group.add_argument("--merge_mlp", action=switch, help="merge around the feed-forward layers (default: no)")
     group.add_argument(
         "--proportional",
         action=switch,
-        help="a key counts in self-attention as often as tokens were merged into it: far nearer to the picture without "
-        "merging, in the same time (default: no, as in PyPI's tomesd)",
+        help="weigh each key in self-attention by the number of tokens merged into it: far nearer to the picture "
+        "without merging, in nearly the same time (default: no, as in PyPI's tomesd)",
     )
     group.add_argument(
         "--merge_kv",
         action=switch,
-        help="in self-attention, merge keys and values alone, and keep every query (default: no)",
+        help="in self-attention, merge only keys and values, and keep every query (default: no)",
     )
     group.add_argument(
         "--merge_schedule",
@@ -329,7 +334,7 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
         "--merge_every",
         type=number(int, 1),
         metavar="N",
-        help="match tokens in every Nth step only, and merge as before in between (default: 1)",
+        help="match tokens in every N-th step only, and use the same matching in between (default: 1)",
     )
     group.add_argument(
         "--merge_share",
@@ -340,28 +345,37 @@ def add_tome_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that take a calibrated model. They have no defaults: the file says what they do not."""
-    group = parser.add_argument_group("quantization (with --ptq alone all is as the cali_ckpt says)")
+    group = parser.add_argument_group(
+        "quantization (--ptq alone takes everything from the cali_ckpt; the flags of bits, range, split and mode must "
+        "agree with it)"
+    )
     group.add_argument("--ptq", action="store_true", default=None, help="draw with the quantized model")
     group.add_argument(
         "--cali_ckpt",
         type=Path,
         metavar="FILE",
-        help="of scripts/calibrate.py, or Q-Diffusion's (default: the embedded model's)",
+        help="a calibration, of scripts/calibrate.py or Q-Diffusion's (default: the embedded model's)",
     )
-    add_bit_arguments(group, "quantize activations; without it, once bits, split or mode are named, they stay float")
+    add_bit_arguments(
+        group,
+        "quantize activations (default: as the cali_ckpt has them; but no as soon as --weight_bit, --split or "
+        "--quant_mode is given, as in the original work)",
+    )
     group.add_argument("--quant_mode", choices=QUANT_MODES, help="how the cali_ckpt was made")
     group.add_argument(
         "--engine",
         choices=ENGINES,
-        help="int8 computes in whole numbers, simulate with floats that hold them (default: int8 where it can)",
+        help="int8 computes in integers, simulate in floats that hold integers, slower (default: int8 on CPUs that "
+        "have exact integer products, else simulate)",
     )
     group.add_argument(
         "--low_memory",
         action="store_true",
         default=None,
-        help="keep weights at their bits while drawing, and expand a layer's when it runs: less memory, slower",
+        help="keep weights packed, and unpack each layer when it runs: less memory, slower; for int8 with weights of 4 "
+        "bits or less",
     )
-    group.add_argument("--cond", action="store_true", default=None, help="the model must be a conditional one")
+    group.add_argument("--cond", action="store_true", default=None, help="require a model that takes prompts")
     group.add_argument(
         "--no_grad_ckpt", action="store_true", default=None, help="build the UNet without gradient checkpointing"
     )
@@ -370,13 +384,18 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
 def add_bit_arguments(group: Any, quant_act: str = "quantize activations as well") -> None:
     """Add the flags that say what is quantized to how many bits, without defaults. quant_act: the help of that flag."""
     bits = number(int, 2, 16)
-    group.add_argument("--weight_bit", type=bits, metavar="BITS", help="of weights, 2..16")
+    group.add_argument("--weight_bit", type=bits, metavar="BITS", help="bits of weights, 2..16")
     group.add_argument("--quant_act", action=argparse.BooleanOptionalAction, help=quant_act)
-    group.add_argument("--act_bit", type=bits, metavar="BITS", help="of activations, 2..16")
-    group.add_argument("--sm_abit", type=bits, metavar="BITS", help="of the softmax output, 2..16")
+    group.add_argument("--act_bit", type=bits, metavar="BITS", help="bits of activations, 2..16")
+    group.add_argument("--sm_abit", type=bits, metavar="BITS", help="bits of the softmax output, 2..16")
     group.add_argument(
-        "--act_range", choices=ACT_RANGES, help="of layers' inputs: fitted, or taken while drawing (dynamic)"
+        "--act_range",
+        choices=ACT_RANGES,
+        help="ranges of layers' inputs: fitted by calibration (static), or computed while drawing (dynamic)",
     )
     group.add_argument(
-        "--split", action="store_true", default=None, help="the halves of shortcuts are quantized by themselves"
+        "--split",
+        action="store_true",
+        default=None,
+        help="quantize the two halves of each shortcut of the UNet separately",
     )

@@ -44,14 +44,14 @@ def add_arguments(parser: ArgumentParser, outdir: str) -> None:
         "--from-file",
         type=Path,
         metavar="FILE",
-        help="a prompt per line, empty lines left out; a line of a .jsonl file may have negative, seed, steps, scale "
-        'and size of its own: {"prompt": "a cat", "seed": 7, "size": [512, 768]}',
+        help="a text file with a prompt per line; a line of a .jsonl file may have negative, seed, steps, scale and "
+        'size of its own: {"prompt": "a cat", "seed": 7, "size": [512, 768]}, where size is width and height',
     )
     add(
         "--n_iter",
         type=number(int, 1),
         metavar="N",
-        help="batches of --prompt, or rounds of --from-file (default: 2; 1 of a .jsonl file)",
+        help="number of batches of --prompt, or of rounds through --from-file (default: 2; 1 for a .jsonl file)",
     )
     add("--fixed_code", action="store_true", help="start all pictures from the noise of --seed")
     add = parser.add_argument_group("what to write").add_argument
@@ -59,8 +59,8 @@ def add_arguments(parser: ArgumentParser, outdir: str) -> None:
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single pictures")
     add("--n_rows", type=number(int, 1), metavar="N", help="pictures in a row of the grid (default: --n_samples)")
-    add("--resume", action="store_true", help="go on with the last, interrupted run in --outdir, of the same flags")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--resume", action="store_true", help="go on with the interrupted run in --outdir, which had the same flags")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     arguments.add_model_arguments(parser, lora="a LoRA that changes the model")
     arguments.add_prompt_arguments(parser)
     arguments.add_sampler_arguments(parser)

@@ -13,24 +13,27 @@ from dsdiff.results.frontier.options import CALLS, ENGINES, PARTS, TIME_OF, Fron
 def add_arguments(parser: argparse.ArgumentParser, *, settings: Path, parts: Sequence[str], outdir: Path) -> None:
     """Add the flags of what is measured, of time, and of files, with these defaults."""
     add = parser.add_argument_group("what is measured").add_argument
-    ways = f"the ways (default: {settings.relative_to(ROOT)})"
+    ways = f"a file that lists the ways to compare (default: {settings.relative_to(ROOT)})"
     add("--settings", type=Path, default=settings, metavar="FILE", help=ways)
-    add("--names", nargs="+", default=[], metavar="NAME", help="measure these of the settings (default: all)")
+    add("--names", nargs="+", default=[], metavar="NAME", help="measure only these ways of the file (default: all)")
     figures = f"measure these figures (default: {' '.join(parts)})"
     add("--parts", nargs="+", choices=PARTS, default=list(parts), help=figures)
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: captions of shapes, half held out)")
-    add("--n", type=number(int, 2), default=64, metavar="N", help="prompts, each drawn once (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of captions and noise (default: %(default)s)")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt per line (default: captions of shapes, half held out)")
+    prompts = "number of prompts, each drawn once (default: %(default)s)"
+    add("--n", type=number(int, 2), default=64, metavar="N", help=prompts)
+    seed = "seed of captions and noise (default: %(default)s)"
+    add("--seed", type=number(int, 0), default=0, metavar="N", help=seed)
     add = parser.add_argument_group("time").add_argument
-    add("--time_of", choices=TIME_OF, default=TIME_OF[0], help="whose calls are timed (default: %(default)s)")
-    add("--time_engine", choices=ENGINES, help=f"what computes sd-v1 (default: {ENGINES[0]})")
-    calls = f"UNet calls a measurement (default: {CALLS}; all steps of a picture where they are not alike)"
+    timed = "the UNet to time: that of the model, or Stable Diffusion v1's with random weights (default: %(default)s)"
+    add("--time_of", choices=TIME_OF, default=TIME_OF[0], help=timed)
+    add("--time_engine", choices=ENGINES, help=f"the engine of --time_of sd-v1 (default: {ENGINES[0]})")
+    calls = f"UNet calls per measurement (default: {CALLS}; all steps of a picture if they differ)"
     add("--calls", type=number(int, 1), metavar="N", help=calls)
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="measurements of each (default: %(default)s)")
     add = parser.add_argument_group("files and batches").add_argument
     add("--outdir", type=Path, default=outdir, metavar="DIR", help="default: %(default)s")
     add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     arguments.add_model_arguments(parser)
 
 
