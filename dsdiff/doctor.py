@@ -1,4 +1,4 @@
-"""Look at an installation: versions, what the CPU gives, which models are there, and which jobs there is room for."""
+"""Look at an installation: versions, what the CPU can do, which models are there, and which jobs there is room for."""
 
 import importlib.util
 import logging

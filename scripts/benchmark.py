@@ -9,13 +9,13 @@ each --ratio of merged tokens:
                       torch.compile (max-autotune), which takes minutes, and without merging
   simulate            quantized (W4A8), integers held as floats
   int8                quantized, on integer kernels; the rest in bfloat16 where the hardware has it
-  int8-float32        the same, the rest in float32
+  int8-float32        the same, the rest in float32; int8-dynamic(-mixed): with dynamic ranges (and six 12-bit inputs)
 
-All settings are gone through in turn, --repeats times, forwards and backwards; each measurement begins with an untimed
+All settings are measured in turn, --repeats times, forwards and backwards; each measurement begins with an untimed
 call (if calls take more than 10 s, in the first repeat only). Settings are compared within a repeat: speed-up is the
 time of float32 without merging over the setting's, both of the same repeat. Tables show medians (min..max). --peers
-adds what is installed of diffusers and OpenVINO, on the same UNet, each in a process of its own. --memory adds the peak
-of each engine, in a process of its own as well.
+adds diffusers and OpenVINO where they are installed, on the same UNet, each in a process of its own. --memory adds the
+peak memory of each engine, in a process of its own as well.
 
 Speed does not depend on the values of the weights: --random_weights measures the real shapes of Stable Diffusion v1, or
 of any --config, without a checkpoint. Prints tables; writes benchmark.json, benchmark.md and benchmark.png to OUTDIR.

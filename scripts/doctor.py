@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tell what is installed here, what the CPU gives, which models are found, and which jobs there is room for.
+"""Tell what is installed here, what the CPU can do, which models are found, and which jobs there is room for.
 
     python scripts/doctor.py
 

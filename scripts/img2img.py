@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Picture and text in, picture out: python scripts/img2img.py --init FILE --prompt "a red circle on a blue background"
 
-The picture gets noise, and the last --strength of the steps take it away again, led by the prompt. With --mask, only
-what is white in the mask is drawn anew, by any checkpoint that draws: what is black is put back after each step, and
-its pixels at the end. A folder's pictures are used in turn, --n_iter times, with --prompt, or each with the line of
---from-file that has its number.
+Adds noise to the picture, and removes it again in the last part of the steps (their share --strength), guided by the
+prompt. With --mask, only what is white in the mask is drawn anew. Any checkpoint can do it: what is black is put back
+after each step, and its pixels at the end. The pictures of a folder are used in turn, --n_iter times: all with
+--prompt, or the first with the first line of --from-file, and so on.
 
 Pictures of another size than --W and --H (default: the model's) are scaled to cover it and cropped at the centre, or
-stretched with --resize stretch; the mask, which must have its picture's size, alike. Else the flags, what is written
-and what it depends on are those of scripts/txt2img.py.
+stretched with --resize stretch. The mask must have its picture's size, and is changed in the same way. All other flags,
+and what is written, are as in scripts/txt2img.py.
 """
 
 import sys

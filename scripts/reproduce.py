@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="of timings (default: %(default)s)")
     add("--shown", type=number(int, 1), default=6, metavar="N", help="prompts in the report (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--verbose", action="store_true", help="tell details, and where errors come from")
+    add("--verbose", action="store_true", help="show details, and tracebacks of errors")
     return parser.parse_args(argv)
 
 

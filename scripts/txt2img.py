@@ -7,7 +7,7 @@ a grid, settings.yaml and log.txt. Each PNG holds its prompt, its seed and all s
 more; none is replaced.
 
 Picture i starts from the noise of seed + i, whatever the batch size: other sizes give the same pictures up to
-rounding. With --from-file, a batch takes --n_samples prompts, and the file is gone through --n_iter times.
+rounding. With --from-file, a batch takes --n_samples prompts, and the whole file is drawn --n_iter times.
 """
 
 import sys
