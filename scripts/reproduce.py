@@ -32,29 +32,29 @@ from dsdiff.results.options import MODELS, TABLE, ResultsOptions
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("what is measured").add_argument
-    add("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
-    add("--table", type=Path, default=TABLE, metavar="FILE", help=f"default: {TABLE.relative_to(ROOT)}")
+    add("--model", choices=MODELS, default=MODELS[0], help="the model of the table (default: %(default)s)")
+    rows = f"the rows, and how they are drawn and scored (default: {TABLE.relative_to(ROOT)})"
+    add("--table", type=Path, default=TABLE, metavar="FILE", help=rows)
     add(
         "--rows",
         nargs="+",
         default=(),
         metavar="ROW",
-        help="these and the baseline, as FP32-0.5 W4A8-dynamic-0.5 (default: all)",
+        help="only these rows, beside the baseline, such as FP32-0.5 W4A8-dynamic-0.5 (default: all)",
     )
-    add("--pictures", type=number(int, 2), metavar="N", help="pictures a row (default: the table's)")
-    add("--reference", metavar="SOURCE", help="as of eval_fid.py (default: the table's)")
+    add("--pictures", type=number(int, 2), metavar="N", help="pictures per row (default: the table's)")
+    add("--reference", metavar="SOURCE", help="real pictures, as for eval_fid.py (default: the table's)")
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", type=Path, metavar="FILE", help="the model's weights (default: under models/ldm)")
     add("--tokenizer", type=Path, metavar="DIR", help="the tokenizer's files (default: beside the checkpoint)")
-    add("--cali_ckpt", type=Path, metavar="FILE", help="of W4A8 (default: the model's, or a new one)")
-    add(
-        "--inception_weights", type=Path, metavar="FILE", help="torch-fidelity's (default: where it keeps or gets them)"
-    )
+    add("--cali_ckpt", type=Path, metavar="FILE", help="the calibration of W4A8 (default: the model's, or a new one)")
+    weights = "torch-fidelity's weights (default: those in its cache, or downloaded)"
+    add("--inception_weights", type=Path, metavar="FILE", help=weights)
     add("--outdir", type=Path, default=Path("outputs/results"), metavar="DIR", help="default: %(default)s")
-    add("--cache", type=Path, default=Path("outputs/fid-cache"), metavar="DIR", help="features; default: %(default)s")
+    add("--cache", type=Path, default=Path("outputs/fid-cache"), metavar="DIR", help="kept features (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
-    add("--repeats", type=number(int, 1), default=5, metavar="N", help="of timings (default: %(default)s)")
+    add("--repeats", type=number(int, 1), default=5, metavar="N", help="repeats of timings (default: %(default)s)")
     add("--shown", type=number(int, 1), default=6, metavar="N", help="prompts in the report (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--verbose", action="store_true", help="show details, and tracebacks of errors")
