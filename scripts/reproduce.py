@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     weights = "torch-fidelity's weights (default: those in its cache, or downloaded)"
     add("--inception_weights", type=Path, metavar="FILE", help=weights)
     add("--outdir", type=Path, default=Path("outputs/results"), metavar="DIR", help="default: %(default)s")
-    add("--cache", type=Path, default=Path("outputs/fid-cache"), metavar="DIR", help="kept features (default: %(default)s)")
+    add("--cache", type=Path, default=Path("outputs/fid-cache"), metavar="DIR", help="features; default: %(default)s")
     add = parser.add_argument_group("how").add_argument
     add("--batch_size", type=number(int, 1), default=16, metavar="N", help="pictures per batch (default: %(default)s)")
     add("--repeats", type=number(int, 1), default=5, metavar="N", help="repeats of timings (default: %(default)s)")
