@@ -48,8 +48,8 @@ class DrawSettings:
 
     steps, steps_taken: the number of steps asked for, and the number taken (see `make_ddim_timesteps`).
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, see DrawOptions.
-    cache, cache_depth: how deep features are kept from step to step, see DrawOptions. Of a file, `cache` holds the
-        numbers of the whole steps.
+    cache, cache_depth: how deep features are kept from step to step, see DrawOptions. If a file named the whole steps,
+        `cache` holds their numbers.
     quantization: how the model is quantized; None for a float model.
     lora: the LoRAs that change the model. embeddings: those of textual inversion that prompts may name.
     init: how pictures are drawn from others; None draws them from noise alone. steps_taken counts its strength.
@@ -85,7 +85,7 @@ class DrawSettings:
         return self.cache != 1
 
     def keeping(self, unet: nn.Module) -> AbstractContextManager[None]:
-        """Return a block, of one walk of the sampler, in which a UNet keeps its deep features as the settings say."""
+        """Return a context, for one run of the sampler, in which a UNet keeps its deep features as the settings say."""
         if not self.keeps_features:
             return nullcontext()
         whole = every(self.cache) if isinstance(self.cache, int) else in_steps(self.cache)
@@ -110,8 +110,9 @@ def resolve_settings(
 ) -> DrawSettings:
     """Return the settings that options mean for a model. Reads no weights.
 
-    precision, merge: where the options have none. vae: the decoder chosen. quantization, lora, embeddings: of the
-    model. Raises ValueError for a value that the model cannot have and for options that would have no effect.
+    precision, merge: the defaults for options that have none. vae: the decoder chosen. quantization, lora, embeddings:
+    those of the model. Raises ValueError for a value that the model cannot have and for options that would have no
+    effect.
     """
     steps = options.steps or (FEW_STEPS if options.sampler in FEW_STEP else spec.steps)
     settings = DrawSettings(

@@ -55,7 +55,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """A LoRA to apply: its file, and the scale of its changes, which may be negative. 0 is none of them.
+    """A LoRA to apply: its file, and the scale of its changes, which may be negative. 0 changes nothing.
 
     Raises ValueError for a scale that is no finite number.
     """
@@ -122,10 +122,10 @@ class EmbeddingOptions:
 class InitOptions:
     """How a picture is drawn from another one.
 
-    strength: the share of the steps that are taken, in (0, 1]; the picture gets as much noise as there is before them.
-        At 1 next to nothing of it is left.
-    resize: how a picture of another size comes to the size drawn. "crop" scales it until it covers that size, and cuts
-        off what stands over, on both sides alike; "stretch" scales width and height by themselves.
+    strength: the share of the steps that are taken, in (0, 1]. The picture gets the noise of the first step taken; at 1
+        next to nothing of it is left.
+    resize: how a picture of another size gets the size that is drawn. "crop" scales it until it covers that size, and
+        cuts off the rest evenly on both sides; "stretch" scales width and height separately.
     mask_blur: with a mask, the radius in pixels over which the drawn part fades into the picture; 0..MAX_BLUR.
     paste: with a mask, put the picture's own pixels back outside of it. False leaves those of the decoder.
     Raises ValueError for a value out of range.
@@ -157,19 +157,20 @@ class DrawOptions:
     scale: the guidance scale s in eps = eps_u + s (eps_c - eps_u), 0 or more; 1 is no guidance. None is 1 for samplers
         of FEW_STEP, except for models that take the scale as an input (full LCM checkpoints).
     negative_prompt: the text that guidance leads away from.
-    prompt_weights: brackets in prompts give weights, (word:1.2), (word), [word]; with False they are text.
+    prompt_weights: brackets in prompts give weights, (word:1.2), (word), [word]; False takes them as text.
     long_prompts: a prompt of more tokens than the text encoder sees at once (75 in Stable Diffusion) is read in chunks
         ("chunk"), or cut with a warning ("cut").
     guidance_start, guidance_stop: the shares of the steps between which there is guidance, 0 <= start <= stop <= 1:
         step i of n is guided if start <= i / n < stop. The others take one sample of the UNet in place of two.
-    cache: the UNet is computed as a whole in every cache-th step, else its ends alone, on deep features of the last
-        whole step (DeepCache). 1 keeps nothing. A path is a file of scripts/schedule_cache.py, which names the whole
-        steps for one sampler and number of steps.
-    cache_depth: how many input and output blocks are computed in the other steps, 1 or more; a file has its own.
-    precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32.
+    cache: the whole UNet is computed in every cache-th step only; the other steps compute its ends, on the deep
+        features of the last whole step (DeepCache). 1 computes all of it in all steps. A path is a file of
+        scripts/schedule_cache.py, which names the whole steps for one sampler and number of steps.
+    cache_depth: how many input and output blocks are the ends, 1 or more. A file of `cache` has its own.
+    precision: that of the UNet. "autocast" is bfloat16 (float16 on a GPU without it), "full" is float32. None is
+        autocast on a GPU, and for quantized activations on a CPU that has bfloat16; else full.
     vae: the decoder of the autoencoder. "float32", "bf16" (bfloat16, the last norm and convolution in float32) or
-        "int8" (whole numbers; of a bundle that has its ranges). None takes the fastest of these that the CPU and the
-        model have. "tiny" is a small decoder of its own, much faster and a little coarser (TAESD).
+        "int8" (integers; for bundles that have its ranges). None takes the fastest of these that the CPU and the
+        model have, on a GPU float32. "tiny" is a small decoder of its own, much faster and a little coarser (TAESD).
     vae_tiling: decode in overlapping stripes, for large pictures on little memory; slower.
     tiny_decoder: the file of the tiny decoder. None takes the one that comes with the model.
     merge: the token merging; None merges none.
@@ -252,13 +253,13 @@ class QuantizationOptions:
         been made with these.
     act_range, split, quant_mode: further settings that the file must have been made with, see QuantConfig.
     quant_act: True asks for quantized activations, False leaves them float. With None the file decides; but as soon as
-        one of weight_bit, act_bit, sm_abit, split and quant_mode is given they stay float, as the original work's
-        command lines mean it.
-    engine: "int8" computes in integers, "simulate" in floats that hold integers. None takes int8 where it can run.
-        "calibration" keeps the layers that calibration works on.
-    low_memory: keep weights packed while drawing; slower.
-    cond: require a conditional model.
-    no_grad_ckpt: switch gradient checkpointing off.
+        one of weight_bit, act_bit, sm_abit, split and quant_mode is given they stay float, as in the command lines of
+        the original work.
+    engine: "int8" computes in integers, "simulate" in floats that hold integers. None takes int8 where it can run on a
+        CPU, else simulate. "calibration" keeps the layers that calibration works on.
+    low_memory: keep weights packed while drawing, for int8 and weights of 4 bits or less; slower.
+    cond: require a model that takes prompts.
+    no_grad_ckpt: switch gradient checkpointing off, which has no effect on pictures.
     Raises ValueError for a value out of range.
     """
 
@@ -286,6 +287,6 @@ class QuantizationOptions:
 
     @property
     def names_settings(self) -> bool:
-        """True if any of the settings is given that `quant_act` was read together with in the original work."""
+        """True if a setting is given that makes None of `quant_act` mean False, as in the original work."""
         named = (self.weight_bit, self.act_bit, self.sm_abit, self.split, self.quant_mode)
         return any(value is not None for value in named)

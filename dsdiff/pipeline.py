@@ -134,7 +134,7 @@ class Pipeline:
         return self._held.model
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
-        """Return the model, ready to draw with these settings."""
+        """Return the model, its tokens merged as the settings say. Raises ValueError for settings of other LoRAs."""
         if settings.lora != self.lora:
             raise ValueError("these settings are of other LoRAs than the pipeline has now: resolve the options again")
         return self._held.merged(settings.merge)
@@ -152,12 +152,12 @@ class Pipeline:
         return self._held.loras.records
 
     def set_lora(self, *lora: Lora) -> None:
-        """Change the model by these LoRAs, in place of those of before; by none, with no arguments.
+        """Replace the LoRAs of the model by these; without arguments remove them.
 
         lora: each a file, (file, scale), or LoraOptions. On a quantized model they are float branches beside its
-        layers, which come and go without a trace. Into a float model they are merged: it is read anew at the next use.
-        Settings must be resolved again afterwards. Raises ValueError or FileNotFoundError, and changes nothing, for
-        files that do not fit.
+        layers, and removing them restores its outputs bit for bit. Into a float model they are merged: it is read anew
+        at the next use. Settings must be resolved again afterwards. Raises ValueError or FileNotFoundError, and changes
+        nothing, for files that do not fit.
         """
         if self._held.set_loras(self._resolve_loras(lora)):
             self._decoders.clear()  # which are made of the model's
@@ -179,8 +179,9 @@ class Pipeline:
     ) -> Iterator[Picture]:
         """Yield a picture for each prompt, in order, `batch_size` drawn at a time.
 
-        seeds: one a prompt (None: 42, 43, ...). The same prompt, seed and options give the same picture, up to rounding
-        whatever the batch. Raises ValueError for options that cannot be, before anything is drawn.
+        seeds: one for each prompt (None: 42, 43, ...). The same prompt, seed and options give the same picture; in
+        another batch it differs by rounding at most (see `sample` for the exception). Raises ValueError for options
+        that the model cannot draw with, before anything is drawn.
         """
         texts, numbers = _texts_and_seeds(prompts, seeds, batch_size)
         settings = self.resolve(options or DrawOptions())
@@ -198,10 +199,11 @@ class Pipeline:
         options: DrawOptions | None = None,
         batch_size: int = 1,
     ) -> Iterator[Picture]:
-        """Yield a picture for each prompt, drawn from the picture of the same number, or from the only one.
+        """Yield a picture for each prompt, drawn from the picture of the same number, or all from a single picture.
 
-        mask: of the pictures' size; what is white is drawn anew, the rest stays. options.init: strength, and what
-        happens to pictures of another size than options have; None is InitOptions(). Else as `draw`.
+        pictures: of any mode and size; options.init says how they get the size that is drawn, and the strength (None:
+        InitOptions()). mask: of the pictures' size; white is drawn anew, black stays. The other arguments are those of
+        `draw`. Raises ValueError for other numbers of pictures and prompts, and for a mask of another size.
         """
         texts, numbers = _texts_and_seeds(prompts, seeds, batch_size)
         images = [pictures] * len(texts) if isinstance(pictures, Image.Image) else list(pictures)
@@ -243,11 +245,12 @@ class Pipeline:
     ) -> Tensor:
         """Return latents [B, C, h, w] for `decode`, one a prompt, each from the noise of its own seed.
 
-        A picture depends on its prompt, its seed and the settings alone; that of another batch differs by rounding.
-        (Only token merging without guidance treats even and odd batches differently.) init: what `start_from` returns,
-        for settings that have an init. Prompts of other lengths than the first have a walk of their own.
-        verbose: show a bar of steps. callback(i) is called after step i of each walk, img_callback(pred_x0, i) with the
-        latents [B, C, h, w] in which step i sees the walk end. An exception of theirs ends the walk.
+        A picture depends on its prompt, its seed and the settings alone; in another batch it differs by rounding.
+        (The exception is token merging without guidance: batches of an odd size merge other tokens.) Prompts with
+        different numbers of chunks are sampled separately.
+        init: what `start_from` returns, for settings that have an init. verbose: show a bar of steps. callback(i) and
+        img_callback(pred_x0, i) are called after step i, pred_x0 being the x_0 [B, C, h, w] that the step predicts; an
+        exception in them ends the sampling. Raises ValueError for latents that become NaN or infinite.
         """
         if (init is None) != (settings.init is None):
             raise ValueError("settings with an init need pictures to start from, and others take none: see img2img")
@@ -318,7 +321,10 @@ class Pipeline:
         return context, self._contexts.encode(model, negative, settings, length)
 
     def start_from(self, inits: Sequence[InitPicture], settings: DrawSettings) -> Init:
-        """Return what `sample` starts from: the latents of pictures, and which of them their masks let draw anew."""
+        """Return the `init` of `sample`: the latents of pictures, and where their masks let them be drawn anew.
+
+        Raises ValueError for settings without an init.
+        """
         if settings.init is None:
             raise ValueError("these settings draw from noise alone: resolve options that have an init")
         x0 = torch.cat([self.encode(to_tensor(each.image)) for each in inits])
@@ -329,8 +335,8 @@ class Pipeline:
     def decode(self, latents: Tensor, settings: DrawSettings | None = None) -> Tensor:
         """Return pictures [B, 3, H, W], float32 in [0, 1] on the CPU, of latents [B, C, h, w].
 
-        settings: which decoder, see DrawOptions; None: float32. One picture at a time, which needs little memory.
-        Raises ValueError for a picture that is not finite.
+        settings: they choose the decoder; None takes the autoencoder's in float32. Pictures are decoded one at a time,
+        which needs little memory. Raises ValueError for NaN or infinite pixels.
         """
         kinds = (
             (FLOAT32, False, None) if settings is None else (settings.vae, settings.vae_tiling, settings.tiny_decoder)
@@ -383,12 +389,18 @@ def load(
     """Load a model that draws: `for picture in dsdiff.load().draw(["a red circle"]): picture.image.show()`.
 
     model: "embedded", "sd-v1", the path of a checkpoint, of a folder as diffusers saves it or of a bundle, or a name on
-    the hub. cali_ckpt: a calibration of it; with `engine` ("int8" or "simulate") alone it is the model's own.
-    quantization: the same in full, in place of those two. ratio: the part of the tokens to merge, 0 for none. config:
-    the yaml of a checkpoint that is not Stable Diffusion v1's. vae_ckpt: another autoencoder for the model. lora: files
-    of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`. embeddings: files of textual inversion, or (file, name)
-    of each. tokenizer, device: see Pipeline.
-    Raises ValueError or FileNotFoundError, in one line, for what cannot work.
+        the hub.
+    cali_ckpt: a calibration of the model. With `engine` alone it is the one that comes with the model; with neither of
+        them the model is float, or a bundle as it is.
+    engine: "int8" or "simulate"; None takes int8 where it can run.
+    ratio: the share of the tokens to merge; 0 merges none.
+    quantization: all options of quantization, in place of `cali_ckpt` and `engine`.
+    config: the yaml of a checkpoint that is not Stable Diffusion v1's.
+    vae_ckpt: another autoencoder for the model: a file, a folder or a name on the hub.
+    lora: files of LoRAs, or (file, scale) of each, see `Pipeline.set_lora`.
+    embeddings: files of textual inversion, or (file, name) of each.
+    tokenizer, device: see Pipeline.
+    Raises ValueError or FileNotFoundError, in one line, for files and options that cannot work together.
     """
     if quantization is not None and (cali_ckpt is not None or engine is not None):
         raise ValueError("give cali_ckpt and engine, or quantization, which holds both")
