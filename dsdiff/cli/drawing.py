@@ -90,13 +90,18 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
 def read_subjects(args: argparse.Namespace) -> Subjects:
     """Return what is to be drawn. Raises ValueError or OSError for files that hold nothing of it."""
     from dsdiff.jobs import check_text, read_prompt_file
+    from ldm.modules.encoders.prompt_syntax import strong_pieces
 
     rows = read_rows(args.from_file, "--from-file") if has_rows(args.from_file) else ()
     if rows:
         prompts = [row.prompt for row in rows]
     else:
         prompts = [args.prompt] if args.from_file is None else read_prompt_file(args.from_file, "--from-file")
-    check_text([*prompts, args.negative_prompt or "", *(row.negative or "" for row in rows)])
+    texts = [*prompts, args.negative_prompt or "", *(row.negative or "" for row in rows)]
+    check_text(texts)
+    if args.prompt_weights is not False:
+        for text in texts:
+            strong_pieces(text)  # now, rather than when it comes to this picture
     if "init" not in args:
         return Subjects(prompts=tuple(prompts), rows=rows)
     inits, mask = _read_inits(args)

@@ -109,6 +109,24 @@ def test_weights_are_those_of_the_tokens(encoder):
     assert chunk.ids == encoder.chunks("a red circle", CHUNKS)[0].ids
 
 
+def test_weights_that_are_too_strong_are_told_once_and_those_that_draw_noise_refused(encoder, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            encoder.chunks("a (red:2.5) (circle:-3) (on:2) [(blue:2.1)]", CHUNKS)
+        encoder.chunks("a (red:2.5) star", PLAIN)  # text
+    assert [record.getMessage() for record in caplog.records] == [
+        "weight 2.5 of 'red': beyond 2 pictures fall apart, 0.5 to 1.5 is wise",
+        "weight -3 of 'circle': beyond 2 pictures fall apart, 0.5 to 1.5 is wise",
+    ]
+    for prompt, weight in (("a (red:99999) star", "99999"), ("((red:-99):2)", "-198"), (f"(red:{'9' * 400})", "inf")):
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=f"the weight of 'red' in a prompt is {weight}, which draws noise: 100 is"
+            ):
+                encoder.chunks(prompt, CHUNKS)
+        assert encoder.chunks(prompt, PLAIN), prompt
+
+
 def test_long_prompts_go_on_in_further_chunks_cut_at_a_comma_near_the_end(encoder):
     assert texts(encoder, encoder.chunks("red " * 76, CHUNKS)) == ["red " * 74 + "red", "red"]
     assert len(encoder.chunks("red " * 75, CHUNKS)) == 1 and len(encoder.chunks("red " * 151, CHUNKS)) == 3

@@ -48,6 +48,19 @@ def test_weights_reach_the_picture_unless_they_are_switched_off(run):
     assert difference(negative, picture(run(*ONCE, "--negative_prompt", "blue", outdir="plain negative"))) > 0
 
 
+def test_weights_that_draw_noise_are_refused_before_anything_is_drawn(refused, rows, tmp_path):
+    noise = "a (red:500) circle"
+    (tmp_path / "prompts.txt").write_text(f"a ring\n{noise}\n")
+    for flags in (
+        ("--prompt", noise),
+        ("--negative_prompt", noise),
+        ("--from-file", tmp_path / "prompts.txt"),
+        ("--from-file", rows({"prompt": "a"}, {"prompt": "a", "negative": noise})),
+    ):
+        assert "the weight of 'red' in a prompt is 500, which draws noise" in refused(*flags), flags
+    assert not (tmp_path / "refused").exists()
+
+
 def test_long_prompts_are_read_whole_or_cut_with_a_warning(run, capsys):
     whole, cut = (run(*ONCE, "--prompt", LONG, "--long_prompts", way, outdir=way) for way in ("chunk", "cut"))
     out = capsys.readouterr()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.modules.encoders.chunks import Chunk, Chunker, PromptStyle
 from ldm.modules.encoders.clip import ClipTextConfig, ClipTextModel, position_ids
+from ldm.modules.encoders.prompt_syntax import STRONG, strong_pieces
 from ldm.modules.encoders.tokenizer import FILES_WANTED, ClipTokenizer, TokenizerSource, has_tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class FrozenCLIPEmbedder(nn.Module):
         self._ids: dict[str, tuple[int, ...]] = {}  # of prompts tokenized before: training sees them many times
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
-        self._reported: set[str] = set()
+        self._reported: set[str] = set()  # prompts whose end is not seen
+        self._weighed: set[str] = set()  # prompts whose weights were looked at
         self._added: dict[str, Tensor] = {}  # vectors by name
         with torch.device(device if device is not None else torch.get_default_device()):
             self.transformer = ClipTextModel(config)
@@ -123,6 +125,12 @@ class FrozenCLIPEmbedder(nn.Module):
         if cut and prompt not in self._reported:
             self._reported.add(prompt)
             logger.warning("prompt longer than %d tokens, its end is not seen: %r", self.max_length, cut)
+        if style.weights and prompt not in self._weighed:
+            strong = strong_pieces(prompt)
+            self._weighed.add(prompt)
+            for piece in strong:
+                text = "weight %g of %r: beyond %g pictures fall apart, 0.5 to 1.5 is wise"
+                logger.warning(text, piece.weight, piece.text.strip(), STRONG)
         return chunks
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
@@ -153,7 +161,11 @@ class FrozenCLIPEmbedder(nn.Module):
         self._added = dict(vectors)
 
     def chunks(self, prompt: str, style: PromptStyle) -> list[Chunk]:
-        """Return the chunks of max_length tokens that a prompt is read as. What is cut off is told once, in full."""
+        """Return the chunks of max_length tokens that a prompt is read as.
+
+        What is cut off is told once, in full, and so are weights that are too strong. Raises ValueError for one that
+        draws noise.
+        """
         end, added = self.transformer.text_model.config.vocab_size, {}
         for name, rows in self._added.items():
             added[name] = range(end, end + len(rows))

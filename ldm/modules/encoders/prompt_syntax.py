@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+STRONG, MOST = 2.0, 100.0  # weights above which pictures fall apart, and above which they are noise; as negative ones
 ROUND, SQUARE = 1.1, 1 / 1.1  # the factors of a pair of brackets
 MARKS = re.compile(r"[()\[\]\\]|\bBREAK\b")  # a prompt without any of them reads the same with weights and without
 TOKENS = re.compile(
@@ -40,6 +41,21 @@ def parse_weights(prompt: str) -> list[Piece]:
     for start in parsed.opened["["]:
         parsed.scale(start, SQUARE)
     return list(_joined(parsed.pieces)) or [Piece("")]
+
+
+def strong_pieces(prompt: str) -> list[Piece]:
+    """Return the parts of a prompt whose weight is above STRONG, or below -STRONG.
+
+    Raises ValueError for one beyond MOST.
+    """
+    found = [piece for piece in parse_weights(prompt) if piece.text.strip() and not abs(piece.weight) <= STRONG]
+    for piece in found:
+        if not abs(piece.weight) <= MOST:
+            raise ValueError(
+                f"the weight of {piece.text.strip()!r} in a prompt is {piece.weight:g}, which draws noise: {MOST:g} is "
+                "the most, and 0.5 to 1.5 is wise"
+            )
+    return found
 
 
 class _Parsed:
