@@ -15,7 +15,7 @@ from dsdiff.calibration.estimate import available_memory
 from dsdiff.environment import machine, versions
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED, STABLE_DIFFUSION, TINY_DECODERS, TOKENIZER
 from qdiff.engine import cpu, native
-from qdiff.engine.backends.onednn import largest_exact_weight
+from qdiff.engine.backends.onednn import LARGEST, LARGEST_IN_16_BITS, largest_exact_weight
 
 GB = 1e9
 # Optional extra -> the packages that tell that it is installed, and the commands that need it.
@@ -91,8 +91,12 @@ def _cpu() -> Iterator[Finding]:
     precision = "bfloat16" if cpu.has_bfloat16() else "float32, as the CPU has no bfloat16"
     yield Finding(topic="CPU", text=f"what is not in integers is computed in {precision}")
     exact = largest_exact_weight()
-    products = {0: "not by oneDNN: PyTorch multiplies, slowly", 64: "exact for weights of 4 bits, in two parts for 8"}
-    yield Finding(topic="CPU", text=f"integer products {products.get(exact, 'exact for weights of 4 and 8 bits')}")
+    products = {
+        0: "not by oneDNN: all models are simulated by PyTorch, slowly",
+        LARGEST_IN_16_BITS: "exact for weights of 6 bits or less; models with weights of 8 bits are simulated, slowly",
+        LARGEST: "exact for weights of 8 bits or less",
+    }
+    yield Finding(topic="CPU", text=f"integer products {products[exact]}")
 
 
 def _kernels() -> Iterator[Finding]:

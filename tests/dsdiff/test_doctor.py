@@ -6,9 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dsdiff import doctor
+from dsdiff.models.quantized import choose_engine
 from dsdiff.models.registry import CHECKPOINTS, EMBEDDED, ROOT, STABLE_DIFFUSION
+from qdiff.config import QuantConfig
+from qdiff.engine.backends import onednn
 
 
 def advice_by_topic(tmp_path):
@@ -50,6 +54,21 @@ def test_models_that_are_there_are_shown_with_their_size(tmp_path):
     assert f"embedded model: {CHECKPOINTS[EMBEDDED][0]} (" in text and "W4 cali_w4a8.safetensors" in text
     if not any(path.is_file() for path in CHECKPOINTS[STABLE_DIFFUSION]):
         assert "Stable Diffusion v1: no file at" in text
+
+
+def test_products_are_told_as_the_engine_computes_them(tmp_path, monkeypatch):
+    for largest, most_bits, words in (
+        (onednn.LARGEST, 8, "weights of 8 bits or less"),
+        (onednn.LARGEST_IN_16_BITS, 6, "weights of 6 bits or less"),
+        (0, 0, "all models are simulated"),
+    ):
+        for module in (onednn, doctor):
+            monkeypatch.setattr(module, "largest_exact_weight", lambda largest=largest: largest)
+        (told,) = (f.text for f in doctor.examine(tmp_path) if f.text.startswith("integer products"))
+        assert words in told, largest
+        for bits in (2, 4, 6, 7, 8):
+            engine = choose_engine(None, QuantConfig(weight_bit=bits), torch.device("cpu"))
+            assert engine == ("int8" if bits <= most_bits else "simulate"), (largest, bits)
 
 
 @pytest.mark.slow
