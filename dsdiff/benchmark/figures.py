@@ -29,15 +29,15 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingFigures:
-    """The speed of one setting.
+    """The speed of one setting. None means not measured.
 
-    tokens: the share of tokens that the transformer blocks process. seconds: time of a UNet call. seconds_by_repeat:
-    the same for each repeat. speedup, speedup_bf16, speedup_openvino: seconds of float32, of bf16 and of OpenVINO's
-    int8 (the faster one of its variants, which differ in the precision of the rest), each without merging, divided by
-    these within each repeat. speedup_fp16, speedup_compiled: the same of a GPU's fp16, in the faster order of feature
-    maps, and of fp16-compile. merging: the same
-    engine's seconds without merging, divided by these. shares: kind of operator (see `operations`) -> share of the
-    time. None means not measured.
+    tokens: the share of tokens that the transformer blocks process. seconds: of a UNet call, over all repeats;
+    seconds_by_repeat: in each of them.
+    speedup, speedup_bf16, speedup_openvino: how many times as fast as float32, as bf16, and as OpenVINO's int8 (the
+    faster one of its variants, which differ in the precision of the rest), each without merging, within a repeat.
+    speedup_fp16, speedup_compiled: the same for a GPU's fp16, in the faster memory format, and for fp16-compile.
+    merging: how many times as fast as the same engine without merging.
+    shares: kind of operator (see `operations`) -> share of the time.
     """
 
     engine: str
@@ -91,8 +91,11 @@ class Floor:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Which UNet was measured. config: the name of its yaml. latents, context: shapes of a call's inputs. bits: of the
-    quantized engines, such as "W4A8". ranges: where the ranges of their quantizers come from, in words."""
+    """The UNet that was measured.
+
+    config: the name of its yaml. latents, context: shapes of a call's inputs. bits: of the quantized engines, such as
+    "W4A8". ranges: where the ranges of their quantizers come from, in words.
+    """
 
     config: str
     random_weights: bool

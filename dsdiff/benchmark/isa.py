@@ -33,8 +33,10 @@ def capped_environment(cap: str) -> dict[str, str]:
 
 
 def caps_here(wanted: Sequence[str]) -> list[str]:
-    """Return the caps to measure under: those asked for, or all that are this CPU's. Raises ValueError for a cap that
-    this CPU is below, and on a GPU's machine without any."""
+    """Return the caps to measure under: those asked for, or all that this CPU has.
+
+    Raises ValueError for a cap that this CPU is below, and for a CPU that is below all caps.
+    """
     from qdiff.engine import cpu
 
     own = [name for name in cpu.ISAS if cpu.ISAS[name] <= cpu.features()]
@@ -61,8 +63,10 @@ def benchmark(options: BenchmarkOptions) -> str:
 
 
 def table(reports: Mapping[str, Mapping[str, Any]], pictures: bool) -> list[list[str]]:
-    """Return a line for each row of the reports and a column for each cap: median seconds, times float32, and times
-    OpenVINO's int8 under the same cap."""
+    """Return a line for each row of the reports, and a column for each cap.
+
+    A cell has the median seconds, times float32, and times OpenVINO's int8, both under the same cap.
+    """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for cap, report in reports.items():
         for row in report["rows" if pictures else "settings"]:

@@ -48,8 +48,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelFigures:
-    """seconds: of a call. ratio: how many times as fast as what it is measured against, or its share of a copy's
-    bandwidth."""
+    """The speed of a kernel.
+
+    seconds: of a call. ratio: how many times as fast it is as what it is measured against or, if `of_bandwidth`, its
+    share of the bandwidth of a copy.
+    """
 
     name: str
     seconds: Spread

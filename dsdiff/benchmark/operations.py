@@ -37,8 +37,10 @@ def kind_of(operator: str) -> str:
 
 
 def operations(call: Callable[[], Any]) -> dict[str, int]:
-    """Return the multiplications and additions of a float UNet's call, by kind. Only matrix products, convolutions and
-    attention are counted."""
+    """Return the multiplications and additions of a float UNet's call, by kind.
+
+    Only matrix products, convolutions and attention are counted.
+    """
     with FlopCounterMode(display=False, custom_mapping={SDPA: _attention_operations}) as counter:
         call()
     found: Counter[str] = Counter()

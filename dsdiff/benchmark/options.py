@@ -51,8 +51,11 @@ IDLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How a picture is drawn: the sampler, the number of steps, the scale of guidance (None: the model's, and none with
-    samplers of few steps), and whether a tiny decoder makes it."""
+    """How to draw a picture.
+
+    sampler: a name. steps: their number, 1 or more. scale: of guidance; None is the model's, and none with samplers of
+    few steps. tiny: let a tiny decoder make the picture.
+    """
 
     sampler: str
     steps: int

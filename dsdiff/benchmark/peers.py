@@ -81,8 +81,10 @@ def convert(names: Sequence[str], source: Source, outdir: Path) -> dict[str, str
 def choose_peers(
     wanted: Sequence[str], device: torch.device, *, pictures: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the peers that can be measured here, and for the others the reasons. pictures: whole pictures, in place
-    of calls of a UNet."""
+    """Return the peers that can be measured here, and for the others the reasons by name.
+
+    pictures: ask for whole pictures, in place of calls of a UNet.
+    """
     reasons = {name: reason for name in wanted if (reason := why_not(name, device, pictures=pictures))}
     return [name for name in dict.fromkeys(wanted) if name not in reasons], reasons
 

@@ -33,8 +33,11 @@ IMPORT = "import time:"  # begins the lines of python -X importtime: own time | 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Seconds of one start. seconds: from the start of the process to its end, or to the first step. cpu: of all its
-    threads. imports, reading, preparing: parts of `seconds`, None where there is no model."""
+    """The seconds of one start.
+
+    seconds: from the start of the process to its end, or to the first step. cpu: CPU time of all its threads. imports,
+    reading, preparing: parts of `seconds`, None where there is no model.
+    """
 
     seconds: float
     cpu: float

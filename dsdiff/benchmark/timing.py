@@ -33,8 +33,10 @@ class Timeable(Protocol):
     """A UNet that can be measured: ours (`variants.Engine`) or a peer in a process of its own (`peers.Peer`)."""
 
     def time(self, ratio: float, *, seconds: float, warm: bool, profiled: bool) -> Timing:
-        """Measure calls with this part of the tokens merged. seconds, warm: as of `seconds_per_call`. profiled: measure
-        the shares of operators as well, by further calls."""
+        """Measure calls with the share `ratio` of the tokens merged.
+
+        seconds, warm: as in `seconds_per_call`. profiled: measure the shares of operators as well, by further calls.
+        """
         ...
 
 
@@ -167,8 +169,10 @@ def unmerged(setting: Setting) -> Setting:
 
 
 def speedup_over(found: Mapping[Setting, Measured], variants: Sequence[str], measured: Measured) -> Spread | None:
-    """Return the seconds of an engine without merging divided by these, within each repeat: those of the fastest of its
-    variants. None if none was measured."""
+    """Return how many times as fast a setting is as the fastest of the `variants` of an engine, within each repeat.
+
+    The variants merge no tokens. None if none was measured.
+    """
     settings = [Setting(engine=name, ratio=0.0) for name in variants]
     speedups = [speedup(found, setting, measured) for setting in settings]
     return min((each for each in speedups if each is not None), key=lambda each: each.median, default=None)

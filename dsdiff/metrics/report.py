@@ -53,8 +53,10 @@ class ScoringProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The scores of a set of pictures. source: as it was given. label: stands behind the names of scores of sets, and
-    says whose features they are of."""
+    """The scores of a set of pictures.
+
+    source: as it was given. label: the text behind the names of scores of sets, which says whose features they are of.
+    """
 
     source: str
     protocol: ScoringProtocol

@@ -34,8 +34,10 @@ class Score:
 
 @dataclass(kw_only=True)
 class Scores:
-    """All scores of a set. by_key: in the order of the table. notes: a line each. curve: the (pictures, FID) that
-    were extrapolated."""
+    """All scores of a set.
+
+    by_key: in the order of the table. notes: a line each. curve: the (number of pictures, FID) that were extrapolated.
+    """
 
     by_key: dict[str, Score] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

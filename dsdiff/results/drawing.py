@@ -17,8 +17,10 @@ from dsdiff.pipeline import Pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class DrawModel:
-    """A pipeline that can be opened: its model, its device, the calibrated model asked for (None: a float one), and
-    its LoRAs."""
+    """The options of a pipeline that can be opened.
+
+    spec, device, tokenizer, quantization, lora: see Pipeline.
+    """
 
     spec: ModelSpec
     device: str

@@ -220,8 +220,11 @@ def against_time(rows: Sequence[RowResult]) -> str:
 
 
 def plot_time(rows: Sequence[RowResult], key: str, title: str) -> str:
-    """Return a score against the seconds of a picture as SVG: a colour for each bit width, a mark for each way to draw,
-    larger for a larger ratio. What is infinite, or was not timed, is left out."""
+    """Return a score against the seconds of a picture as SVG.
+
+    Each bit width has a colour, and each way to draw a mark, which is larger for a larger ratio. Values that are
+    infinite or were not timed are left out.
+    """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     colours = dict(zip(dict.fromkeys(row.row.name for row in rows), COLOURS * 9, strict=False))

@@ -19,8 +19,10 @@ PROMPT, SEED = "a small red circle", 0
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTime:
-    """The time of a picture, without reading the model. seconds: the median of all repeats. speed: the baseline's
-    seconds divided by these, within each repeat."""
+    """The time of a picture, without reading the model.
+
+    seconds: the median of all repeats. speed: the baseline's seconds divided by these, within each repeat.
+    """
 
     seconds: float
     speed: Spread

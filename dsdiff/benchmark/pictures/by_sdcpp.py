@@ -66,8 +66,10 @@ def draw(request: PictureRequest, clock: Clock) -> str:
 
 
 def make_file(name: str, ckpt: Path, file: Path) -> None:
-    """Convert a checkpoint to the library's own format, in the type of weights of a peer. Raises ValueError if it
-    refuses."""
+    """Convert a checkpoint to the library's own format, with the type of weights of the peer `name`.
+
+    Raises ValueError if the library refuses.
+    """
     library: Any = importlib.import_module("stable_diffusion_cpp")
     part = file.with_name(f"part-{file.name}")
     kind = getattr(library.GGMLType, f"SD_TYPE_{TYPES[name].upper()}")

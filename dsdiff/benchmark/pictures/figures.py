@@ -48,9 +48,11 @@ class RowMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFigures:
-    """The figures of a row. sampler, steps, scale, tiny, measured: see Draw and Row. phases: medians. total: seconds a
-    picture. speedup, speedup_openvino: the total of float32 and of OpenVINO's int8, both without merging and drawn in
-    the same way, divided by this one's within each repeat; None where those were not measured. peak_bytes: the median.
+    """The figures of a row.
+
+    sampler, steps, scale, tiny, measured: see Draw and Row. phases: median seconds by name. total: seconds of a
+    picture. speedup, speedup_openvino: how many times as fast as float32 and as OpenVINO's int8, both without merging
+    and drawn in the same way, within a repeat; None where those were not measured. peak_bytes: the median.
     """
 
     name: str
@@ -72,8 +74,11 @@ class RowFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureReport:
-    """The results. model: a sentence on it. size: width and height of the pictures. machine: see
-    `dsdiff.environment.machine`. left_out: the reasons, by name."""
+    """The results of a benchmark of whole pictures.
+
+    model: a sentence on it. size: width and height of the pictures. machine: see `dsdiff.environment.machine`.
+    left_out: the reasons, by name of engine or peer.
+    """
 
     model: str
     size: tuple[int, int]
@@ -84,15 +89,20 @@ class PictureReport:
 
 
 def drawn_of(told: PictureTold, begin: float, steps: int) -> Drawn:
-    """Return the phases of a picture. begin: the time of day when its process began. steps: those of the whole
-    picture, see `seconds_of_steps`."""
+    """Return the phases of a picture, in seconds.
+
+    begin: the time of day when its process began. steps: those of the whole picture, see `seconds_of_steps`.
+    """
     phases = {"start": told.ready - begin, **told.phases, "steps": seconds_of_steps(told.steps, steps)}
     return Drawn(phases={phase: phases[phase] for phase in PHASES}, peak_bytes=told.peak_bytes, facts=told.facts)
 
 
 def seconds_of_steps(measured: Sequence[float], steps: int) -> float:
-    """Return the time of a whole picture's steps. Where fewer were taken, those that are missing count as the median
-    of all but the first, which is longer. Raises ValueError for less than two of several steps."""
+    """Return the seconds of a whole picture's steps.
+
+    If fewer were measured, each missing one counts as the median of all but the first, which takes longer. Raises
+    ValueError if fewer than two of several steps were measured.
+    """
     missing = max(steps - len(measured), 0)
     if missing and len(measured) < 2:
         raise ValueError(f"{len(measured)} of {steps} steps were measured: 2 are needed")
