@@ -1,4 +1,4 @@
-"""A piece of work in the studio's line."""
+"""A piece of work in the studio's queue."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class BusyError(Exception):
-    """The line is full."""
+    """The queue is full."""
 
 
 class StoppingError(Exception):
@@ -19,7 +19,7 @@ class StoppingError(Exception):
 
 
 class WalkStoppedError(Exception):
-    """A walk was stopped midway. latents: those in which its last step saw it end."""
+    """The sampling of a batch was stopped midway. latents: the x_0 [B, C, h, w] that its last step predicted."""
 
     def __init__(self, latents: Tensor):
         super().__init__("interrupted")
@@ -27,9 +27,10 @@ class WalkStoppedError(Exception):
 
 
 class Job:
-    """A piece of work in line: its result, how far it is, and whether it is to stop.
+    """A piece of work in the queue: its result, its progress, and whether it is to stop.
 
-    kind: a word for it. walks: the batches it draws. step, steps: of the walk at hand, which is number `walk`, from 0.
+    kind: a word for it. walks: how many batches it draws; walk: the number of the current one, from 0. step, steps: how
+    many steps of it are done, and how many there are.
     """
 
     def __init__(self, kind: str, work: "Callable[[Job], Any]", walks: int = 1):
@@ -53,11 +54,11 @@ class Job:
         return 0.0 if self.started is None or not done else (time.time() - self.started) * (1 - done) / done
 
     def interrupt(self) -> None:
-        """Stop the job after the step at hand, or before it begins."""
+        """Stop the job after the current step, or before it begins."""
         self.interrupted.set()
 
     def on_step(self, pred_x0: Tensor, i: int) -> None:
-        """Note a step of a walk. Raises WalkStoppedError where the job is to stop."""
+        """Note that step i of a batch is done, and its predicted x_0. Raises WalkStoppedError if the job is to stop."""
         self.step, self.latents = i + 1, pred_x0[0].float().cpu().numpy().copy()
         if self.interrupted.is_set():
             raise WalkStoppedError(pred_x0)
@@ -74,6 +75,6 @@ class Job:
                 self.future.set_exception(error)
 
     def refuse(self, line: str) -> None:
-        """Answer a job that has not begun, in a line."""
+        """End a job that has not begun with a StoppingError of one line."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(StoppingError(line))

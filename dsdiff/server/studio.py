@@ -1,4 +1,4 @@
-"""The studio: one thread that keeps one model and draws one request after the other; others wait in line.
+"""The studio: one thread that keeps one model and draws one request after the other; others wait in a queue.
 
 All of torch's work is done in this thread. Where another one lets torch compute in parallel, OpenMP makes it a pool of
 threads of its own, and since there are then more threads than cores, no pool waits actively any more: drawing takes
@@ -55,22 +55,22 @@ class Studio:
         self._thread = threading.Thread(target=self._run, name="studio", daemon=True)
         self._thread.start()
 
-    # --- the line -----------------------------------------------------------------------------------------
+    # --- the queue ----------------------------------------------------------------------------------------
 
     def draw(self, request: DrawRequest, kind: str = "txt2img") -> Job:
-        """Put a request in line; its result is a Drawing. Raises ValueError beyond the limits, and BusyError."""
+        """Put a request into the queue; its result is a Drawing. Raises ValueError beyond the limits, and BusyError."""
         request.check(self.limits)
         self.shelf.find(request.model)
         walks = -(-request.pictures // request.batch_size)
         return self.submit(Job(kind, lambda job: self._draw(request, job), walks))
 
     def switch(self, title: str) -> Job:
-        """Put the change to another model in line. Raises ValueError for a title that no model has, and BusyError."""
+        """Queue the change to another model. Raises ValueError for a title that no model has, and BusyError."""
         self.shelf.find(title)
         return self.submit(Job("model", lambda job: self._switch(title)))
 
     def submit(self, job: Job) -> Job:
-        """Put a job in line. Raises BusyError if the line is full, and StoppingError."""
+        """Put a job into the queue. Raises BusyError if the queue is full, and StoppingError as the server stops."""
         with self._change:
             if self._stopping:
                 raise StoppingError(STOPPING)
