@@ -229,7 +229,7 @@ def add_cache_depth(group: Any) -> None:
         "--cache_depth",
         type=number(int, 1),
         metavar="N",
-        help="with --cache: number of input blocks, and of output blocks, that are the UNet's ends (default: 1)",
+        help="number of input blocks, and of output blocks, that are the UNet's ends in cached steps (default: 1)",
     )
 
 
