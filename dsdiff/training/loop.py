@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from dsdiff.training.options import (
     read_training_config,
 )
 from dsdiff.training.samples import SampleGrids
+from dsdiff.training.stopping import StopAfterStep
 from ldm.checkpoint import is_training_only, read_weights, save_checkpoint
 from ldm.fileio import only_run_in, write_atomically, write_errors_naming
 from ldm.lora import save_lora
@@ -70,7 +71,8 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
         tomesd.apply_patch(model, **asdict(config.trainer.merge))
     batches = loader(config.data, config.data.train, shuffle=True, devices=options.devices)
     samples = SampleGrids(options.folder / "samples", config.trainer.log_images_every, next(iter(validation)))
-    trainer = build_trainer(config.trainer, options, samples)
+    stop = StopAfterStep()
+    trainer = build_trainer(config.trainer, options, [samples, stop])
     start = 0
     check_same_run(config, options)
     if options.last.exists() and not options.restart:
@@ -82,6 +84,7 @@ def train(model: nn.Module, config: TrainingConfig, options: TrainingOptions, va
         module.compile_network()
     trainer.fit(module, batches, validation, ckpt_path=options.last if start else None)
     trainer.save_checkpoint(options.last)  # also where max_steps is no multiple of checkpoint_every
+    stop.end(f"{trainer.global_step} of {config.trainer.max_steps} steps are done; the same command goes on")
     return trainer
 
 
@@ -125,13 +128,12 @@ def loader(data: DataConfig, dataset: Mapping[str, Any], shuffle: bool, devices:
     )
 
 
-def build_trainer(config: TrainerConfig, options: TrainingOptions, samples: SampleGrids) -> pl.Trainer:
+def build_trainer(config: TrainerConfig, options: TrainingOptions, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     """Return the trainer, which keeps one checkpoint and a CSV log in the run's folder."""
     checkpoints = ModelCheckpoint(
         dirpath=options.last.parent,
         filename=options.last.stem,
         every_n_train_steps=config.checkpoint_every,
-        save_on_exception=True,
         enable_version_counter=False,  # one file, replaced each time
     )
     return pl.Trainer(
@@ -143,7 +145,7 @@ def build_trainer(config: TrainerConfig, options: TrainingOptions, samples: Samp
         precision=cast(Any, config.precision),  # checked by Lightning
         gradient_clip_val=config.gradient_clip_val,
         logger=CSVLogger(options.folder, name="log"),
-        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10), samples],
+        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10), *callbacks],
         val_check_interval=config.checkpoint_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
