@@ -18,7 +18,7 @@ MONOSPACED = ("ui-monospace", "monospace")
 def mount(app: "FastAPI", studio: Studio, options: ServerOptions) -> "FastAPI":
     """Put the page at / of an application, below its routes. Needs gradio.
 
-    Pictures that the page shows are kept in a temporary folder until the process ends.
+    Pictures are kept in a temporary folder as long as the page shows them, and until the process ends at most.
     """
     folder = tempfile.TemporaryDirectory(prefix="dsdiff-page-")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it as it is imported

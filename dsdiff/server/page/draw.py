@@ -2,6 +2,7 @@
 
 import itertools
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,19 @@ MOST_SHOWN = 60  # pictures in the gallery of a visit
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A picture in the gallery: its file, its caption, the text that other tools read, and the fields that made it."""
+    """A picture in the gallery: its file, its caption, the text that other tools read, and the fields that made it.
+
+    The file is deleted when nothing refers to this object any more: when later pictures took its place in the gallery,
+    or when the visit has ended.
+    """
 
     path: str
     caption: str
     text: str
     form: Form
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
 
 
 class DrawTab:

@@ -1,9 +1,12 @@
 """The page, in headless Chromium: opened, filled in, clicked and looked at."""
 
+import gc
 import io
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +46,37 @@ def test_fields_become_a_request(studio):
     for change, words in (({"prompt": " "}, "the prompt is empty"), ({"steps": 1.5}, "steps is 1.5")):
         with pytest.raises(ValueError, match=words):
             Form(**vars(form) | change).request(studio.shelf)
+
+
+def test_pictures_that_are_not_shown_any_more_are_deleted(studio, monkeypatch, tmp_path):
+    gr = pytest.importorskip("gradio")
+    from dsdiff.server.page import draw
+    from dsdiff.server.requests import Drawn
+
+    form = Form(prompt=PROMPT, model="embedded", steps=2, scale=4, seed=1, width=8, height=8)
+    picture = Drawn(image=Image.new("RGB", (8, 8)), seed=1, texts={"parameters": PROMPT}, whole=True)
+    drawing = SimpleNamespace(
+        pictures=[picture] * 2, interrupted=False, seconds=1.0, memory=1, request=SimpleNamespace(model="embedded")
+    )
+    monkeypatch.setattr(draw, "put_in_line", lambda *_: None)
+    monkeypatch.setattr(draw, "following", lambda *_: ())
+    monkeypatch.setattr(draw, "result_of", lambda _: drawing)
+    monkeypatch.setattr(draw, "MOST_SHOWN", 3)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as name, gr.Blocks():
+        tab = draw.DrawTab(studio, SimpleNamespace(name=name))
+        values = {field: getattr(form, key) for key, field in tab.fields.items()}
+        visits = {"a": [], "b": []}
+        for visit in "aab":
+            *_, last = tab.draw(values | {tab.shown: visits[visit]})
+            visits[visit] = last[tab.shown]
+            del last
+        assert [len(shown) for shown in visits.values()] == [3, 2]
+        kept = {Path(each.path) for shown in visits.values() for each in shown}
+        gc.collect()
+        assert set(Path(name).iterdir()) == kept and len(kept) == 5
+        del visits["a"]  # that visit has ended
+        gc.collect()
+        assert set(Path(name).iterdir()) == {Path(each.path) for each in visits["b"]}
 
 
 @pytest.fixture
@@ -116,6 +150,12 @@ def test_drawing_and_comparing(page, studio):
     page.wait_for_function("document.querySelector('#gallery img').naturalWidth == 256")
     red, blue = red_and_blue(look(page, "drawn", "#gallery img"))
     assert red > 0.05 and blue > 0.5  # a red circle on a blue background, as the browser shows it
+
+    fill(page, "steps", 1)
+    page.locator("#draw").click()
+    page.wait_for_function("document.querySelectorAll('#gallery img').length == 2")
+    for source in page.locator("#gallery img").evaluate_all("all => all.map(each => each.src)"):
+        assert page.request.get(source).status == 200  # also the earlier picture's
 
     fill(page, "seed", 8)
     page.locator("#again").click()  # the settings of the picture come back
