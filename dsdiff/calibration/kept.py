@@ -24,23 +24,23 @@ NAME = "measured"  # of the file, without its suffix
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What was measured of a calibration's model, in the calibration's progress folder.
+    """The measurements of a calibration's model, as a file in the calibration's progress folder.
 
-    facts: all that it depends on, as values of JSON. What was measured with others is not used.
+    folder: that folder. facts: all that the measurements depend on, as values of JSON; a file with others is not used.
     """
 
     folder: ProgressFolder
     facts: Mapping[str, Any]
 
     def read(self, covers: Callable[[Measured], bool]) -> Measured | None:
-        """Return what was kept, if all processes find it and `covers` says that it will do. All of them call this."""
+        """Return the measurements if all processes find them and `covers` accepts them, else None. All call this."""
         measured = _parsed(self.folder.kept(NAME), json.loads(json.dumps(self.facts)))
         found = torch.tensor([int(measured is not None and covers(measured))])
         sum_over_ranks([found])  # measuring is the work of all
         return measured if int(found) == world_size() else None
 
     def write(self, measured: Measured) -> None:
-        """Keep what was measured, for a calibration that has begun."""
+        """Write the measurements, for a calibration that has begun."""
         learning = [[step.phase, step.unit, asdict(each)] for step, each in measured.learning.items()]
         content = {**asdict(replace(measured, learning={})), "learning": learning}
         self.folder.keep(NAME, {"facts": self.facts, "measured": content})

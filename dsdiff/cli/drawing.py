@@ -39,7 +39,7 @@ class Subjects:
 def add_arguments(parser: ArgumentParser, outdir: str) -> None:
     """Add the flags of both commands. outdir: the default folder for pictures."""
     add = parser.add_argument_group("what to draw").add_argument
-    add("--prompt", metavar="TEXT", help="what to draw")
+    add("--prompt", metavar="TEXT", help="the prompt of all pictures")
     add(
         "--from-file",
         type=Path,
