@@ -114,37 +114,41 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     """
     places = (Path(folder), *Path(folder).parents)
     created = [place for place in places if not place.exists()]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder):
+        handle = _lock(Path(folder))
+        try:
             yield
+        finally:
+            if handle is not None:
+                os.close(handle)
     finally:
         with suppress(OSError):  # it holds something
             for place in created:
                 place.rmdir()
 
 
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"another run is writing to {str(folder)!r}: wait for its end, or give another folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+def _lock(folder: Path) -> int | None:
+    """Make a folder, lock it, and return what closing unlocks; None where there are no locks."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(handle)
-            raise
-    try:
-        yield
-    finally:
-        os.close(handle)
+            raise ValueError(
+                f"another run is writing to {str(folder)!r}: wait for its end, or give another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                os.close(handle)
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        os.close(handle)  # a run that ended just now has removed the folder: it is made anew
 
 
 def check_writable(directory: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Atomic writing, the file hash, and the check of a folder before work begins."""
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -85,6 +86,25 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
     with only_run_in(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "file").touch()
     assert (tmp_path / "a" / "b" / "file").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_folder_that_another_run_removes_as_it_ends_is_made_anew(tmp_path, monkeypatch):
+    """Between its being opened and locked: the lock would be on a folder that is not there."""
+    flock, calls = fcntl.flock, []
+
+    def late(handle, how):
+        if not calls:
+            (tmp_path / "out").rmdir()
+        calls.append(how)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with only_run_in(tmp_path / "out"):
+        (tmp_path / "out" / "file").touch()
+        with pytest.raises(ValueError, match="another run is writing to"), only_run_in(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "file").exists()
 
 
 def test_errors_about_other_files_keep_their_names(tmp_path):
