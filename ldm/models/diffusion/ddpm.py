@@ -171,8 +171,6 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
         if loss_weight not in ("uniform", "min_snr", "debiased"):
             raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
-        if parameterization == "v" and loss_weight != "uniform":
-            raise ValueError(f"loss_weight {loss_weight!r} is for models that predict eps: use uniform for v")
         if max_loss_weight is not None and loss_weight != "debiased":
             raise ValueError(f"max_loss_weight has no effect on the loss_weight {loss_weight!r}: leave it out")
         if num_timesteps_cond != 1:
@@ -376,6 +374,8 @@ class LatentDiffusion(nn.Module):
     def _loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         if self.loss_weight == "uniform":
             return torch.ones_like(t, dtype=torch.float32)
+        if self.parameterization == "v":
+            raise ValueError(f"loss_weight {self.loss_weight!r} is for models that predict eps: use uniform for v")
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if self.loss_weight == "min_snr":
             return (snr.clamp(max=self.snr_gamma) / snr)[t]
