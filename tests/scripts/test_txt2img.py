@@ -375,7 +375,7 @@ def test_bad_config(refused, tmp_path):
     for text, says in [
         ("model: [1", "is no valid yaml"),
         ("model: {target: torch.nn.Identity}", "describes no latent diffusion model"),
-        ("- 1", "describes no latent diffusion model"),
+        ("- 1", "holds a list: it must hold settings by name"),
         (EMBEDDED.read_text() + "\n  stpes: 3\n", "sampling may hold description, height"),
         (EMBEDDED.read_text().replace("\n  steps: 50", "\n  steps: x"), "sampling.steps cannot be 'x'"),
     ]:
