@@ -52,6 +52,9 @@ class StopAfterStep(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
