@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import tomesd
 from dsdiff.conditioning import PromptContexts, rows_by_length
@@ -138,6 +138,13 @@ class Pipeline:
         if settings.lora != self.lora:
             raise ValueError("these settings are of other LoRAs than the pipeline has now: resolve the options again")
         return self._held.merged(settings.merge)
+
+    def recorded(self) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the UNet is called as while drawing, and which yields it: on a GPU by CUDA graphs.
+
+        Outside of it, `model` calls it kernel by kernel. See `HeldModel.recorded`.
+        """
+        return self._held.recorded()
 
     @property
     def embeddings(self) -> tuple[EmbeddingRecord, ...]:
@@ -291,6 +298,7 @@ class Pipeline:
             step_cache.walk(unet, times),
             merging,
             settings.keeping(unet),
+            self.recorded(),
         ):
             latents, _ = sampler.sample(
                 settings.steps,

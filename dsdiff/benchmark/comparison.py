@@ -118,8 +118,9 @@ def side_by_side(
 def _seconds(pipeline: Pipeline, settings: DrawSettings, inputs: Mapping[str, Tensor]) -> float:
     """Time a call of a pipeline's UNet, as within a picture of these settings."""
     unet = pipeline.prepare(settings).model.diffusion_model
-    with precision_context(pipeline.device, settings.precision), step_cache.walk(unet, [TIMESTEP]):
-        return seconds_per_call(lambda: unet(**inputs), pipeline.device, seconds=SECONDS)
+    walk = step_cache.walk(unet, [TIMESTEP])
+    with precision_context(pipeline.device, settings.precision), walk, pipeline.recorded() as called:
+        return seconds_per_call(lambda: called(**inputs), pipeline.device, seconds=SECONDS)
 
 
 # --- the file ----------------------------------------------------------------------------------------------

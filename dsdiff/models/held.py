@@ -1,13 +1,17 @@
 """The model that a Pipeline draws with: read at first use, quantized, with LoRAs and embeddings, its tokens merged."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import tomesd
 from dsdiff.models.bundle import load_bundle
+from dsdiff.models.cuda_graph import GraphedUNet
 from dsdiff.models.embeddings import Embeddings
 from dsdiff.models.float_model import load_float_model
 from dsdiff.models.lora import BranchSites, Loras, merge_loras
@@ -42,6 +46,7 @@ class HeldModel:
         self._model: LatentDiffusion | None = None
         self._sites: BranchSites | None = None  # of the loaded model
         self._merged: MergeOptions | None = None
+        self._graphed: GraphedUNet | None = None  # of the loaded model, on a GPU
 
     @property
     def model(self) -> LatentDiffusion:
@@ -59,6 +64,28 @@ class HeldModel:
                 tomesd.apply_patch(model, **asdict(merge), nearest=nearest if self._is_lowered else None)
             self._merged = merge
         return model
+
+    @contextmanager
+    def recorded(self) -> Iterator[nn.Module]:
+        """Let the model call its UNet by CUDA graphs within the block, if it computes in integers on a GPU.
+
+        Yields what it calls: a GraphedUNet, or the UNet itself. Recordings are kept for the next block.
+        """
+        wrapper, unet = self.model.model, self.model.model.diffusion_model
+        if self._graphed is None and self._can_be_recorded:
+            self._graphed = GraphedUNet(unet)
+        wrapper.diffusion_model = unet if self._graphed is None else self._graphed
+        try:
+            yield wrapper.diffusion_model
+        finally:
+            wrapper.diffusion_model = unet
+
+    @property
+    def _can_be_recorded(self) -> bool:
+        """True unless weights are unpacked in each call (`--low_memory`), for which the CPU waits for the GPU."""
+        quantization = self.quantization
+        integers = quantization is not None and quantization.engine == "int8" and not quantization.low_memory
+        return integers and self.device.type == "cuda"
 
     def set_loras(self, loras: Loras) -> bool:
         """Change the model by these LoRAs, in place of those of before; return True if it must be read anew for them.
@@ -88,7 +115,7 @@ class HeldModel:
         return quantization is not None and quantization.engine is not None and fits_bytes(quantization.effective)
 
     def _load(self) -> LatentDiffusion:
-        self._model, self._sites, self._merged = None, None, None
+        self._model, self._sites, self._merged, self._graphed = None, None, None, None
         if self.spec.bundle:
             assert self.quantization is not None, "a bundle is quantized"
             model, qnn = load_bundle(self.spec.ckpt, self.device)

@@ -19,6 +19,7 @@ from qdiff.checkpoint import CaliHeader, check_settings, load_cali_ckpt, read_ca
 from qdiff.config import QuantConfig
 from qdiff.engine.backends.expanding import expanding
 from qdiff.engine.backends.simulated import SimulatedLayer
+from qdiff.engine.features import has_triton
 from qdiff.engine.layers import IntegerLayer, LayerSpec, MakeLayer
 from qdiff.engine.lower import backend_for, fits_bytes, lower
 from qdiff.quant_model import QuantModel
@@ -135,13 +136,13 @@ def cali_ckpt_of(cali_ckpt: Path | None, weight_bit: int | None, shipped: Mappin
 
 
 def choose_engine(wanted: str | None, config: QuantConfig, device: torch.device) -> str | None:
-    """Return the engine asked for, or int8 where it can run and is the faster one.
+    """Return the engine asked for, or int8 where it can run and is the faster one: on CPUs, and GPUs with our kernels.
 
     None stands for the layers that calibration knows. Raises ValueError if the engine cannot be had.
     """
     if wanted == CALIBRATION_ENGINE:
         return None
-    if wanted == "simulate" or (wanted is None and device.type != "cpu"):
+    if wanted == "simulate" or (wanted is None and device.type != "cpu" and not has_triton(device)):
         return "simulate"
     try:
         backend_for(config, device)

@@ -15,13 +15,17 @@ HALF = MergeOptions(ratio=0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A calibration to 8-bit activations, as far as variants differ in it: see CalibrationOptions."""
+    """A calibration to 8-bit activations, as far as variants differ in it: see CalibrationOptions.
+
+    rounding: None is the preset's. lsq: learn the step sizes of activations, as the preset does. Without it the fast
+    preset does not, as the files that come with the model; the paper preset, Q-Diffusion's, always does.
+    """
 
     weight_bit: int
     quant_mode: str = "qdiff"
     split: bool = False
-    rounding: str = "adaround"
-    iters_a: int | None = None
+    rounding: str | None = None
+    lsq: bool = False
     act_range: str | None = None
     mixed_act: float | None = None
     merge: MergeOptions | None = None
@@ -30,21 +34,20 @@ class Calibration:
     def key(self) -> str:
         """A name for a folder, another one for each calibration."""
         parts = [f"w{self.weight_bit}a8", self.quant_mode, *(["split"] if self.split else [])]
-        parts += [self.rounding] if self.rounding != "adaround" else []
-        parts += [self.act_range] if self.act_range is not None else []
-        names = ("iters_a", "mixed_act")
-        parts += [f"{name}{value:g}" for name in names if (value := getattr(self, name)) is not None]
+        parts += [each for each in (self.rounding, "lsq" if self.lsq else None, self.act_range) if each is not None]
+        parts += [] if self.mixed_act is None else [f"mixed_act{self.mixed_act:g}"]
         return "-".join(parts + ([f"ratio{self.merge.ratio:g}"] if self.merge else []))
 
     def options(self, preset: str, device: str, data_path: Path | None) -> CalibrationOptions:
         """Return all options. data_path: the calibration data of another variant, None to draw it."""
+        steps_learned = self.quant_mode == "qdiff" and (self.lsq or preset == "paper")
         data: dict[str, Any] = {"cond": True, "draw": DRAWING} if data_path is None else {"data_path": data_path}
         return CalibrationOptions(
             weight_bit=self.weight_bit,
             quant_mode=self.quant_mode,
             split=self.split,
             rounding=self.rounding if self.quant_mode == "qdiff" else None,
-            iters_a=self.iters_a,
+            iters_a=None if steps_learned or self.quant_mode == "linear" else 0,
             act_range=self.act_range,
             mixed_act=self.mixed_act,
             merge=self.merge,
@@ -55,7 +58,7 @@ class Calibration:
             quant_act=True,
             act_bit=8,
             sm_abit=16,
-            no_grad_ckpt=self.quant_mode != "linear",  # which learns nothing
+            no_grad_ckpt=steps_learned or self.rounding == "adaround",  # has no effect where nothing is learned
         )
 
 
@@ -93,13 +96,17 @@ ABLATION = (
     Variant(name="full precision"),
     Variant(name="W4A8 qdiff", calibration=W4),
     Variant(name="without split", calibration=Calibration(weight_bit=4)),
-    Variant(name="without AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
-    Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, iters_a=0)),
-    Variant(name="6 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=6)),
+    Variant(name="AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="adaround")),
+    Variant(name="rounded to nearest", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
+    Variant(name="with LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=True)),
+    Variant(
+        name="AdaRound, with LSQ", calibration=Calibration(weight_bit=4, split=True, rounding="adaround", lsq=True)
+    ),
+    Variant(name="12 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=12)),
     Variant(name="dynamic ranges", calibration=Calibration(weight_bit=4, split=True, act_range="dynamic")),
     Variant(
-        name="dynamic, 6 inputs of 12 bits",
-        calibration=Calibration(weight_bit=4, split=True, act_range="dynamic", mixed_act=6),
+        name="dynamic, 12 inputs of 12 bits",
+        calibration=Calibration(weight_bit=4, split=True, act_range="dynamic", mixed_act=12),
     ),
     Variant(name="calibrated plain, drawn merged", calibration=W4, merge=HALF),
     Variant(name="calibrated merged, drawn merged", calibration=W4_MERGED, merge=HALF),

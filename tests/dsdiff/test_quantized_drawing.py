@@ -10,6 +10,8 @@ from PIL import Image
 
 import dsdiff
 from dsdiff import DrawOptions, InitOptions, MergeOptions
+from dsdiff.models.cuda_graph import GraphedUNet
+from dsdiff.models.held import HeldModel
 from ldm.modules.encoders.chunks import PromptStyle
 from qdiff.engine import step_cache
 
@@ -74,3 +76,23 @@ def test_pictures_are_drawn_from_pictures_with_all_that_is_faster(pipelines):
     own = np.asarray(start).astype(int)
     assert (array(picture)[:, 32:] == own[:, 32:]).all() and np.abs(array(picture)[:, :32] - own[:, :32]).mean() > 1
     assert picture.settings.steps_taken == 4
+
+
+def test_recorded_calls_are_drawn_with_and_kept(pipelines, monkeypatch):
+    """On a CPU a GraphedUNet records nothing, but is called all the same."""
+    (expected,) = pipelines["int8"].draw("a ring", seeds=[1], options=OPTIONS)
+    monkeypatch.setattr(HeldModel, "_can_be_recorded", True)
+    pipeline = dsdiff.load("embedded", engine="int8", device="cpu")
+    unet, calls = pipeline.model.model.diffusion_model, []
+    monkeypatch.setattr(GraphedUNet, "can_replay", lambda self, x: calls.append(self))
+    for _ in range(2):
+        (picture,) = pipeline.draw("a ring", seeds=[1], options=OPTIONS)
+        assert (array(picture) == array(expected)).all()
+        assert pipeline.model.model.diffusion_model is unet
+    assert len(calls) == 2 * OPTIONS.steps and len(set(map(id, calls))) == 1
+    with pytest.raises(KeyboardInterrupt), pipeline.recorded() as called:
+        assert called is calls[0]
+        raise KeyboardInterrupt
+    assert pipeline.model.model.diffusion_model is unet
+    with pipelines["simulate"].recorded() as called:
+        assert called is pipelines["simulate"].model.model.diffusion_model

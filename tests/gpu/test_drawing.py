@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 
 import dsdiff
 from dsdiff.draw_settings import SAMPLERS
-from dsdiff.models.registry import EMBEDDED
-from dsdiff.options import DrawOptions, InitOptions, MergeOptions
+from dsdiff.models.cuda_graph import GraphedUNet
+from dsdiff.models.held import HeldModel
+from dsdiff.models.registry import CHECKPOINTS, EMBEDDED
+from dsdiff.options import DrawOptions, InitOptions, MergeOptions, QuantizationOptions
 from ldm.models.tiny_decoder import TinyDecoder
 from scripts import img2img, txt2img
 
@@ -92,6 +94,40 @@ def test_quantized_pictures(psnr, engine):
     assert psnr(drawn(pipeline, precision="autocast"), expected) > 18
     merged = drawn(pipeline, merge=MergeOptions(ratio=0.5))
     assert merged.float().std() > 5 and torch.isfinite(merged.float()).all()
+
+
+@pytest.mark.parametrize("name", ["cali_w4a8", "cali_w8a8", "cali_w4a8_dynamic"])
+def test_integers_are_drawn_by_graphs(psnr, monkeypatch, name):
+    """The pictures are those of calls that Python launches; merging adds in no fixed order."""
+    pipeline = dsdiff.load(cali_ckpt=CHECKPOINTS[EMBEDDED][0].with_name(f"{name}.safetensors"), device="cuda")
+    assert pipeline.quantization.engine == "int8"
+    ways = {"plain": {}, "merged": {"merge": MergeOptions(ratio=0.5, proportional=True)}, "cached": {"cache": 2}}
+    found = {way: drawn(pipeline, **options) for way, options in ways.items()}
+    again = drawn(pipeline)
+    with pipeline.recorded() as unet:
+        assert isinstance(unet, GraphedUNet) and len(unet._recorded) == 1
+    monkeypatch.setattr(HeldModel, "_can_be_recorded", False)
+    launched = dsdiff.load(cali_ckpt=pipeline.quantization.cali_ckpt, device="cuda")
+    expected = {way: drawn(launched, **options) for way, options in ways.items()}
+    for way in ("plain", "cached"):
+        assert torch.equal(found[way], expected[way]), way
+    assert torch.equal(again, expected["plain"])
+    assert psnr(found["merged"], expected["merged"]) > 20
+
+
+def test_graphs_follow_loras(lora, psnr):
+    pipeline = dsdiff.load(engine="int8", device="cuda")
+    plain = drawn(pipeline)
+    pipeline.set_lora((lora, 0.7))
+    assert psnr(drawn(pipeline), drawn(dsdiff.load(engine="int8", lora=[(lora, 0.7)], device="cuda"))) > 60
+    pipeline.set_lora()
+    assert torch.equal(drawn(pipeline), plain)
+
+
+def test_packed_weights_are_drawn_without_graphs(psnr):
+    options = QuantizationOptions(engine="int8", low_memory=True)
+    pipeline = dsdiff.load(quantization=options, device="cuda")
+    assert psnr(drawn(pipeline), drawn(dsdiff.load(engine="int8", device="cuda"))) > 30
 
 
 def test_a_picture_from_a_picture(both, psnr):

@@ -103,7 +103,7 @@ def test_merging_draws_what_it_draws_without(unet):
         tomesd.reseed(unet, 3)
         second = [graphed(**each) for each in calls()]
         for i, (actual, expected) in enumerate(zip(second, first, strict=True)):  # sums are in no fixed order
-            assert (actual - expected).norm() < 0.02 * expected.norm(), i
+            assert (actual - expected).norm() < 0.05 * expected.norm(), i
         tomesd.remove_patch(unet)
         assert torch.equal(graphed(**calls()[0]), unet(**calls()[0]))
 

@@ -44,7 +44,7 @@ def test_captions_are_half_of_each_kind():
 
 def test_variants_share_a_calibration_exactly_where_it_is_the_same():
     made = [variant.calibration for variant in (*TABLE, *ABLATION) if variant.calibration]
-    assert len(set(made)) == len({calibration.key for calibration in made}) == 11
+    assert len(set(made)) == len({calibration.key for calibration in made}) == 13
     assert all("/" not in calibration.key and " " not in calibration.key for calibration in made)
 
 
@@ -53,7 +53,9 @@ def test_options_of_calibrations():
         made = calibration.options("fast", "cpu", None)
         assert (made.quant_act, made.act_bit, made.sm_abit, made.cond) == (True, 8, 16, True), calibration
         assert made.draw.sampler == "dpm_solver" and made.draw.steps == 20, calibration
-        assert made.no_grad_ckpt is (calibration.quant_mode == "qdiff"), calibration
+        assert made.no_grad_ckpt is (calibration.lsq or calibration.rounding == "adaround"), calibration
+        assert made.iters_a == (0 if calibration.quant_mode == "qdiff" and not calibration.lsq else None), calibration
+        assert calibration.options("paper", "cpu", None).iters_a is None, calibration
         again = calibration.options("fast", "cpu", Path("data.safetensors"))
         assert again.data_path == Path("data.safetensors") and not again.cond, calibration
     assert W4_MERGED.options("paper", "cpu", None).merge.ratio == 0.5
