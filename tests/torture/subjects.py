@@ -126,7 +126,7 @@ def of_table(folder: Path) -> dict[str, str]:
     return of_files("pictures/**/*.png")(folder) | rows
 
 
-TIMED = ("unet",)
+TIMED = ("unet", "picture")
 TABLE = Path(__file__).parent / "table.yaml"
 
 SUBJECTS = (
