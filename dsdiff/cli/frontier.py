@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, settings: Path, parts: Seq
     figures = f"measure these figures (default: {' '.join(parts)})"
     add("--parts", nargs="+", choices=PARTS, default=list(parts), help=figures)
     add("--prompts", type=Path, metavar="FILE", help="a prompt per line (default: captions of shapes, half held out)")
+    quality = "take all but time from the JSON file of another run, measured on a GPU say; with --parts time"
+    add("--quality", type=Path, metavar="FILE", help=quality)
     prompts = "number of prompts, each drawn once (default: %(default)s)"
     add("--n", type=number(int, 2), default=64, metavar="N", help=prompts)
     seed = "seed of captions and noise (default: %(default)s)"
@@ -48,7 +50,19 @@ def options_of(args: argparse.Namespace) -> FrontierOptions:
     from dsdiff.models.spec import find_model
 
     model = flags.model_options(args)
-    given = ("settings", "names", "parts", "tokenizer", "prompts", "n", "seed", "time_of", "calls", "repeats")
+    given = (
+        "settings",
+        "names",
+        "parts",
+        "tokenizer",
+        "prompts",
+        "n",
+        "seed",
+        "time_of",
+        "calls",
+        "repeats",
+        "quality",
+    )
     return FrontierOptions(
         **{name: getattr(args, name) for name in (*given, "outdir", "batch_size", "device")},
         engine=args.time_engine or ENGINES[0],

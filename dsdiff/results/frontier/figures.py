@@ -69,7 +69,8 @@ class Costs:
     """The ways to draw with their figures.
 
     model: what draws, in words. time_of: what is timed. drawing: how the base is drawn, the options that are not the
-    model's own. steps: of a picture. calls: of a measurement of time; None for the default.
+    model's own. steps: of a picture. calls: of a measurement of time; None for the default. quality_of: the machine on
+    which all but time was measured; None for the same one.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Costs:
     calls: int | None
     repeats: int
     rows: Sequence[Row]
+    quality_of: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -68,7 +68,7 @@ class FrontierOptions:
     are timed, the "model" or Stable Diffusion v1's UNet with random weights, "sd-v1". engine: what computes the latter.
     calls: of the UNet in a measurement of time, spread over the steps. None takes CALLS, and all steps of a picture
     where they are not alike. repeats: of the measurements. outdir: for all files. batch_size: pictures drawn at a time.
-    device: auto, cpu, cuda or cuda:N.
+    device: auto, cpu, cuda or cuda:N. quality: a JSON file of another run, whose figures are taken of all but time.
     Raises ValueError for a value out of range.
     """
 
@@ -89,6 +89,7 @@ class FrontierOptions:
     outdir: Path = Path("outputs/frontier")
     batch_size: int = 16
     device: str = "auto"
+    quality: Path | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("n", 2), ("seed", 0), ("calls", 1), ("repeats", 1), ("batch_size", 1)):
@@ -97,6 +98,8 @@ class FrontierOptions:
             check_choice(name, getattr(self, name), choices)
         if not self.parts or set(self.parts) - set(PARTS):
             raise ValueError(f"parts is {list(self.parts)!r}: it must name some of {', '.join(PARTS)}")
+        if self.quality is not None and set(self.parts) != {"time"}:
+            raise ValueError("--quality takes all figures but time from a file: give --parts time")
 
 
 def read_candidates(path: Path, names: Sequence[str] = ()) -> list[Candidate]:

@@ -1,8 +1,9 @@
 """The table and the plot of ways to draw."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,7 +48,9 @@ def markdown(comparisons: Sequence[Costs]) -> str:
         ]
     costs = comparisons[0]
     timed = any(row.time is not None for row in costs.rows)
-    told = f"{costs.n} prompts, {costs.model}." + (f" Time: {costs.time_of}; {_where(costs)}." if timed else "")
+    told = f"{costs.n} prompts, {costs.model}."
+    told += f" Quality: {_where(costs.quality_of)}." if costs.quality_of is not None else ""
+    told += f" Time: {costs.time_of}; {_where(costs.machine)}." if timed else ""
     return "\n".join([*lines, told]).replace("|  |", "| |")
 
 
@@ -83,7 +86,7 @@ def plot(comparisons: Sequence[Costs], path: Path) -> None:
             _panel(axes, rows, name, frontier(rows))
         if len(comparisons) > 1:
             line[0].set_title(f"{costs.steps} steps", loc="left")
-    figure.suptitle(f"{first.model}; time of {first.time_of}\n{_where(first)}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"{first.model}; time of {first.time_of}\n{_where(first.machine)}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, format="png", dpi=120 if len(comparisons) == 1 else 80)
 
 
@@ -124,5 +127,5 @@ def _bold(text: str, on: bool) -> str:
     return f"**{text}**" if on else text
 
 
-def _where(costs: Costs) -> str:
-    return f"{costs.machine.get('gpu', costs.machine['cpu'])}, {costs.machine['threads']} threads"
+def _where(machine: Mapping[str, Any]) -> str:
+    return f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads"

@@ -35,6 +35,7 @@ from dsdiff.pipeline import Pipeline
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.frontier import timing
 from dsdiff.results.frontier.figures import Costs, Eps, Pictures, Row, Time
+from dsdiff.results.frontier.joined import joined, of_drawing, read_comparisons
 from dsdiff.results.frontier.options import CALLS, Candidate, FrontierOptions, read_candidates
 from dsdiff.results.quantization_cost import attributes_right, captions_of
 from ldm.data.reader import ShapesReader
@@ -49,17 +50,19 @@ SCHEDULE_N, SCHEDULE_SEED, LONGEST = 8, 10**6, 10
 def compare(options: FrontierOptions) -> Costs:
     """Measure all ways to draw. Raises ValueError or OSError for what cannot be, before anything is measured."""
     candidates = read_candidates(options.settings, options.names)
+    drawing = {name: value for name, value in asdict(options.draw).items() if value}
+    other = None if options.quality is None else of_drawing(read_comparisons(options.quality), drawing, options.quality)
     spec = find_model(options.model)
     check_writable(options.outdir)
     comparison = Comparison(options, spec, _prompts(options, spec))
     for line in (comparison.pipeline, *comparison.pipeline.notes):
         logger.info("%s", line)
-    return Costs(
+    costs = Costs(
         model=str(comparison.pipeline),
         time_of=comparison.time_of,
         machine=machine(comparison.device),
         versions=versions(),
-        drawing={name: value for name, value in asdict(options.draw).items() if value},
+        drawing=drawing,
         n=options.n,
         seed=options.seed,
         steps=comparison.settings.steps_taken,
@@ -67,6 +70,7 @@ def compare(options: FrontierOptions) -> Costs:
         repeats=options.repeats,
         rows=list(comparison.rows(candidates)),
     )
+    return costs if other is None else joined(costs, other)
 
 
 def _prompts(options: FrontierOptions, spec: ModelSpec) -> list[str]:

@@ -1,0 +1,58 @@
+"""Figures of quality that another run has measured, on a GPU say, beside times that are measured here."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dsdiff.metrics.attributes import Share
+from dsdiff.results.frontier.figures import Costs, Eps, Pictures
+
+QUALITY = {"eps": Eps, "pictures": Pictures, "attributes": Share}  # a row's figures beside time
+
+
+def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
+    """Return what a run wrote to `path`, a JSON file of `report.write`: a comparison for each number of steps.
+
+    Raises FileNotFoundError, or ValueError for another file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
+        return [dict(each, rows={row["name"]: row for row in each["rows"]}) for each in found]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--quality {str(path)!r} is no JSON file of this command: {error!r}") from error
+
+
+def of_drawing(comparisons: Sequence[Mapping[str, Any]], drawing: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the comparison whose base is drawn so. Raises ValueError, which names `path`, if there is none."""
+    for each in comparisons:
+        if _plain(each.get("drawing")) == _plain(drawing):
+            return each
+    raise ValueError(
+        f"--quality {str(path)!r} has no figures of pictures drawn as here, with {_plain(drawing)}: "
+        "give the flags with which it was measured"
+    )
+
+
+def joined(costs: Costs, other: Mapping[str, Any]) -> Costs:
+    """Return the costs with the other run's figures of quality where they have none themselves.
+
+    Its rows count where they do what the row of that name does. n and seed become those of its prompts.
+    """
+    rows = []
+    for row in costs.rows:
+        found = other["rows"].get(row.name, {})
+        alike = _plain(found.get("changes")) == _plain(row.changes)
+        figures = {
+            name: kind(**found[name])
+            for name, kind in QUALITY.items()
+            if alike and found.get(name) is not None and getattr(row, name) is None
+        }
+        rows.append(replace(row, **figures))
+    return replace(costs, rows=rows, n=other["n"], seed=other["seed"], quality_of=other["machine"])
+
+
+def _plain(value: Any) -> str:
+    """Return a value as JSON has it, in which tuples are lists."""
+    return json.dumps(value, sort_keys=True, default=str)
