@@ -114,7 +114,7 @@ def of_scores(folder: Path) -> dict[str, str]:
 
 
 def of_table(folder: Path) -> dict[str, str]:
-    """Return the pictures of a table, and its scores without times."""
+    """Return the pictures of a table, and its scores without times and without the folder's name."""
 
     def untimed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -122,8 +122,11 @@ def of_table(folder: Path) -> dict[str, str]:
         return [untimed(each) for each in value] if isinstance(value, list) else value
 
     path = folder / "results.json"
-    rows = {"rows": json.dumps(untimed(json.loads(path.read_text())["rows"]), sort_keys=True)} if path.exists() else {}
-    return of_files("pictures/**/*.png")(folder) | rows
+    pictures = of_files("pictures/**/*.png")(folder)
+    if not path.exists():
+        return pictures
+    rows = json.dumps(untimed(json.loads(path.read_text())["rows"]), sort_keys=True)
+    return pictures | {"rows": rows.replace(str(folder), "")}
 
 
 TIMED = ("unet", "picture")
