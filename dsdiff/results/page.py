@@ -202,7 +202,7 @@ def plot(rows: Sequence[RowResult], key: str, title: str) -> str:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for colour, name in zip(COLOURS * 9, dict.fromkeys(row.row.name for row in rows), strict=False):
-        lines = [row for row in rows if row.row.name == name and key in row.scores and not row.row.drawn]
+        lines = [row for row in rows if row.row.name == name and key in row.scores and not row.row.drawn_words]
         found = [(row.row.ratio, row.scores[key]) for row in lines]
         found = [(ratio, score) for ratio, score in found if math.isfinite(score.value)]
         if found:

@@ -24,6 +24,7 @@ W4A8 = {"weight_bit": 4, "quant_act": True, "act_bit": 8, "sm_abit": 16, "split"
 DRAWN_ELSEWHERE = ("merge",)
 # Fields of DrawOptions that a row may have of its own.
 DRAWN = ("sampler", "steps", "scale", "guidance_start", "guidance_stop", "cache", "cache_depth", "vae")
+MERGED = ("sx", "sy", "merge_kv", "proportional")  # fields of MergeOptions that a row may have of its own
 CALIBRATED_ELSEWHERE = (*W4A8, "model", "merge", "device", "outdir", "resume", "format")
 SCORED_ELSEWHERE = ("reference", "paired", "inception_weights", "device", "cache", "save_stats")
 
@@ -34,13 +35,18 @@ class Row:
 
     ratio: of token merging, 0 for none. weight_bit, act_bit: None for float. published: the FID of the original work.
     Fields of DRAWN: how its pictures are drawn, see DrawOptions; None draws as the model's other rows, and without
-    guidance with samplers of few steps. lora: a LoRA, FILE or FILE:SCALE, and cali_ckpt: a calibration in place of the
+    guidance with samplers of few steps. Fields of MERGED: how tokens are merged, see MergeOptions; None is its default.
+    lora: a LoRA, FILE or FILE:SCALE, and cali_ckpt: a calibration in place of the
     table's, both from the root of the repository.
     Raises ValueError for quantized activations or a cali_ckpt with float weights, and for a value out of range.
     """
 
     name: str
     ratio: float
+    sx: int | None = None
+    sy: int | None = None
+    merge_kv: bool | None = None
+    proportional: bool | None = None
     weight_bit: int | None = None
     act_bit: int | None = None
     published: float | None = None
@@ -56,11 +62,18 @@ class Row:
     cali_ckpt: str | None = None
 
     def __post_init__(self) -> None:
-        MergeOptions(ratio=self.ratio)  # which checks it
+        MergeOptions(ratio=self.ratio, **self.merged)  # which checks them
+        if self.merged and not self.ratio:
+            raise ValueError(f"{self.name}: {', '.join(self.merged)} needs a ratio above 0: no tokens are merged")
         if self.weight_bit is None and self.act_bit is not None:
             raise ValueError(f"{self.name}: activations of {self.act_bit} bits need a weight_bit")
         if self.weight_bit is None and self.cali_ckpt is not None:
             raise ValueError(f"{self.name}: cali_ckpt {self.cali_ckpt!r} needs a weight_bit")
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """The fields of MERGED that the row has."""
+        return {name: value for name in MERGED if (value := getattr(self, name)) is not None}
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -73,7 +86,8 @@ class Row:
         values = {name: value.name if isinstance(value, Path) else value for name, value in self.drawn.items()}
         if self.lora is not None:
             values["lora"] = Path(self.lora).name
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+        words = {name: "" if value is True else f" {value}" for name, value in {**self.merged, **values}.items()}
+        return ", ".join(f"{name.replace('_', ' ')}{value}" for name, value in words.items())
 
     @property
     def title(self) -> str:
@@ -109,7 +123,7 @@ class Row:
 
     @property
     def merge(self) -> MergeOptions | None:
-        return MergeOptions(ratio=self.ratio) if self.ratio else None
+        return MergeOptions(ratio=self.ratio, **self.merged) if self.ratio else None
 
     def quantization(self, cali_ckpt: Path) -> QuantizationOptions | None:
         """Return the options by which the row reads its own cali_ckpt, or this one; None for a float model."""

@@ -157,5 +157,12 @@ def test_rows_may_be_drawn_in_ways_of_their_own(tmp_path):
     )
     with pytest.raises(ValueError, match="FP32, ratio 0, cache 0: cache is 0"):
         Row(name="FP32", ratio=0.0, cache=0).options(base)
+    merged = Row(name="FP32", ratio=0.75, sx=4, sy=4, merge_kv=True, proportional=True, steps=4)
+    assert merged.title == "FP32, ratio 0.75, sx 4, sy 4, merge kv, proportional, steps 4"
+    assert merged.key == "FP32-0.75-sx_4-sy_4-merge_kv-proportional-steps_4"
+    assert merged.options(base).merge == MergeOptions(ratio=0.75, sx=4, sy=4, merge_kv=True, proportional=True)
+    for ratio, given, says in ((0.0, {"sx": 4}, "sx needs a ratio above 0"), (0.5, {"sx": 0}, "sx")):
+        with pytest.raises(ValueError, match=says):
+            Row(name="FP32", ratio=ratio, **given)
     plain = Row(name="FP32", ratio=0.0)
     assert plain.drawn == {} and plain.options(base) == base and plain.loras == ()
