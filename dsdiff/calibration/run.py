@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import tomesd
@@ -30,7 +31,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.capture import Cache
 from qdiff.checkpoint import fingerprint, save_cali_ckpt
 from qdiff.config import MixConfig, QuantConfig, ReconConfig
-from qdiff.distributed import barrier, only_work_in, rank, restarted, world_size
+from qdiff.distributed import barrier, only_work_in, rank, restarted, sum_over_ranks, world_size
 from qdiff.quant_model import QuantModel
 from qdiff.reconstruction import UnitReport
 from qdiff.resume import ProgressFolder
@@ -117,8 +118,10 @@ def _calibrate(spec: ModelSpec, options: CalibrationOptions, progress: ProgressF
             progress.remove()
     for line in summary(reports):
         logger.info("%s", line)
+    memory = torch.tensor([usage.memory])  # of each process, as the estimate counts all of them
+    sum_over_ranks([memory])
     if rank() == 0:
-        taken = (duration(usage.seconds), size(usage.memory), size(usage.disk))
+        taken = (duration(usage.seconds), size(int(memory)), size(usage.disk))
         logger.info("took %s, %s more memory, and %s of disk at most", *taken)
         logger.info("written to %s (%.2f MB)", options.target, options.target.stat().st_size / 1e6)
 
