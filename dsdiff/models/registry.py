@@ -23,6 +23,10 @@ CHECKPOINTS: Mapping[Path, tuple[Path, ...]] = {
 CALI_CKPTS: Mapping[Path, Mapping[int, Path]] = {
     CHECKPOINTS[EMBEDDED][0]: {bits: ROOT / f"models/ldm/shapes/cali_w{bits}a8.safetensors" for bits in (4, 8)},
 }
+# Checkpoint -> its other cali_ckpts, by what they are in words.
+OTHER_CALI_CKPTS: Mapping[Path, Mapping[str, Path]] = {
+    CHECKPOINTS[EMBEDDED][0]: {"W4A8 dynamic": ROOT / "models/ldm/shapes/cali_w4a8_dynamic.safetensors"},
+}
 # Config -> the place of a tiny decoder of its latents.
 TINY_DECODERS: Mapping[Path, Path] = {
     STABLE_DIFFUSION: ROOT / "models/ldm/stable-diffusion-v1/taesd_decoder.safetensors",

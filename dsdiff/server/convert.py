@@ -7,12 +7,12 @@ from PIL import ImageOps
 from pydantic import ValidationError
 
 from dsdiff.images.init import flattened
-from dsdiff.options import STOCHASTIC, DrawOptions, InitOptions, MergeOptions
+from dsdiff.options import STOCHASTIC, DrawOptions, InitOptions
 from dsdiff.record import USUAL_NAMES
 from dsdiff.server.names import find_sampler
 from dsdiff.server.options import Limits
 from dsdiff.server.pictures import from_base64, open_picture, png_base64, record_of
-from dsdiff.server.requests import Drawing, DrawRequest, any_seed, split_loras
+from dsdiff.server.requests import Drawing, DrawRequest, any_seed, merge_of, split_loras
 from dsdiff.server.schemas import Img2Img, Request, Settings
 from dsdiff.server.shelf import Shelf
 
@@ -64,7 +64,7 @@ def to_request(body: Request, settings: Settings, shelf: Shelf, limits: Limits) 
         cache=settings.dsdiff_cache,
         cache_depth=settings.dsdiff_cache_depth,
         vae=settings.dsdiff_vae,
-        merge=MergeOptions(ratio=settings.token_merging_ratio) if settings.token_merging_ratio else None,
+        merge=merge_of(settings.token_merging_ratio, settings.dsdiff_proportional),
         init=_init_options(body) if isinstance(body, Img2Img) else None,
     )
     return DrawRequest(

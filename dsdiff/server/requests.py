@@ -10,7 +10,7 @@ from PIL import Image
 
 from dsdiff.draw_settings import DrawSettings
 from dsdiff.images.init import FileRecord
-from dsdiff.options import DrawOptions, LoraOptions
+from dsdiff.options import DrawOptions, LoraOptions, MergeOptions
 from dsdiff.prompt_rows import MAX_SEED
 from dsdiff.server.options import Limits
 
@@ -99,6 +99,11 @@ class Drawing:
 def any_seed() -> int:
     """Return a seed that nobody chose."""
     return secrets.randbelow(2**32)
+
+
+def merge_of(ratio: float, proportional: bool) -> MergeOptions | None:
+    """Return how tokens are merged, as two settings say; None for a ratio of 0, with which the other has no effect."""
+    return MergeOptions(ratio=ratio, proportional=proportional) if ratio else None
 
 
 def split_loras(prompt: str, find: Callable[[str, float], LoraOptions]) -> tuple[str, tuple[LoraOptions, ...]]:

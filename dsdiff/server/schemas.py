@@ -78,6 +78,7 @@ class Settings(BaseModel):
     """The settings of the server that clients may change, for all requests or for one of them.
 
     sd_model_checkpoint: the title of a model. token_merging_ratio: the part of the tokens that is merged, 0 for none.
+    dsdiff_proportional: let merged keys count as often as tokens were merged into them, see MergeOptions.
     dsdiff_cache, dsdiff_cache_depth, dsdiff_vae, dsdiff_guidance_start, dsdiff_guidance_stop: see DrawOptions.
     """
 
@@ -85,6 +86,7 @@ class Settings(BaseModel):
 
     sd_model_checkpoint: str
     token_merging_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dsdiff_proportional: bool = False
     dsdiff_cache: Annotated[int, Field(ge=1)] = 1
     dsdiff_cache_depth: Annotated[int, Field(ge=1)] = 1
     dsdiff_vae: Literal[VAES] | None = None  # pyright: ignore[reportInvalidTypeForm]

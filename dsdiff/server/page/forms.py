@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dsdiff.models.spec import ModelSpec
-from dsdiff.options import DrawOptions, MergeOptions
+from dsdiff.options import DrawOptions
 from dsdiff.server.names import find_sampler
-from dsdiff.server.requests import DrawRequest, any_seed, split_loras
+from dsdiff.server.requests import DrawRequest, any_seed, merge_of, split_loras
 from dsdiff.server.shelf import Shelf
 
 Number = TypeVar("Number", int, float)
@@ -33,6 +33,7 @@ class Form:
     height: float
     pictures: float = 1
     ratio: float = 0.0
+    proportional: bool = False
     cache: float = 1
     vae: str = AUTOMATIC
 
@@ -55,7 +56,7 @@ class Form:
             precision=shelf.choice.precision,
             cache=_whole("the cache", self.cache),
             vae=None if self.vae == AUTOMATIC else self.vae,
-            merge=MergeOptions(ratio=self.ratio) if self.ratio else None,
+            merge=merge_of(self.ratio, self.proportional),
         )
         return DrawRequest(
             prompt=prompt,

@@ -96,12 +96,15 @@ def test_from_a_picture(api):
 
 def test_models_and_settings(api, post, studio):
     titles = api.util_get_model_names()
-    assert titles[:3] == ["embedded", "embedded W4A8", "embedded W8A8"]
+    assert titles[:4] == ["embedded", "embedded W4A8", "embedded W4A8 dynamic", "embedded W8A8"]  # sorted
     assert "DPM++ 2M Karras" in api.util_get_sampler_names() and "karras" in api.util_get_scheduler_names()
     api.util_set_model("embedded w8a8")
     assert studio.title == "embedded W8A8" == api.util_get_current_model()
     few = api.txt2img(**SMALL, override_settings={"token_merging_ratio": 0.5}).image
     assert few.info["parameters"].endswith("Quantization: W8A8 sm16 split, Token merging ratio: 0.5")
+    counted = {"token_merging_ratio": 0.5, "dsdiff_proportional": True, "sd_model_checkpoint": "embedded W4A8 dynamic"}
+    counted = api.txt2img(**SMALL, override_settings=counted).image
+    assert "W4A8 sm16 dynamic" in counted.info["parameters"] and "roportional" in counted.info["parameters"]
     float_one = api.txt2img(**SMALL, override_settings={"sd_model_checkpoint": "EMBEDDED"}).info["infotexts"][0]
     assert float_one.endswith("Model: model") and api.util_get_current_model() == "embedded W8A8"  # for that request
     options = api.get_options()

@@ -81,7 +81,10 @@ def test_files_that_are_no_models_are_left_out(tmp_path, small_model):
     (tmp_path / "folder").mkdir()
     choice = ModelChoice(model=ModelOptions(config=EMBEDDED), device="cpu", model_dir=tmp_path)
     shelf = Shelf(choice)
-    assert [*shelf.entries] == ["embedded", "embedded W4A8", "embedded W8A8", "small"]
+    assert [*shelf.entries] == [
+        *(f"embedded{bits}" for bits in ("", " W4A8", " W8A8", " W4A8 dynamic")),
+        "small",
+    ]
     assert shelf.find("EMBEDDED w4a8").title == "embedded W4A8"
     with pytest.raises(ValueError, match="there is no model 'none'"):
         shelf.find("none")
