@@ -185,8 +185,18 @@ class RunRecord:
             facts["LoRA"] = " ".join(map(str, draw.lora))
         if draw.merge:
             facts["Token merging ratio"] = draw.merge.merge_schedule or f"{draw.merge.ratio:g}"
+            facts |= _further(draw.merge)
         lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))
         return "\n".join(lines)
+
+
+def _further(merge: MergeOptions) -> dict[str, str]:
+    """Return the options of merging beside the ratio that are not the defaults, in one entry; nothing if all are."""
+    plain = asdict(MergeOptions())
+    told = {name: value for name, value in asdict(merge).items() if value != plain[name]}
+    told = {name: value for name, value in told.items() if name not in ("ratio", "merge_schedule")}
+    words = ", ".join(name if value is True else f"{name} {value}" for name, value in told.items())
+    return {"Token merging options": words} if words else {}
 
 
 def _quoted(text: str) -> str:
