@@ -138,7 +138,7 @@ def _variants(spec: ModelSpec, tokenizer: Path | None = None) -> Iterator[Entry]
     """Yield a model as it is, and by each of its calibrations whose file is there."""
     yield Entry(title=_title(spec), spec=spec, tokenizer=tokenizer)
     calibrations = {f"W{bits}A8": path for bits, path in sorted(spec.cali_ckpts.items())}
-    for name, path in (calibrations | OTHER_CALI_CKPTS.get(spec.ckpt.resolve(), {})).items():
+    for name, path in {**calibrations, **OTHER_CALI_CKPTS.get(spec.ckpt.resolve(), {})}.items():
         if path.is_file():
             quantization = QuantizationOptions(cali_ckpt=path)
             yield Entry(title=f"{_title(spec)} {name}", spec=spec, quantization=quantization, tokenizer=tokenizer)

@@ -153,8 +153,8 @@ def _fields(studio: Studio) -> dict[str, Any]:
         fields["pictures"] = whole_number("Pictures", 1, maximum=limits.pictures)
     with gr.Row():
         fields["ratio"] = gr.Slider(0, 0.75, 0, step=0.05, label="Merged tokens", info="0.5 is wise; 0 merges none")
-        proportional = {"label": "Proportional", "info": "merged keys count as often: few steps need it"}
-        fields["proportional"] = gr.Checkbox(False, **proportional)
+        info = "merged keys count as often: few steps need it"
+        fields["proportional"] = gr.Checkbox(False, label="Proportional", info=info)
         fields["cache"] = whole_number("Whole steps", 1, info="every N-th; 1 is all")
         fields["vae"] = gr.Dropdown([AUTOMATIC, *VAES], value=AUTOMATIC, label="Decoder", info="tiny is the fastest")
     return fields
