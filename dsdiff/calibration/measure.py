@@ -26,6 +26,8 @@ from qdiff.sensitivity import switch_gradients
 
 PRODUCT = 1024  # side of the matrices whose product is timed
 FITTED = 2**21  # numbers of the weight whose fitting is timed
+SLOW = 1.0  # seconds that a sample takes in a model so large that a few samples tell how long many take
+FEW = 4
 COLUMNS = 256  # of the weight that is rounded by GPTQ to time what a column takes
 
 
@@ -111,11 +113,15 @@ def measure_sizes(qnn: QuantModel, plan: DataPlan) -> Sizes:
 
 @torch.no_grad()
 def measure_pass(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
-    """Time a forward pass of so many samples, in the model's present state."""
+    """Time a forward pass of so many samples, in the model's present state.
+
+    Of a large model only FEW samples are passed: each of the rest takes as long, and as much memory, as the last of them.
+    """
     device = next(qnn.parameters()).device
-    batch = random_batch(plan, samples, device)
-    with peak_memory(device) as memory:  # also the first call, which is slower
-        qnn(*batch)
+    half, seconds = _memory_of_call(qnn, random_batch(plan, FEW // 2, device))  # also the first call, which is slower
+    tried = min(samples, FEW) if seconds > SLOW * (FEW // 2) else samples
+    batch = random_batch(plan, tried, device)
+    memory, _ = _memory_of_call(qnn, batch)
     begins: dict[str, float] = {}
     ends: dict[str, float] = {}
     hooks = []
@@ -130,12 +136,21 @@ def measure_pass(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
         for hook in hooks:
             hook.remove()
     return Pass(
-        seconds=(ended - began) / samples,
-        begins={name: (moment - began) / samples for name, moment in begins.items()},
-        ends={name: (moment - began) / samples for name, moment in ends.items()},
-        memory=memory.most,
+        seconds=(ended - began) / tried,
+        begins={name: (moment - began) / tried for name, moment in begins.items()},
+        ends={name: (moment - began) / tried for name, moment in ends.items()},
+        memory=memory + (samples - tried) * max(memory - half, 0) // (FEW - FEW // 2),
         samples=samples,
     )
+
+
+def _memory_of_call(qnn: QuantModel, batch: Sequence[Tensor]) -> tuple[int, float]:
+    """Return the bytes that a forward pass takes at most, and its seconds."""
+    device = next(qnn.parameters()).device
+    began = _now(device)
+    with peak_memory(device) as memory:
+        qnn(*batch)
+    return memory.most, _now(device) - began
 
 
 @contextmanager

@@ -197,6 +197,7 @@ def _check_needs(
     device = choose_device(options.device)
     measured = kept.read(lambda found: covers(found, qnn, plan, work))
     if measured is None:
+        logger.info("measuring the model, to tell what this takes")
         with _merged_alike(qnn, options.merge), precision_context(device, "full"):
             measured = measure(qnn, plan, work)
     check_estimate(needs(qnn, plan, work, measured), options.outdir, device)

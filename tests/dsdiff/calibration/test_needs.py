@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsdiff.calibration import measure as measuring
 from dsdiff.calibration import run
 from dsdiff.calibration.data import DataPlan
 from dsdiff.calibration.disk import step_bytes
-from dsdiff.calibration.measure import Sizes
+from dsdiff.calibration.measure import Sizes, measure_pass
 from dsdiff.calibration.needs import Workload, gptq_bytes, left_steps, measure, needs
 from dsdiff.calibration.peak import TensorPeak
 from dsdiff.calibration.usage import Usage
@@ -94,6 +95,16 @@ def test_measuring_leaves_the_model_as_it_was(qnn, plan):
     assert all(torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)) for name, value in after.items())
     modules = {name: (type(each), each.enabled) for name, each in qnn.named_modules() if hasattr(each, "enabled")}
     assert modules == states and not any(each._forward_hooks for each in qnn.modules())
+
+
+def test_few_samples_tell_the_memory_of_many_in_a_large_model(qnn, plan, monkeypatch):
+    expected, passed = measure_pass(qnn, plan, 8), []
+    monkeypatch.setattr(measuring, "SLOW", 0.0)
+    hook = qnn.register_forward_pre_hook(lambda module, args: passed.append(len(args[0])))
+    found = measure_pass(qnn, plan, 8)
+    hook.remove()
+    assert passed == [2, 4, 4] and found.samples == 8
+    assert found.memory == pytest.approx(expected.memory, rel=0.02) and found.begins.keys() == expected.begins.keys()
 
 
 def test_what_does_not_fit_into_the_cache_goes_to_disk(qnn, plan, monkeypatch):
