@@ -115,7 +115,7 @@ def measure_sizes(qnn: QuantModel, plan: DataPlan) -> Sizes:
 def measure_pass(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
     """Time a forward pass of so many samples, in the model's present state.
 
-    Of a large model only FEW samples are passed: each of the rest takes as long, and as much memory, as the last of them.
+    Of a large model only FEW samples are passed: each of the rest takes as long and as much memory as the last of them.
     """
     device = next(qnn.parameters()).device
     half, seconds = _memory_of_call(qnn, random_batch(plan, FEW // 2, device))  # also the first call, which is slower
