@@ -255,8 +255,8 @@ class QuantizationOptions:
     quant_act: True asks for quantized activations, False leaves them float. With None the file decides; but as soon as
         one of weight_bit, act_bit, sm_abit, split and quant_mode is given they stay float, as in the command lines of
         the original work.
-    engine: "int8" computes in integers, "simulate" in floats that hold integers. None takes int8 where it can run on a
-        CPU, else simulate. "calibration" keeps the layers that calibration works on.
+    engine: "int8" computes in integers, "simulate" in floats that hold integers. None takes int8 on CPUs
+        that can, and on GPUs with our kernels, else simulate. "calibration" keeps the layers that calibration works on.
     low_memory: keep weights packed while drawing, for int8 and weights of 4 bits or less; slower.
     cond: require a model that takes prompts.
     no_grad_ckpt: switch gradient checkpointing off, which has no effect on pictures.

@@ -366,7 +366,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         help="int8 computes in integers, simulate in floats that hold integers, slower (default: int8 on CPUs that "
-        "have exact integer products, else simulate)",
+        "have exact integer products and NVIDIA GPUs from the A100 on, else simulate)",
     )
     group.add_argument(
         "--low_memory",
