@@ -47,7 +47,7 @@ def test_tables_are_written_and_figures_kept(small_model, tmp_path, capsys):
 
 def test_bad_flags_are_one_line(capsys, tmp_path):
     other = tmp_path / "steps.json"
-    other.write_text('{"comparisons": [{"drawing": {"steps": 3}, "rows": []}]}')
+    other.write_text('{"comparisons": [{"drawing": {"steps": 3}, "n": 2, "seed": 0, "machine": {}, "rows": []}]}')
     for flags, says in (
         (["--steps", "0"], "--steps"),
         (["--ddim_steps", "4"], "--steps says how many"),

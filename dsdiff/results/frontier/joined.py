@@ -19,7 +19,11 @@ def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
-        return [dict(each, rows={row["name"]: row for row in each["rows"]}) for each in found]
+        return [
+            {name: each[name] for name in ("drawing", "n", "seed", "machine")}
+            | {"rows": {row["name"]: {"changes": row["changes"], **_figures(row)} for row in each["rows"]}}
+            for each in found
+        ]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"--quality {str(path)!r} is no JSON file of this command: {error!r}") from error
 
@@ -27,7 +31,7 @@ def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
 def of_drawing(comparisons: Sequence[Mapping[str, Any]], drawing: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """Return the comparison whose base is drawn so. Raises ValueError, which names `path`, if there is none."""
     for each in comparisons:
-        if _plain(each.get("drawing")) == _plain(drawing):
+        if _plain(each["drawing"]) == _plain(drawing):
             return each
     raise ValueError(
         f"--quality {str(path)!r} has no figures of pictures drawn as here, with {_plain(drawing)}: "
@@ -45,12 +49,15 @@ def joined(costs: Costs, other: Mapping[str, Any]) -> Costs:
         found = other["rows"].get(row.name, {})
         alike = _plain(found.get("changes")) == _plain(row.changes)
         figures = {
-            name: kind(**found[name])
-            for name, kind in QUALITY.items()
-            if alike and found.get(name) is not None and getattr(row, name) is None
+            name: figure for name, figure in found.items() if alike and name in QUALITY and getattr(row, name) is None
         }
         rows.append(replace(row, **figures))
     return replace(costs, rows=rows, n=other["n"], seed=other["seed"], quality_of=other["machine"])
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's figures of quality, without those that were not measured."""
+    return {name: kind(**row[name]) for name, kind in QUALITY.items() if row.get(name) is not None}
 
 
 def _plain(value: Any) -> str:
