@@ -185,12 +185,12 @@ class RunRecord:
             facts["LoRA"] = " ".join(map(str, draw.lora))
         if draw.merge:
             facts["Token merging ratio"] = draw.merge.merge_schedule or f"{draw.merge.ratio:g}"
-            facts |= _further(draw.merge)
+            facts |= _merge_options(draw.merge)
         lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items()))
         return "\n".join(lines)
 
 
-def _further(merge: MergeOptions) -> dict[str, str]:
+def _merge_options(merge: MergeOptions) -> dict[str, str]:
     """Return the options of merging beside the ratio that are not the defaults, in one entry; nothing if all are."""
     plain = asdict(MergeOptions())
     told = {name: value for name, value in asdict(merge).items() if value != plain[name]}

@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace, device: str) -> None:
     from dsdiff.images.png import write_png
     from dsdiff.results import quantization_cost as cost
-    from dsdiff.results.variants import ABLATION, TABLE
+    from dsdiff.results.variants import TABLE, ablation
     from ldm.fileio import check_writable
     from qdiff.distributed import only_work_in, rank
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, device: str) -> None:
         device=device,
     )
     check_writable(args.outdir)
-    variants, name = (ABLATION, "ablation") if args.ablation else (TABLE, "quantization")
+    variants, name = (ablation(args.preset), "ablation") if args.ablation else (TABLE, "quantization")
     rows, pictures = [], []
     with only_work_in(args.outdir):
         for row, drawn in cost.costs(variants, options):

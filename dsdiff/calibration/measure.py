@@ -27,7 +27,7 @@ from qdiff.sensitivity import switch_gradients
 PRODUCT = 1024  # side of the matrices whose product is timed
 FITTED = 2**21  # numbers of the weight whose fitting is timed
 SLOW = 1.0  # seconds that a sample takes in a model so large that a few samples tell how long many take
-FEW = 4
+FEW = 4  # samples that are enough then
 COLUMNS = 256  # of the weight that is rounded by GPTQ to time what a column takes
 
 
@@ -118,10 +118,12 @@ def measure_pass(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
     Of a large model only FEW samples are passed: each of the rest takes as long and as much memory as the last of them.
     """
     device = next(qnn.parameters()).device
-    half, seconds = _memory_of_call(qnn, random_batch(plan, FEW // 2, device))  # also the first call, which is slower
+    half, seconds = _bytes_and_seconds(
+        qnn, random_batch(plan, FEW // 2, device)
+    )  # also the first call, which is slower
     tried = min(samples, FEW) if seconds > SLOW * (FEW // 2) else samples
     batch = random_batch(plan, tried, device)
-    memory, _ = _memory_of_call(qnn, batch)
+    memory, _ = _bytes_and_seconds(qnn, batch)
     begins: dict[str, float] = {}
     ends: dict[str, float] = {}
     hooks = []
@@ -144,7 +146,7 @@ def measure_pass(qnn: QuantModel, plan: DataPlan, samples: int) -> Pass:
     )
 
 
-def _memory_of_call(qnn: QuantModel, batch: Sequence[Tensor]) -> tuple[int, float]:
+def _bytes_and_seconds(qnn: QuantModel, batch: Sequence[Tensor]) -> tuple[int, float]:
     """Return the bytes that a forward pass takes at most, and its seconds."""
     device = next(qnn.parameters()).device
     began = _now(device)

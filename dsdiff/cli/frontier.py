@@ -50,21 +50,9 @@ def options_of(args: argparse.Namespace) -> FrontierOptions:
     from dsdiff.models.spec import find_model
 
     model = flags.model_options(args)
-    given = (
-        "settings",
-        "names",
-        "parts",
-        "tokenizer",
-        "prompts",
-        "n",
-        "seed",
-        "time_of",
-        "calls",
-        "repeats",
-        "quality",
-    )
+    given = ("settings", "names", "parts", "tokenizer", "prompts", "n", "seed", "time_of", "calls", "repeats")
     return FrontierOptions(
-        **{name: getattr(args, name) for name in (*given, "outdir", "batch_size", "device")},
+        **{name: getattr(args, name) for name in (*given, "quality", "outdir", "batch_size", "device")},
         engine=args.time_engine or ENGINES[0],
         model=model,
         draw=flags.draw_options(args),

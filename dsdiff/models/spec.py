@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dsdiff.models.configs import config_for_drawing, look_up, read_config
-from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS, CHECKPOINTS, STABLE_DIFFUSION
+from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS, CHECKPOINTS, OTHER_CALI_CKPTS, STABLE_DIFFUSION
 from dsdiff.options import ModelOptions
 
 # The prediction in a file's header, by the names of the modelspec standard -> `parameterization` of a config.
@@ -68,6 +68,12 @@ class ModelSpec:
     def cali_ckpts(self) -> Mapping[int, Path]:
         """The cali_ckpts that come with the checkpoint, by the bits of its weights."""
         return CALI_CKPTS.get(self.ckpt.resolve(), {})
+
+    @property
+    def named_cali_ckpts(self) -> Mapping[str, Path]:
+        """All cali_ckpts that come with the checkpoint, by what they are in words: W4A8, say."""
+        by_bits = {f"W{bits}A8": path for bits, path in sorted(self.cali_ckpts.items())}
+        return {**by_bits, **OTHER_CALI_CKPTS.get(self.ckpt.resolve(), {})}
 
     @property
     def name(self) -> str:

@@ -72,9 +72,9 @@ def cali_ckpt_of(variant: Variant, options: CostOptions) -> Path | None:
     All that are made are made of the same data, drawn like that of the shipped ones. Under torchrun all processes call
     this. None for full precision.
     """
-    calibration = variant.calibration
-    if calibration is None:
+    if variant.calibration is None:
         return None
+    calibration = variant.calibration.of(options.preset)
     if options.preset == "fast" and calibration in SHIPPED and SHIPPED[calibration].is_file():
         return SHIPPED[calibration]
     root = options.outdir / "calibrations" / options.preset

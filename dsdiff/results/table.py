@@ -36,8 +36,8 @@ class Row:
     ratio: of token merging, 0 for none. weight_bit, act_bit: None for float. published: the FID of the original work.
     Fields of DRAWN: how its pictures are drawn, see DrawOptions; None draws as the model's other rows, and without
     guidance with samplers of few steps. Fields of MERGED: how tokens are merged, see MergeOptions; None is its default.
-    lora: a LoRA, FILE or FILE:SCALE, and cali_ckpt: a calibration in place of the
-    table's, both from the root of the repository.
+    lora: a LoRA, FILE or FILE:SCALE, and cali_ckpt: a calibration in place of the table's, both from the root of the
+    repository.
     Raises ValueError for quantized activations or a cali_ckpt with float weights, and for a value out of range.
     """
 

@@ -1,8 +1,8 @@
 """The variants whose costs of quantization are measured, and the calibrations they need. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dsdiff.calibration.options import CalibrationOptions
 from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED
@@ -13,22 +13,34 @@ DRAWING = DrawOptions(sampler="dpm_solver", steps=20, precision="full", vae="flo
 HALF = MergeOptions(ratio=0.5)
 
 
+# Preset -> the rounding of its calibrations, and whether they learn the step sizes of activations (LSQ). The files that
+# come with the model are of the fast one.
+OWN = {"fast": ("gptq", False), "paper": ("adaround", True)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """A calibration to 8-bit activations, as far as variants differ in it: see CalibrationOptions.
 
-    rounding: None is the preset's. lsq: learn the step sizes of activations, as the preset does. Without it the fast
-    preset does not, as the files that come with the model; the paper preset, Q-Diffusion's, always does.
+    rounding: of weights. lsq: whether the step sizes of activations are learned. None is the preset's of each, see
+    `of`; with quant_mode linear neither has a meaning.
     """
 
     weight_bit: int
     quant_mode: str = "qdiff"
     split: bool = False
     rounding: str | None = None
-    lsq: bool = False
+    lsq: bool | None = None
     act_range: str | None = None
     mixed_act: float | None = None
     merge: MergeOptions | None = None
+
+    def of(self, preset: str) -> Self:
+        """Return the calibration with the preset's rounding and LSQ where it has none of its own."""
+        if self.quant_mode == "linear":
+            return self
+        rounding, lsq = OWN[preset]
+        return replace(self, rounding=self.rounding or rounding, lsq=lsq if self.lsq is None else self.lsq)
 
     @property
     def key(self) -> str:
@@ -40,17 +52,17 @@ class Calibration:
 
     def options(self, preset: str, device: str, data_path: Path | None) -> CalibrationOptions:
         """Return all options. data_path: the calibration data of another variant, None to draw it."""
-        steps_learned = self.quant_mode == "qdiff" and (self.lsq or preset == "paper")
+        own = self.of(preset)
         data: dict[str, Any] = {"cond": True, "draw": DRAWING} if data_path is None else {"data_path": data_path}
         return CalibrationOptions(
-            weight_bit=self.weight_bit,
-            quant_mode=self.quant_mode,
-            split=self.split,
-            rounding=self.rounding if self.quant_mode == "qdiff" else None,
-            iters_a=None if steps_learned or self.quant_mode == "linear" else 0,
-            act_range=self.act_range,
-            mixed_act=self.mixed_act,
-            merge=self.merge,
+            weight_bit=own.weight_bit,
+            quant_mode=own.quant_mode,
+            split=own.split,
+            rounding=own.rounding,
+            iters_a=0 if own.lsq is False else None,
+            act_range=own.act_range,
+            mixed_act=own.mixed_act,
+            merge=own.merge,
             **data,
             model=MODEL,
             preset=preset,
@@ -58,7 +70,7 @@ class Calibration:
             quant_act=True,
             act_bit=8,
             sm_abit=16,
-            no_grad_ckpt=steps_learned or self.rounding == "adaround",  # has no effect where nothing is learned
+            no_grad_ckpt=bool(own.lsq) or own.rounding == "adaround",  # has no effect where nothing is learned
         )
 
 
@@ -78,7 +90,8 @@ W8_LINEAR, W8 = Calibration(weight_bit=8, quant_mode="linear"), Calibration(weig
 W4_LINEAR, W4 = Calibration(weight_bit=4, quant_mode="linear"), Calibration(weight_bit=4, split=True)
 W4_MERGED = Calibration(weight_bit=4, split=True, merge=HALF)
 SHIPPED = {
-    Calibration(weight_bit=bits, split=True): path for bits, path in CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]].items()
+    Calibration(weight_bit=bits, split=True).of("fast"): path
+    for bits, path in CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]].items()
 }
 TABLE = (
     Variant(name="full precision"),
@@ -92,16 +105,15 @@ TABLE = (
     Variant(name="W4A8 linear, ratio 0.5", calibration=W4_LINEAR, merge=HALF),
     Variant(name="W4A8 qdiff, ratio 0.5", calibration=W4, merge=HALF),
 )
-ABLATION = (
+_ABLATION = (
     Variant(name="full precision"),
     Variant(name="W4A8 qdiff", calibration=W4),
     Variant(name="without split", calibration=Calibration(weight_bit=4)),
-    Variant(name="AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="adaround")),
+    Variant(name="by GPTQ", calibration=Calibration(weight_bit=4, split=True, rounding="gptq")),
+    Variant(name="by AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="adaround")),
     Variant(name="rounded to nearest", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
     Variant(name="with LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=True)),
-    Variant(
-        name="AdaRound, with LSQ", calibration=Calibration(weight_bit=4, split=True, rounding="adaround", lsq=True)
-    ),
+    Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=False)),
     Variant(name="12 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=12)),
     Variant(name="dynamic ranges", calibration=Calibration(weight_bit=4, split=True, act_range="dynamic")),
     Variant(
@@ -112,3 +124,12 @@ ABLATION = (
     Variant(name="calibrated merged, drawn merged", calibration=W4_MERGED, merge=HALF),
     Variant(name="calibrated merged, drawn plain", calibration=W4_MERGED),
 )
+
+
+def ablation(preset: str) -> list[Variant]:
+    """Return the variants that take a preset's calibration apart; none that is another one under a second name."""
+    by_content: dict[Any, Variant] = {}
+    for variant in _ABLATION:
+        calibration = None if variant.calibration is None else variant.calibration.of(preset)
+        by_content.setdefault((calibration, variant.merge), variant)
+    return list(by_content.values())

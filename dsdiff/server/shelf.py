@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsdiff.models.registry import CHECKPOINTS, CONFIGS, OTHER_CALI_CKPTS
+from dsdiff.models.registry import CHECKPOINTS, CONFIGS
 from dsdiff.models.spec import ModelSpec, find_model
 from dsdiff.options import LoraOptions, ModelOptions, QuantizationOptions
 from dsdiff.pipeline import Pipeline
@@ -137,8 +137,7 @@ def _title(spec: ModelSpec) -> str:
 def _variants(spec: ModelSpec, tokenizer: Path | None = None) -> Iterator[Entry]:
     """Yield a model as it is, and by each of its calibrations whose file is there."""
     yield Entry(title=_title(spec), spec=spec, tokenizer=tokenizer)
-    calibrations = {f"W{bits}A8": path for bits, path in sorted(spec.cali_ckpts.items())}
-    for name, path in {**calibrations, **OTHER_CALI_CKPTS.get(spec.ckpt.resolve(), {})}.items():
+    for name, path in spec.named_cali_ckpts.items():
         if path.is_file():
             quantization = QuantizationOptions(cali_ckpt=path)
             yield Entry(title=f"{_title(spec)} {name}", spec=spec, quantization=quantization, tokenizer=tokenizer)

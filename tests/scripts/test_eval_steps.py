@@ -21,24 +21,16 @@ def test_tables_are_written_and_figures_kept(small_model, tmp_path, capsys):
     assert (out / "steps.md").read_text().strip() in capsys.readouterr().out
     assert not (out / "steps.png").exists()  # nothing was timed
     # Times of another run stand beside these figures, which need not be of this machine.
-    timed = [
-        *model,
-        "--settings",
-        settings,
-        "--prompts",
-        prompts,
-        "--parts",
-        "time",
-        "--repeats",
-        1,
-        "--quality",
-        out / "steps.json",
-    ]
+    what = ["--settings", settings, "--prompts", prompts, "--parts", "time", "--repeats", 1]
+    timed = [*model, *what, "--quality", out / "steps.json"]
     script.main([str(each) for each in (*timed, "--steps", 4, "--outdir", tmp_path / "timed")])
     (both,) = json.loads((tmp_path / "timed/steps.json").read_text())["comparisons"]
     assert [row["eps"] for row in both["rows"]] == [row["eps"] for row in four["rows"]]
     assert all(row["time"]["own"] for row in both["rows"]) and both["quality_of"] == four["machine"]
     assert both["n"] == 2 and (tmp_path / "timed/steps.png").exists() and " Quality: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # another model's
+        script.main([str(each) for each in (*timed[4:], "--dpm_solver", "--steps", 4, "--outdir", tmp_path / "timed")])
+    assert "no figures of embedded shapes model (model.safetensors)" in capsys.readouterr().err
     settings.write_text(settings.read_text().replace("cache: 2", "cache: 3"))  # another way of the same name
     script.main([str(each) for each in (*timed, "--steps", 4, "--outdir", tmp_path / "timed")])
     (both,) = json.loads((tmp_path / "timed/steps.json").read_text())["comparisons"]
@@ -47,7 +39,9 @@ def test_tables_are_written_and_figures_kept(small_model, tmp_path, capsys):
 
 def test_bad_flags_are_one_line(capsys, tmp_path):
     other = tmp_path / "steps.json"
-    other.write_text('{"comparisons": [{"drawing": {"steps": 3}, "n": 2, "seed": 0, "machine": {}, "rows": []}]}')
+    other.write_text(
+        '{"comparisons": [{"model": "x", "drawing": {"steps": 3}, "n": 2, "seed": 0, "machine": {}, "rows": []}]}'
+    )
     for flags, says in (
         (["--steps", "0"], "--steps"),
         (["--ddim_steps", "4"], "--steps says how many"),
@@ -55,7 +49,7 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
         (["--time_engine", "int8"], "--time_engine has no effect"),
         (["--names", "nothing"], "have no 'nothing'"),
         (["--quality", str(other)], "give --parts time"),
-        (["--parts", "time", "--quality", str(other)], "no figures of pictures drawn as here"),
+        (["--parts", "time", "--quality", str(other)], "no figures of embedded shapes model (model.safetensors) drawn"),
         (["--parts", "time", "--quality", __file__], "no JSON file of this command"),
         (["--parts", "time", "--quality", "nowhere.json"], "nowhere.json"),
     ):

@@ -1,6 +1,7 @@
 """Figures of quality that another run has measured, on a GPU say, beside times that are measured here."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ QUALITY = {"eps": Eps, "pictures": Pictures, "attributes": Share}  # a row's fig
 
 
 def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
-    """Return what a run wrote to `path`, a JSON file of `report.write`: a comparison for each number of steps.
+    """Return the comparisons that a run wrote to `path` by `report.write`, one for each number of steps.
 
     Raises FileNotFoundError, or ValueError for another file.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
         return [
-            {name: each[name] for name in ("drawing", "n", "seed", "machine")}
+            {name: each[name] for name in ("model", "drawing", "n", "seed", "machine")}
             | {"rows": {row["name"]: {"changes": row["changes"], **_figures(row)} for row in each["rows"]}}
             for each in found
         ]
@@ -28,13 +29,15 @@ def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
         raise ValueError(f"--quality {str(path)!r} is no JSON file of this command: {error!r}") from error
 
 
-def of_drawing(comparisons: Sequence[Mapping[str, Any]], drawing: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """Return the comparison whose base is drawn so. Raises ValueError, which names `path`, if there is none."""
+def matching(
+    comparisons: Sequence[Mapping[str, Any]], model: str, drawing: Mapping[str, Any], source: str
+) -> Mapping[str, Any]:
+    """Return the comparison of this model whose base is drawn so. Raises ValueError, with the source, if there is none."""
     for each in comparisons:
-        if _plain(each["drawing"]) == _plain(drawing):
+        if (_without_folders(each["model"]), _plain(each["drawing"])) == (_without_folders(model), _plain(drawing)):
             return each
     raise ValueError(
-        f"--quality {str(path)!r} has no figures of pictures drawn as here, with {_plain(drawing)}: "
+        f"--quality {source!r} has no figures of {_without_folders(model)} drawn as here, with {_plain(drawing)}: "
         "give the flags with which it was measured"
     )
 
@@ -58,6 +61,11 @@ def joined(costs: Costs, other: Mapping[str, Any]) -> Costs:
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row's figures of quality, without those that were not measured."""
     return {name: kind(**row[name]) for name, kind in QUALITY.items() if row.get(name) is not None}
+
+
+def _without_folders(model: str) -> str:
+    """Return a model's description with the names of files alone: their folders differ from machine to machine."""
+    return re.sub(r"\([^()]*/", "(", model)
 
 
 def _plain(value: Any) -> str:

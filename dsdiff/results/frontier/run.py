@@ -35,7 +35,7 @@ from dsdiff.pipeline import Pipeline
 from dsdiff.results.drawing import DrawModel, DrawTask
 from dsdiff.results.frontier import timing
 from dsdiff.results.frontier.figures import Costs, Eps, Pictures, Row, Time
-from dsdiff.results.frontier.joined import joined, of_drawing, read_comparisons
+from dsdiff.results.frontier.joined import joined, matching, read_comparisons
 from dsdiff.results.frontier.options import CALLS, Candidate, FrontierOptions, read_candidates
 from dsdiff.results.quantization_cost import attributes_right, captions_of
 from ldm.data.reader import ShapesReader
@@ -51,14 +51,16 @@ def compare(options: FrontierOptions) -> Costs:
     """Measure all ways to draw. Raises ValueError or OSError for what cannot be, before anything is measured."""
     candidates = read_candidates(options.settings, options.names)
     drawing = {name: value for name, value in asdict(options.draw).items() if value}
-    other = None if options.quality is None else of_drawing(read_comparisons(options.quality), drawing, options.quality)
+    others = None if options.quality is None else read_comparisons(options.quality)
     spec = find_model(options.model)
     check_writable(options.outdir)
     comparison = Comparison(options, spec, _prompts(options, spec))
+    model = str(comparison.pipeline)
+    other = None if others is None else matching(others, model, drawing, str(options.quality))
     for line in (comparison.pipeline, *comparison.pipeline.notes):
         logger.info("%s", line)
     costs = Costs(
-        model=str(comparison.pipeline),
+        model=model,
         time_of=comparison.time_of,
         machine=machine(comparison.device),
         versions=versions(),

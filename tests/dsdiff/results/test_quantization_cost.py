@@ -12,7 +12,7 @@ from dsdiff.images.png import write_png
 from dsdiff.models.registry import READER
 from dsdiff.results import drawing
 from dsdiff.results import quantization_cost as cost
-from dsdiff.results.variants import ABLATION, SHIPPED, TABLE, W4, W4_LINEAR, W4_MERGED, W8
+from dsdiff.results.variants import SHIPPED, TABLE, W4, W4_LINEAR, W4_MERGED, W8, ablation
 from ldm.data.reader import ShapesReader
 from ldm.data.shapes import ShapesDataset, caption, parse_caption
 
@@ -42,22 +42,38 @@ def test_captions_are_half_of_each_kind():
 # --- calibrations ------------------------------------------------------------------------------------------
 
 
+def calibrations(preset):
+    """Return those of all variants, with what the preset sets."""
+    variants = (*TABLE, *ablation(preset))
+    return {variant.calibration.of(preset) for variant in variants if variant.calibration}
+
+
 def test_variants_share_a_calibration_exactly_where_it_is_the_same():
-    made = [variant.calibration for variant in (*TABLE, *ABLATION) if variant.calibration]
-    assert len(set(made)) == len({calibration.key for calibration in made}) == 13
-    assert all("/" not in calibration.key and " " not in calibration.key for calibration in made)
+    for preset in ("fast", "paper"):
+        made = calibrations(preset)
+        assert len(made) == len({calibration.key for calibration in made}) == 12
+        assert all("/" not in calibration.key and " " not in calibration.key for calibration in made)
+
+
+def test_an_ablation_names_each_calibration_once():
+    fast, paper = ({variant.name for variant in ablation(preset)} for preset in ("fast", "paper"))
+    assert fast ^ paper == {"by AdaRound", "with LSQ", "by GPTQ", "without LSQ"}  # each preset has two of them itself
+    assert {"by AdaRound", "with LSQ"} < fast
 
 
 def test_options_of_calibrations():
-    for calibration in {variant.calibration for variant in (*TABLE, *ABLATION) if variant.calibration}:
-        made = calibration.options("fast", "cpu", None)
-        assert (made.quant_act, made.act_bit, made.sm_abit, made.cond) == (True, 8, 16, True), calibration
-        assert made.draw.sampler == "dpm_solver" and made.draw.steps == 20, calibration
-        assert made.no_grad_ckpt is (calibration.lsq or calibration.rounding == "adaround"), calibration
-        assert made.iters_a == (0 if calibration.quant_mode == "qdiff" and not calibration.lsq else None), calibration
-        assert calibration.options("paper", "cpu", None).iters_a is None, calibration
-        again = calibration.options("fast", "cpu", Path("data.safetensors"))
-        assert again.data_path == Path("data.safetensors") and not again.cond, calibration
+    for preset in ("fast", "paper"):
+        for calibration in calibrations(preset):
+            made = calibration.options(preset, "cpu", None)
+            assert (made.quant_act, made.act_bit, made.sm_abit, made.cond) == (True, 8, 16, True), calibration
+            assert made.draw.sampler == "dpm_solver" and made.draw.steps == 20, calibration
+            assert made.no_grad_ckpt is bool(calibration.lsq or calibration.rounding == "adaround"), calibration
+            assert made.iters_a == (0 if calibration.lsq is False else None), calibration
+            again = calibration.options(preset, "cpu", Path("data.safetensors"))
+            assert again.data_path == Path("data.safetensors") and not again.cond, calibration
+    assert W4.options("fast", "cpu", None).rounding == "gptq" and W4.options("fast", "cpu", None).iters_a == 0
+    assert W4.options("paper", "cpu", None).rounding == "adaround" and W4.options("paper", "cpu", None).iters_a is None
+    assert W4_LINEAR.options("fast", "cpu", None).rounding is None
     assert W4_MERGED.options("paper", "cpu", None).merge.ratio == 0.5
 
 
@@ -74,13 +90,18 @@ def test_the_shipped_calibrations_are_taken_and_others_made_of_the_same_data(opt
     monkeypatch.setattr(cost, "ready_made", ready_made)
     variants = [cost.Variant(name="x", calibration=calibration) for calibration in (W4, W8, W4_LINEAR, W4_MERGED)]
     found = [cost.cali_ckpt_of(variant, options) for variant in variants]
-    assert found[:2] == [SHIPPED[W4], SHIPPED[W8]] and len(made) == 2
+    assert found[:2] == [SHIPPED[each.of("fast")] for each in (W4, W8)] and len(made) == 2
     root = options.outdir / "calibrations" / "fast"
-    assert found[2:] == [root / calibration.key / "cali.safetensors" for calibration in (W4_LINEAR, W4_MERGED)]
+    assert found[2:] == [
+        root / calibration.key / "cali.safetensors" for calibration in (W4_LINEAR, W4_MERGED.of("fast"))
+    ]
     assert made[0][1].data_path is None and made[1][1].data_path == made[0][0] / "data-0.safetensors"
     assert cost.cali_ckpt_of(TABLE[0], options) is None
     paper = cost.CostOptions(n=4, outdir=options.outdir, device="cpu", preset="paper")
-    assert cost.cali_ckpt_of(variants[0], paper) == options.outdir / "calibrations/paper" / W4.key / "cali.safetensors"
+    assert (
+        cost.cali_ckpt_of(variants[0], paper)
+        == options.outdir / "calibrations/paper" / W4.of("paper").key / "cali.safetensors"
+    )
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -116,7 +137,7 @@ def test_variants_are_drawn_as_they_say(options):
         ("W4A8 qdiff, ratio 0.5", "W4A8 sm16 split", 0.5),
     ):
         variant = by_name[name]
-        cali_ckpt = SHIPPED[W4] if variant.calibration else None
+        cali_ckpt = SHIPPED[W4.of("fast")] if variant.calibration else None
         settings = cost.plan(variant, cali_ckpt, captions, options).settings
         assert (None if settings.quantization is None else settings.quantization.bits) == bits, name
         assert (None if settings.merge is None else settings.merge.ratio) == ratio, name
@@ -156,5 +177,5 @@ def test_costs_of_known_errors(options, monkeypatch):
 
 @pytest.mark.slow
 def test_bytes_of_the_embedded_model():
-    full, packed = cost.bytes_of(None, "cpu"), cost.bytes_of(SHIPPED[W4], "cpu")
+    full, packed = cost.bytes_of(None, "cpu"), cost.bytes_of(SHIPPED[W4.of("fast")], "cpu")
     assert full > 6 * packed > 0
