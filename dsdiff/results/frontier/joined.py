@@ -32,7 +32,7 @@ def read_comparisons(path: Path) -> Sequence[Mapping[str, Any]]:
 def matching(
     comparisons: Sequence[Mapping[str, Any]], model: str, drawing: Mapping[str, Any], source: str
 ) -> Mapping[str, Any]:
-    """Return the comparison of this model whose base is drawn so. Raises ValueError, with the source, if there is none."""
+    """Return the comparison of this model whose base is drawn so. Raises ValueError, which names the source."""
     for each in comparisons:
         if (_without_folders(each["model"]), _plain(each["drawing"])) == (_without_folders(model), _plain(drawing)):
             return each
