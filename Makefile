@@ -8,7 +8,7 @@ OUT ?= outputs/demo
 JOBS ?= 2
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo serve test test-isa fast lint train bench clean
+.PHONY: demo serve test test-isa fast fuzz torture lint train bench clean
 
 demo: $(VENV)/ready
 	$(RUN) scripts/txt2img.py --outdir $(OUT) --n_iter 1 --n_samples 4 --n_rows 4 \

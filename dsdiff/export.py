@@ -19,7 +19,7 @@ from dsdiff.models.bundle import save_bundle
 from dsdiff.models.configs import look_up, read_config
 from dsdiff.models.lora import resolve_loras
 from dsdiff.models.quantized import cali_ckpt_of
-from dsdiff.models.registry import CALI_PROMPTS, STABLE_DIFFUSION, TOKENIZER
+from dsdiff.models.registry import CALI_PROMPTS_NAME, STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model
 from dsdiff.options import DrawOptions, LoraOptions, ModelOptions
 from dsdiff.pipeline import Pipeline
@@ -103,7 +103,7 @@ def fit_to_pictures(pipeline: Pipeline, count: int) -> Ranges:
 
     One in three is an ordinary picture. The others are drawn in few steps, so that these do not leave the ranges.
     """
-    path = pipeline.spec.cali_prompts or CALI_PROMPTS[STABLE_DIFFUSION]
+    path = pipeline.spec.cali_prompts or STABLE_DIFFUSION.parent / CALI_PROMPTS_NAME
     prompts = read_prompt_file(path, "prompts")
     precision = "autocast" if has_bfloat16() else "full"
     network, autoencoder, latents = pipeline.model, pipeline.model.first_stage_model, []

@@ -32,10 +32,7 @@ TINY_DECODERS: Mapping[Path, Path] = {
     STABLE_DIFFUSION: ROOT / "models/ldm/stable-diffusion-v1/taesd_decoder.safetensors",
     EMBEDDED: ROOT / "models/ldm/shapes/tiny.safetensors",
 }
-# Config -> the prompts that its calibration data is drawn from.
-CALI_PROMPTS: Mapping[Path, Path] = {
-    config: config.parent / "cali_prompts.txt" for config in (EMBEDDED, STABLE_DIFFUSION)
-}
+CALI_PROMPTS_NAME = "cali_prompts.txt"  # beside a config: the prompts that calibration data is drawn from
 READER = ROOT / "models/ldm/shapes/reader.safetensors"  # the detector that reads pictures of shapes
 # The CLIP whose text tower the model for 256x256 pictures has: its image tower measures pictures.
 SHAPES_CLIP_CONFIG = ROOT / "configs/shapes/clip.yaml"

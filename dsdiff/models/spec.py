@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dsdiff.models.configs import config_for_drawing, look_up, read_config
-from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS, CHECKPOINTS, OTHER_CALI_CKPTS, STABLE_DIFFUSION
+from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS_NAME, CHECKPOINTS, OTHER_CALI_CKPTS, STABLE_DIFFUSION
 from dsdiff.options import ModelOptions
 
 # The prediction in a file's header, by the names of the modelspec standard -> `parameterization` of a config.
@@ -82,8 +82,13 @@ class ModelSpec:
 
     @property
     def cali_prompts(self) -> Path | None:
-        """The prompts for calibration data that come with the config; a folder of diffusers has Stable Diffusion's."""
-        return CALI_PROMPTS.get(STABLE_DIFFUSION if self.ckpt.is_dir() else self.config_path.resolve())
+        """The prompts for calibration data, beside the config; a folder of diffusers has Stable Diffusion's. None if
+        there are none, as for a bundle, which is calibrated."""
+        if self.bundle:
+            return None
+        config = STABLE_DIFFUSION if self.ckpt.is_dir() else self.config_path
+        path = config.parent / CALI_PROMPTS_NAME
+        return path if path.is_file() else None
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:

@@ -47,6 +47,16 @@ def test_config_and_checkpoint_find_each_other(places):
         choose(config=places / "own.yaml")
 
 
+def test_prompts_for_calibration_are_found_beside_any_config(places):
+    (places / "own.ckpt").touch()
+    shutil.copy(EMBEDDED, places / "own.yaml")
+    own = {"config": places / "own.yaml", "ckpt": places / "own.ckpt"}
+    assert choose(**own).cali_prompts is None
+    (places / "cali_prompts.txt").write_text("a cat\n")
+    assert choose(**own).cali_prompts == places / "cali_prompts.txt"
+    assert choose(ckpt=places / "own.ckpt").cali_prompts == STABLE_DIFFUSION.parent / "cali_prompts.txt"
+
+
 def test_a_config_without_sampling_defaults_to_the_size_of_its_latents(places):
     (places / "own.ckpt").touch()
     (places / "own.yaml").write_text(STABLE_DIFFUSION.read_text().split("sampling:")[0])
