@@ -1,14 +1,14 @@
 """Write files atomically, hash them, check where they can be written, and read JSON."""
 
 import errno
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+PIECE = 32 * 2**20  # bytes of a file that are hashed at a time
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -172,14 +174,38 @@ def file_sha256(path: str | Path) -> str:
     """
     resolved = Path(path).resolve()
     status = resolved.stat()
-    return _sha256(resolved, status.st_size, status.st_mtime_ns)
+    key = (resolved, status.st_size, status.st_mtime_ns)
+    with _hashing:  # one that is being hashed ahead is waited for
+        if key not in _hashes:
+            _hashes[key] = _sha256(resolved)
+        return _hashes[key]
 
 
-@functools.cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash the file at `path`; `size` and `mtime_ns` make a changed file another entry of the cache."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_hashes: dict[tuple[Path, int, int], str] = {}
+_hashing = threading.Lock()
+
+
+def hash_ahead(paths: Sequence[Path]) -> None:
+    """Begin to hash files in a thread, for `file_sha256` to be asked later; it tells of files that cannot be read.
+
+    It is worth its while before the libraries are imported, which keeps one core busy.
+    """
+
+    def hash_all() -> None:
+        for path in paths:
+            with suppress(OSError):
+                file_sha256(path)
+
+    threading.Thread(target=hash_all, daemon=True, name="hash ahead").start()
+
+
+def _sha256(path: Path) -> str:
+    # In large pieces, since between two of them an import in another thread may keep the interpreter for itself.
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE, max(path.stat().st_size, 2**16))))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(piece):
+            digest.update(piece[:read])
+    return digest.hexdigest()
 
 
 def json_object(text: str) -> dict[str, Any]:

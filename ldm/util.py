@@ -100,7 +100,10 @@ def _check_arguments(name: str, target: Any, arguments: Mapping[str, Any]) -> No
 
 
 class _NoInitialWeights(TorchFunctionMode):
-    """Turn functions that draw initial weights into no-ops within the block."""
+    """Turn functions that draw initial weights into no-ops within the block, and count on the CPU.
+
+    On the meta device both would import PyTorch's compiler, which takes from a quarter of a second to a whole one.
+    """
 
     DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
 
@@ -108,6 +111,8 @@ class _NoInitialWeights(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.DRAWING:
             return args[0] if args else kwargs["tensor"]
+        if func is torch.arange:
+            kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
 
 
@@ -115,7 +120,7 @@ class _NoInitialWeights(TorchFunctionMode):
 def without_weights() -> Iterator[None]:
     """Build networks within the block on the meta device: their parameters have shapes, but no numbers.
 
-    No initial weights are drawn: on the meta device that would import PyTorch's compiler, which takes a second.
+    No initial weights are drawn.
     """
     with torch.device("meta"), _NoInitialWeights():
         yield
@@ -221,12 +226,13 @@ def _with_vae(tensors: dict[str, Tensor], path: Path, model: nn.Module) -> dict[
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Raise ValueError if a weight is NaN or infinite, which would make all pictures black. A sum tells both.
+    """Raise ValueError if a weight is NaN or infinite, which would make all pictures black.
 
-    Weights on the meta device have no numbers and pass. source: names the file in the message.
+    The least and the largest number tell both, in float16 in a thirtieth of the time of a sum in float32. Weights on
+    the meta device have no numbers and pass. source: names the file in the message.
     """
-    held = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)
-    bad = [name for name, weight in held if not weight.sum(dtype=torch.float32).isfinite()]
+    held = ((name, weight) for name, weight in model.named_parameters() if weight.numel() and not weight.is_meta)
+    bad = [name for name, weight in held if not all(end.isfinite() for end in torch.aminmax(weight.detach()))]
     if bad:
         raise ValueError(f"checkpoint {source!r} is damaged: NaN or infinite numbers in {some(bad)}")
 

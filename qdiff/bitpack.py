@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+BLOCK = 2**17  # bytes that are unpacked at a time, which stay in the cache of a core
+
 
 def packed_bytes(shape: Sequence[int], n_bits: int) -> int:
     """Return how many bytes one packed row takes, for codes of `shape` [rows, ...]."""
@@ -50,13 +52,21 @@ def unpack(packed: Tensor, shape: Sequence[int], n_bits: int) -> Tensor:
         pairs = packed.reshape(rows, count, 2).to(torch.int32)
         return (pairs[..., 0] | pairs[..., 1] << 8).reshape(tuple(shape))
     if n_bits == 4:  # the most common width takes a shorter way
-        codes = torch.empty(*packed.shape, 2, dtype=torch.uint8, device=packed.device)
-        torch.bitwise_and(packed, 15, out=codes[..., 0])
-        torch.bitwise_right_shift(packed, 4, out=codes[..., 1])
-        return codes.view(rows, -1)[:, :count].reshape(tuple(shape))
+        return _of_halves(packed).view(rows, -1)[:, :count].reshape(tuple(shape))
     octets = packed.reshape(rows, -1, n_bits)
     word = torch.zeros(octets.shape[:2], dtype=torch.int64, device=packed.device)
     for j in range(n_bits):
         word |= octets[..., j].long() << (8 * j)
     codes = torch.stack([(word >> (n_bits * i)) & (2**n_bits - 1) for i in range(8)], dim=-1).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :count].reshape(tuple(shape))
+
+
+def _of_halves(packed: Tensor) -> Tensor:
+    """Return the two codes of 4 bits in each byte, as bytes: the lower one comes first."""
+    pairs = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
+    size = BLOCK if packed.device.type == "cpu" else max(packed.numel(), 1)
+    for pair, both in zip(pairs.view(-1).split(size), packed.reshape(-1).split(size), strict=True):
+        pair.copy_(both)
+        pair |= pair << 4  # digits 00hl become 0hxl
+        pair &= 0x0F0F  # and then 0h0l, whose low byte is the first one in memory
+    return pairs.view(torch.uint8)

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ldm.fileio import hash_ahead
+
 MARK = "mark:"
 LOADING = ("weights read", "model ready")  # messages of dsdiff.models.held, at the level DEBUG
 
@@ -36,6 +38,7 @@ def mark(name: str) -> None:
 
 def draw_until_first_step(*, ckpt: str | None, config: str | None, ptq: bool, device: str, threads: int | None) -> None:
     """Build a pipeline from files, quantized where `ptq`, and draw until its UNet is called."""
+    hash_ahead([Path(ckpt)] if ckpt else [])  # as scripts/txt2img.py does
     import torch
 
     from dsdiff.models.spec import find_model

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from dsdiff.cli import arguments, flags
 from dsdiff.cli.console import ArgumentParser, Log, logger, number
+from dsdiff.models.registry import CHECKPOINTS, STABLE_DIFFUSION
 from dsdiff.prompt_rows import Row, has_rows, in_line, read_rows
+from ldm.fileio import hash_ahead
 
 if TYPE_CHECKING:
     from dsdiff import DrawSettings, Pipeline
@@ -210,11 +212,20 @@ def generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:
 
     Processes that torchrun restarts go on with the run that it started.
     """
+    hash_ahead(_large_files(args))  # settings.yaml names files by their hashes; meanwhile torch is imported
     from dsdiff.cli.launch import own_device, processes
 
     with processes():
         args.device = str(own_device(args.device))
         _generate(args, argv, log)
+
+
+def _large_files(args: argparse.Namespace) -> list[Path]:
+    """Return the files of the model that are likely to be large, as far as they are there."""
+    ckpts = [args.ckpt]
+    if args.ckpt is None and args.config is None:
+        ckpts = [path for path in CHECKPOINTS[STABLE_DIFFUSION] if path.is_file()][:1]
+    return [path for path in (*ckpts, args.cali_ckpt) if path is not None and path.is_file()]
 
 
 def _generate(args: argparse.Namespace, argv: Sequence[str], log: Log) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ldm import fileio
 from ldm.fileio import (
     check_writable,
     file_sha256,
+    hash_ahead,
     only_run_in,
     write_atomically,
     write_errors_naming,
@@ -138,8 +141,8 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    hashed, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    hashed, sha256 = [], fileio._sha256
+    monkeypatch.setattr(fileio, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
     path, link = tmp_path / "file", tmp_path / "link"
     path.write_bytes(b"abc")
     link.symlink_to(path)
@@ -152,6 +155,24 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     os.utime(path, ns=(1, 1))  # another time
     assert file_sha256(path) == hashlib.sha256(b"abce").hexdigest()
     assert len(hashed) == 3
+
+
+def test_a_file_that_is_hashed_ahead_is_hashed_once(tmp_path, monkeypatch):
+    begun, asked, hashed, sha256 = threading.Event(), threading.Event(), [], fileio._sha256
+
+    def slowly(file):
+        begun.set()
+        assert asked.wait(60)
+        return hashed.append(file.name) or sha256(file)
+
+    monkeypatch.setattr(fileio, "_sha256", slowly)
+    monkeypatch.setattr(fileio, "PIECE", 2)  # so that it takes several
+    (tmp_path / "file").write_bytes(b"abcde")
+    hash_ahead([tmp_path / "missing", tmp_path / "file"])
+    assert begun.wait(60)
+    threading.Timer(0.05, asked.set).start()
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"abcde").hexdigest()
+    assert hashed == ["file"]
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path):

@@ -35,12 +35,13 @@ def outcomes(place: Path, kills: int, stops: int, seed: int, only: list[str]) ->
 
 
 def table(found: list[Outcome]) -> str:
-    """Return a Markdown table: a row for each command and fault."""
-    lines = ["| command | fault | tried | went wrong |", "|---|---|---|---|"]
-    for each in found:
-        tried = each.tried or "not possible here"
-        lines.append(f"| {each.subject} | {each.fault} | {tried} | {len(each.bad)} |")
-    return "\n".join(lines)
+    """Return a Markdown table: a row for each fault, a column for each command, "wrong / tried" in a cell."""
+    # A fault that was not tried once, as a small disk without the right to mount one, is not possible here.
+    cells = {(each.fault, each.subject): f"{len(each.bad)} / {each.tried}" if each.tried else "-" for each in found}
+    faults, commands = dict.fromkeys(each.fault for each in found), dict.fromkeys(each.subject for each in found)
+    lines = [["went wrong / tried", *commands], ["---"] * (1 + len(commands))]
+    lines += [[fault, *(cells[fault, each] for each in commands)] for fault in faults]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> int:
@@ -56,7 +57,7 @@ def main() -> int:
             found.append(each)
             for line in each.bad:
                 tqdm.write(f"{each.subject}, {each.fault}: {line}")
-            tqdm.write(table([each]).splitlines()[-1])  # a row as soon as it is known
+            tqdm.write(f"{each.subject}, {each.fault}: {len(each.bad)} went wrong of {each.tried} tried")
     print(table(found))
     return int(any(each.bad for each in found))
 

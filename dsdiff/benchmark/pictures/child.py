@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from dsdiff.benchmark.options import DIFFUSERS, OPENVINO, SDCPP
 from dsdiff.benchmark.pictures.request import Clock, PictureRequest
+from ldm.fileio import hash_ahead
 
 
 def draw(request: PictureRequest, clock: Clock) -> str:
@@ -22,6 +24,7 @@ def draw(request: PictureRequest, clock: Clock) -> str:
     elif request.name in SDCPP:
         from dsdiff.benchmark.pictures import by_sdcpp as drawer
     else:
+        hash_ahead([Path(request.ckpt)])  # as scripts/txt2img.py does
         from dsdiff.benchmark.pictures import by_us as drawer
     return drawer.draw(request, clock)
 
