@@ -30,7 +30,7 @@ from ldm.data.shapes import ShapesDataset, caption
 from ldm.fileio import file_sha256
 from qdiff.distributed import barrier
 
-SHEET_COLUMNS = 8
+SHEET_COLUMNS, SHEET_SIDE = 8, 128  # pictures in a row of the sheet, and the most pixels of their sides there
 RESAMPLES = 2000  # of the bootstrap
 
 
@@ -213,12 +213,13 @@ def shown(pictures: Tensor) -> Tensor:
 
 
 def sheet(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
-    """Return the pictures of each variant in a row, its name above. rows: uint8 [N, H, W, 3] each."""
-    side, text = rows[0].shape[1], 16
+    """Return the pictures of each variant in a row, its name above. rows: uint8 [N, H, W, 3] each, square."""
+    side, text = min(rows[0].shape[1], SHEET_SIDE), 16
     page = Image.new("RGB", (len(rows[0]) * (side + 4), len(rows) * (side + text)), "white")
     pen = ImageDraw.Draw(page)
     for i, (pictures, name) in enumerate(zip(rows, names, strict=True)):
         pen.text((2, i * (side + text) + 2), name, fill="black")
         for j, picture in enumerate(pictures):
-            page.paste(Image.fromarray(picture.numpy()), (j * (side + 4), i * (side + text) + text))
+            small = Image.fromarray(picture.numpy()).resize((side, side), Image.Resampling.BOX)
+            page.paste(small, (j * (side + 4), i * (side + text) + text))
     return page

@@ -42,7 +42,7 @@ def test_tables_are_written(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "quantization.md").read_text()
     assert table in capsys.readouterr().out + "\n" and table.count("\n") == len(TABLE) + 2
     sheet = Image.open(tmp_path / "quantization.png")
-    assert sheet.size == (4 * (256 + 4), len(TABLE) * (256 + 16))
+    assert sheet.size == (4 * (128 + 4), len(TABLE) * (128 + 16))
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
