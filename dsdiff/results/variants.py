@@ -110,9 +110,7 @@ _ABLATION = (
     Variant(name="W4A8 qdiff", calibration=W4),
     Variant(name="without split", calibration=Calibration(weight_bit=4)),
     Variant(name="by GPTQ", calibration=Calibration(weight_bit=4, split=True, rounding="gptq")),
-    Variant(name="by AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="adaround")),
     Variant(name="rounded to nearest", calibration=Calibration(weight_bit=4, split=True, rounding="nearest")),
-    Variant(name="with LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=True)),
     Variant(name="without LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=False)),
     Variant(name="12 inputs of 12 bits", calibration=Calibration(weight_bit=4, split=True, mixed_act=12)),
     Variant(name="dynamic ranges", calibration=Calibration(weight_bit=4, split=True, act_range="dynamic")),
@@ -123,6 +121,9 @@ _ABLATION = (
     Variant(name="calibrated plain, drawn merged", calibration=W4, merge=HALF),
     Variant(name="calibrated merged, drawn merged", calibration=W4_MERGED, merge=HALF),
     Variant(name="calibrated merged, drawn plain", calibration=W4_MERGED),
+    # What learns by gradients comes last, since it takes longest.
+    Variant(name="with LSQ", calibration=Calibration(weight_bit=4, split=True, lsq=True)),
+    Variant(name="by AdaRound", calibration=Calibration(weight_bit=4, split=True, rounding="adaround")),
 )
 
 
