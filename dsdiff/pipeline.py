@@ -158,6 +158,11 @@ class Pipeline:
         """The records of the LoRAs that change the model."""
         return self._held.loras.records
 
+    @property
+    def merged_lora(self) -> tuple[LoraOptions, ...]:
+        """The LoRAs that are merged into the weights: all of a float model, those that a cali_ckpt was made with."""
+        return self._held.loras.options[: self._held.loras.merged]
+
     def set_lora(self, *lora: Lora) -> None:
         """Replace the LoRAs of the model by these; without arguments remove them.
 

@@ -87,7 +87,13 @@ def as_calibrated(pipeline: Pipeline) -> Pipeline:
         quant_act=quantization.quant_act,
         engine=CALIBRATION_ENGINE,
     )
-    return Pipeline(pipeline.spec, device=pipeline.device, tokenizer=pipeline.tokenizer, quantization=options)
+    return Pipeline(
+        pipeline.spec,
+        device=pipeline.device,
+        tokenizer=pipeline.tokenizer,
+        quantization=options,
+        lora=pipeline.merged_lora,
+    )
 
 
 @contextmanager

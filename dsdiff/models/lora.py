@@ -1,13 +1,15 @@
 """Apply LoRAs to a model: merged into float weights, or as branches beside the layers of a quantized one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dsdiff.options import LoraOptions
+from dsdiff.models.registry import LORA_CALI_CKPTS
+from dsdiff.models.spec import ModelSpec
+from dsdiff.options import LoraOptions, QuantizationOptions
 from ldm.fileio import file_sha256
 from ldm.lora import layer_shapes, merge_lora, read_lora
 from ldm.lora_names import TEXT, UNET
@@ -84,6 +86,26 @@ def resolve_loras(options: Sequence[LoraOptions], cali_ckpt: Path | None, *, bun
         records=tuple(record for _, record in (*first, *known)),
         merged=len(first),
     )
+
+
+def calibrated_for(
+    quantization: QuantizationOptions, spec: ModelSpec, loras: Sequence[LoraOptions]
+) -> QuantizationOptions:
+    """Return the options with the cali_ckpt, of those that come with the model, that was made with some of the LoRAs.
+
+    Integers that have a LoRA in them need no branches beside them. Options that name a cali_ckpt, or bits that it does
+    not have, are returned as they are, and so are they without such a cali_ckpt. Raises FileNotFoundError for a LoRA
+    that is missing.
+    """
+    if quantization.cali_ckpt is not None or spec.bundle or not loras:
+        return quantization
+    given = {(record.sha256, record.scale) for record in map(record_of, loras)}
+    for path in LORA_CALI_CKPTS.get(spec.ckpt.resolve(), ()):
+        if not path.is_file() or quantization.weight_bit not in (None, read_cali_header(path).config.weight_bit):
+            continue
+        if given >= {(record.sha256, record.scale) for record in calibrated_with(path)}:
+            return replace(quantization, cali_ckpt=path)
+    return quantization
 
 
 def calibrated_with(cali_ckpt: Path) -> list[LoraRecord]:

@@ -27,6 +27,10 @@ CALI_CKPTS: Mapping[Path, Mapping[int, Path]] = {
 OTHER_CALI_CKPTS: Mapping[Path, Mapping[str, Path]] = {
     CHECKPOINTS[EMBEDDED][0]: {"W4A8 dynamic": ROOT / "models/ldm/shapes/cali_w4a8_dynamic.safetensors"},
 }
+# Checkpoint -> its cali_ckpts that were made with a LoRA merged, which they name.
+LORA_CALI_CKPTS: Mapping[Path, tuple[Path, ...]] = {
+    CHECKPOINTS[EMBEDDED][0]: (ROOT / "models/ldm/shapes/cali_w4a8_lcm.safetensors",),
+}
 # Config -> the place of a tiny decoder of its latents.
 TINY_DECODERS: Mapping[Path, Path] = {
     STABLE_DIFFUSION: ROOT / "models/ldm/stable-diffusion-v1/taesd_decoder.safetensors",
