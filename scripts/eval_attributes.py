@@ -78,7 +78,7 @@ def build_model(args: argparse.Namespace) -> tuple["DrawModel", "Pipeline"]:
     if options.config is None and not (options.ckpt is not None and is_bundle(options.ckpt)):
         options = replace(options, config=EMBEDDED)
     spec = find_model(options)
-    quantization = flags.quantization_options(args, bundle=spec.bundle)
+    quantization = flags.quantization_of(args, spec)
     model = DrawModel(
         spec=spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=tuple(args.lora)
     )

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
     spec = find_model(flags.model_options(args))
     flags.check_latent_flags(args, spec)
-    quantization = flags.quantization_options(args, bundle=spec.bundle)
+    quantization = flags.quantization_of(args, spec)
     pipeline = Pipeline(spec, device=args.device, tokenizer=args.tokenizer, quantization=quantization, lora=args.lora)
     search = cached_steps.Search(
         prompts=cached_steps.prompts_of(spec, args.prompts, args.n),

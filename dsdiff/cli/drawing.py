@@ -137,21 +137,17 @@ def _read_inits(args: argparse.Namespace) -> tuple[tuple["FileRecord", ...], "Fi
 
 def build_pipeline(args: argparse.Namespace) -> tuple["Pipeline", "DrawOptions"]:
     """Return the pipeline, its weights not read yet, and the options that the flags mean."""
-    from dsdiff.models.lora import calibrated_for
     from dsdiff.models.spec import find_model
     from dsdiff.pipeline import Pipeline
 
     spec = find_model(flags.model_options(args))
     flags.check_latent_flags(args, spec)
     options = flags.draw_options(args)
-    quantization = flags.quantization_options(args, bundle=spec.bundle)
-    if quantization is not None:
-        quantization = calibrated_for(quantization, spec, args.lora)
     pipeline = Pipeline(
         spec,
         device=args.device,
         tokenizer=args.tokenizer,
-        quantization=quantization,
+        quantization=flags.quantization_of(args, spec),
         lora=args.lora,
         embeddings=args.embedding,
     )

@@ -124,6 +124,16 @@ def quantization_options(args: argparse.Namespace, *, bundle: bool = False) -> Q
     return QuantizationOptions(**given)
 
 
+def quantization_of(args: argparse.Namespace, spec: "ModelSpec") -> QuantizationOptions | None:
+    """Return `quantization_options` for a model: with its calibration for the LoRAs of --lora, if it comes with one."""
+    options = quantization_options(args, bundle=spec.bundle)
+    if options is None or not args.lora:
+        return options
+    from dsdiff.models.lora import calibrated_for
+
+    return calibrated_for(options, spec, args.lora)
+
+
 def merge_options(args: argparse.Namespace) -> MergeOptions | None:
     """Return the options that --ratio, --merge_schedule and their group mean; None for no merging.
 

@@ -1,5 +1,6 @@
 """LoRAs of a Pipeline: merged into a float model, beside the layers of a calibrated one, changed and taken away."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from dsdiff import DrawOptions, LoraOptions, Pipeline, QuantizationOptions
-from dsdiff.models.lora import BranchSites
+from dsdiff.benchmark.comparison import as_calibrated, weight_bytes
+from dsdiff.models.lora import BranchSites, calibrated_for
+from dsdiff.models.registry import CALI_CKPTS, EMBEDDED, LORA_CALI_CKPTS
+from dsdiff.models.spec import find_model
+from dsdiff.options import ModelOptions
 from ldm.lora import layer_shapes
 from ldm.lora_names import TEXT, UNET
 from ldm.modules.low_rank import BranchedLayer
@@ -19,6 +24,7 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.checkpoint import save_cali_ckpt
 from qdiff.engine.lora import BranchedCodesLayer
 
+LCM = (EMBEDDED.parents[2] / "models/ldm/shapes/lcm.safetensors", *next(iter(LORA_CALI_CKPTS.values())))
 TINY = DrawOptions(height=32, width=48, steps=2, precision="full", vae="float32")
 
 
@@ -134,6 +140,23 @@ def test_loras_of_a_calibrated_model_are_branches(spec, files, cali_ckpt):
 
 
 @torch.no_grad()
+def test_the_calibration_that_comes_with_a_lora_is_taken_for_it(tmp_path):
+    embedded, (lora, shipped) = find_model(ModelOptions(config=EMBEDDED)), LCM
+    copy, plain = shutil.copy(lora, tmp_path / "renamed.safetensors"), QuantizationOptions()
+    own = QuantizationOptions(cali_ckpt=CALI_CKPTS[embedded.ckpt][8])
+    given = [LoraOptions(path=Path(copy)), LoraOptions(path=lora, scale=0.5)]
+    assert calibrated_for(plain, embedded, given).cali_ckpt == shipped
+    assert calibrated_for(QuantizationOptions(weight_bit=4, split=True), embedded, given).cali_ckpt == shipped
+    for options, loras in ((plain, given[1:]), (plain, []), (QuantizationOptions(weight_bit=8), given), (own, given)):
+        assert calibrated_for(options, embedded, loras) is options
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        calibrated_for(plain, embedded, [LoraOptions(path=tmp_path / "none.safetensors")])
+    pipeline = Pipeline(embedded, device="cpu", quantization=calibrated_for(plain, embedded, given[:1]), lora=given[:1])
+    assert pipeline.merged_lora == (given[0],) and weight_bytes(as_calibrated(pipeline)) < 3.9e6
+    pipeline.draw("a ring", seeds=[1], options=TINY)  # the weights are the file's
+    assert not any(isinstance(each, BranchedCodesLayer) for each in pipeline.model.modules())
+
+
 def test_branches_of_the_text_encoder_are_its_merged_weights(spec, files, cali_ckpt):
     options = QuantizationOptions(cali_ckpt=cali_ckpt, engine="simulate")
     lora = [(files[0], 0.6), (files[1], -0.5)]
