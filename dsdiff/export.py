@@ -17,11 +17,11 @@ from dsdiff.benchmark.variants import fit
 from dsdiff.jobs import read_prompt_file
 from dsdiff.models.bundle import save_bundle
 from dsdiff.models.configs import look_up, read_config
-from dsdiff.models.lora import resolve_loras
+from dsdiff.models.lora import calibrated_for, resolve_loras
 from dsdiff.models.quantized import cali_ckpt_of
 from dsdiff.models.registry import CALI_PROMPTS_NAME, STABLE_DIFFUSION, TOKENIZER
 from dsdiff.models.spec import find_model
-from dsdiff.options import DrawOptions, LoraOptions, ModelOptions
+from dsdiff.options import DrawOptions, LoraOptions, ModelOptions, QuantizationOptions
 from dsdiff.pipeline import Pipeline
 from ldm.diffusers_save import save_folder
 from ldm.fileio import check_new_folder
@@ -54,14 +54,16 @@ def export_calibrated(
 ) -> None:
     """Write the bundle of a model with a calibration of it.
 
-    cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model).
+    cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model, or
+    that comes with it for the LoRAs).
     lora: the LoRAs that the calibration was made with; they become part of the bundle.
     vae_pictures: from how many pictures the ranges of the decoder are fitted, 0 for a bundle without them.
     The checkpoint and the cali_ckpt are read, and not changed. Raises ValueError or FileNotFoundError for files that do
     not belong together, or where `file` is one of those that are read.
     """
     spec = find_model(model, accept_bundle=False)
-    path = cali_ckpt_of(cali_ckpt, weight_bit, spec.cali_ckpts)
+    options = QuantizationOptions(cali_ckpt=cali_ckpt, weight_bit=weight_bit)
+    path = cali_ckpt_of(calibrated_for(options, spec, lora).cali_ckpt, weight_bit, spec.cali_ckpts)
     for source in (spec.ckpt, path):
         if file.resolve() == source.resolve():
             raise ValueError(f"{str(file)!r} is what is read: give another name to write to")

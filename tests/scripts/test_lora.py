@@ -9,10 +9,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from dsdiff.models.registry import CHECKPOINTS, EMBEDDED, LORA_CALI_CKPTS
 from qdiff.checkpoint import read_cali_header
 from scripts import calibrate, export, txt2img
 
 SMALL = ["--H", "32", "--W", "32", "--ddim_steps", "2", "--device", "cpu", "--n_iter", "1", "--n_samples", "1"]
+(LCM_CALI_CKPT,) = LORA_CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]]
 LAYERS = {  # a layer of each network
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v": (32, 32),
     "lora_unet_conv_in": (32, 4, 3, 3),
@@ -151,3 +153,15 @@ def test_a_calibration_with_a_lora_is_drawn_and_exported_with_it(draw, small_mod
     assert "already" in error_of(capsys, draw, "twice", "--ckpt", bundle, *lora)
     more = draw("more", "--ckpt", bundle, "--engine", "simulate", "--vae", "float32", "--lora", files[1])
     assert np.abs(pixels(more) - pixels(both)).mean() < 5
+
+
+def test_the_lora_that_comes_with_the_model_is_exported_with_its_own_calibration(tmp_path):
+    file, lora = tmp_path / "lcm.safetensors", LCM_CALI_CKPT.with_name("lcm.safetensors")
+    flags = ["--config", EMBEDDED, "--lora", lora, "--vae_pictures", 0]
+    export.main([str(flag) for flag in (file, *flags)])
+    (record,) = read_cali_header(file).source["lora"]
+    assert record["name"] == "lcm.safetensors" and record["scale"] == 1
+    assert read_cali_header(file).source["lora"] == read_cali_header(LCM_CALI_CKPT).source["lora"]
+    with pytest.raises(SystemExit):  # of other bits there is no such calibration
+        export.main([str(flag) for flag in (tmp_path / "w8.safetensors", *flags, "--weight_bit", 8)])
+    assert not (tmp_path / "w8.safetensors").exists()
