@@ -54,8 +54,8 @@ def export_calibrated(
 ) -> None:
     """Write the bundle of a model with a calibration of it.
 
-    cali_ckpt: the file of the calibration (None: that of `weight_bit` bits, or the fewest, that comes with the model, or
-    that comes with it for the LoRAs).
+    cali_ckpt: the file of the calibration. None: the one that comes with the model for the LoRAs, or else that of
+    `weight_bit` bits, or of the fewest.
     lora: the LoRAs that the calibration was made with; they become part of the bundle.
     vae_pictures: from how many pictures the ranges of the decoder are fitted, 0 for a bundle without them.
     The checkpoint and the cali_ckpt are read, and not changed. Raises ValueError or FileNotFoundError for files that do
