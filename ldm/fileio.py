@@ -21,6 +21,8 @@ except ImportError:  # not on Windows
     fcntl = None
 
 PIECE = 32 * 2**20  # bytes of a file that are hashed at a time
+_hashes: dict[tuple[Path, int, int], str] = {}  # by path, size and time of change
+_hashing = threading.Lock()  # one file at a time, whichever thread asks
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -179,10 +181,6 @@ def file_sha256(path: str | Path) -> str:
         if key not in _hashes:
             _hashes[key] = _sha256(resolved)
         return _hashes[key]
-
-
-_hashes: dict[tuple[Path, int, int], str] = {}
-_hashing = threading.Lock()
 
 
 def hash_ahead(paths: Sequence[Path]) -> None:

@@ -65,7 +65,7 @@ def options_of(args: argparse.Namespace) -> tuple[ModelChoice, ServerOptions]:
     model = flags.model_options(args)
     choice = ModelChoice(
         model=model,
-        quantization=flags.quantization_options(args, bundle=find_model(model).bundle),
+        quantization=flags.quantization_of(args, find_model(model)),
         loras=tuple(args.lora),
         embeddings=tuple(args.embedding),
         device=args.device,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from dsdiff import DrawOptions, LoraOptions, Pipeline, QuantizationOptions
 from dsdiff.benchmark.comparison import as_calibrated, weight_bytes
 from dsdiff.models.lora import BranchSites, calibrated_for
-from dsdiff.models.registry import CALI_CKPTS, EMBEDDED, LORA_CALI_CKPTS
+from dsdiff.models.registry import CALI_CKPTS, CHECKPOINTS, EMBEDDED, LORA_CALI_CKPTS
 from dsdiff.models.spec import find_model
 from dsdiff.options import ModelOptions
 from ldm.lora import layer_shapes
@@ -24,7 +24,8 @@ from qdiff.calibration_set import CalibrationSet
 from qdiff.checkpoint import save_cali_ckpt
 from qdiff.engine.lora import BranchedCodesLayer
 
-LCM = (EMBEDDED.parents[2] / "models/ldm/shapes/lcm.safetensors", *next(iter(LORA_CALI_CKPTS.values())))
+(LCM_CALI_CKPT,) = LORA_CALI_CKPTS[CHECKPOINTS[EMBEDDED][0]]
+LCM = LCM_CALI_CKPT.with_name("lcm.safetensors")
 TINY = DrawOptions(height=32, width=48, steps=2, precision="full", vae="float32")
 
 
@@ -141,12 +142,12 @@ def test_loras_of_a_calibrated_model_are_branches(spec, files, cali_ckpt):
 
 @torch.no_grad()
 def test_the_calibration_that_comes_with_a_lora_is_taken_for_it(tmp_path):
-    embedded, (lora, shipped) = find_model(ModelOptions(config=EMBEDDED)), LCM
-    copy, plain = shutil.copy(lora, tmp_path / "renamed.safetensors"), QuantizationOptions()
+    embedded = find_model(ModelOptions(config=EMBEDDED))
+    copy, plain = shutil.copy(LCM, tmp_path / "renamed.safetensors"), QuantizationOptions()
     own = QuantizationOptions(cali_ckpt=CALI_CKPTS[embedded.ckpt][8])
-    given = [LoraOptions(path=Path(copy)), LoraOptions(path=lora, scale=0.5)]
-    assert calibrated_for(plain, embedded, given).cali_ckpt == shipped
-    assert calibrated_for(QuantizationOptions(weight_bit=4, split=True), embedded, given).cali_ckpt == shipped
+    given = [LoraOptions(path=Path(copy)), LoraOptions(path=LCM, scale=0.5)]
+    assert calibrated_for(plain, embedded, given).cali_ckpt == LCM_CALI_CKPT
+    assert calibrated_for(QuantizationOptions(weight_bit=4, split=True), embedded, given).cali_ckpt == LCM_CALI_CKPT
     for options, loras in ((plain, given[1:]), (plain, []), (QuantizationOptions(weight_bit=8), given), (own, given)):
         assert calibrated_for(options, embedded, loras) is options
     with pytest.raises(FileNotFoundError, match="is not there"):
