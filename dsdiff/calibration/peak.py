@@ -1,15 +1,14 @@
 """The memory that tensors take at most within a block: exact, whatever else the process and its allocator hold."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class TensorPeak(TorchDispatchMode):
@@ -21,29 +20,43 @@ class TensorPeak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.held = self.most = 0
-        self._known = WeakIdKeyDictionary()  # the storages seen; those of before count nothing
+        self._counted: dict[int, weakref.ref] = {}  # by the address of the storage
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):
-            self._known[storage] = True
         result = func(*args, **kwargs)
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known[storage] = True
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._count, -storage.nbytes())
+        for storage in _storages((result,)):
+            address = storage._cdata
+            if address not in self._counted and all(each._cdata != address for each in _inputs(args, kwargs)):
+                self._count(storage, address)
         return result
 
-    def _count(self, size: int) -> None:
+    def _count(self, storage: UntypedStorage, address: int) -> None:
+        size = storage.nbytes()
+        self._counted[address] = weakref.ref(storage, partial(self._uncount, address, size))
         self.held += size
         self.most = max(self.most, self.held)
 
+    def _uncount(self, address: int, size: int, _: weakref.ref) -> None:
+        del self._counted[address]
+        self.held -= size
 
-def _storages(values: Any) -> list[Any]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[UntypedStorage]:
+    """Yield the storages of which a result may be a view, though they were made before."""
+    yield from _storages(args)
+    yield from _storages(kwargs.values())
+
+
+def _storages(values: Iterable[Any]) -> Iterator[UntypedStorage]:
+    # torch.utils._pytree does the same for any structure; here are hundreds of thousands of calls.
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, tuple | list):
+            yield from _storages(value)
 
 
 class GpuPeak:
