@@ -1,8 +1,8 @@
 """Time our C kernels one by one, in turn with what they are measured against.
 
-Attention stands beside that of PyTorch in bfloat16, the comparison of tokens beside a product in bfloat16, an integer
-convolution of a tiny decoder's sizes beside one in bfloat16. The others are memory-bound: their bytes per second stand
-beside those of a copy of the same features.
+Attention stands beside that of PyTorch in bfloat16, the comparison of tokens beside a product in bfloat16, a tiny
+decoder on integers beside itself in bfloat16. The others are memory-bound: their bytes per second stand beside those
+of a copy of the same features.
 """
 
 import json
@@ -23,16 +23,15 @@ from dsdiff.benchmark.report import aligned, piped, write_text
 from dsdiff.benchmark.roofline import HEADS, INPUT, best_seconds, codes
 from dsdiff.benchmark.run import set_threads
 from dsdiff.environment import machine
+from ldm.models.tiny_decoder import TinyDecoder
 from qdiff.engine import fused_ops, native
 from qdiff.engine.backends import onednn
-from qdiff.engine.backends.onednn import OneDNNLayer
-from qdiff.engine.decoder.layers import FloatConvolution, IntegerConvolution, Kernel
+from qdiff.engine.decoder.tiny import IntegerTinyDecoder
 from qdiff.engine.matching import nearest
 
 ATTENTIONS = ((4096, 4096, 40), (2048, 2048, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40))
 FEATURES = (2, 320, 64, 64)  # of Stable Diffusion v1's widest maps
-TINY_SIDES = (64, 128, 256, 512)  # of the maps of a tiny decoder, for pictures of 512x512
-TINY_WIDTH = 64
+TINY_SIDES = (256, 512, 768)  # of pictures
 SIDE = 64  # of the grid whose tokens are compared, a quarter of which are destinations
 
 
@@ -67,7 +66,7 @@ def benchmark(options: BenchmarkOptions) -> list[KernelFigures]:
         raise ValueError("there are no kernels of ours here: they need a C compiler, Linux, and a CPU with AVX2")
     figures = []
     with torch.no_grad():
-        for case in tqdm([*_attentions(), _nearest(), *_convolutions(), *_memory_bound()], "timing", unit="kernel"):
+        for case in tqdm([*_attentions(), _nearest(), *_tiny_decoders(), *_memory_bound()], "timing", unit="kernel"):
             for call in (case.own, case.other):  # once, untimed
                 call()
             pairs = [
@@ -112,17 +111,15 @@ def _nearest() -> Case:
     return Case(name=f"nearest of {len(targets)} tokens", own=lambda: nearest(x, sources, targets), other=product)
 
 
-def _convolutions() -> list[Case]:
-    """Return convolutions of a tiny decoder: on codes that are made of features, and on codes that are there."""
-    conv = nn.Conv2d(TINY_WIDTH, TINY_WIDTH, 3, padding=1)
-    kernel = Kernel.of("tiny", conv)
-    integers = IntegerConvolution(kernel, torch.bfloat16, INPUT, OneDNNLayer)
-    floats, cases = FloatConvolution(kernel, torch.bfloat16), []
-    for side in TINY_SIDES if onednn.largest_exact_weight() == onednn.LARGEST else ():
-        x = torch.randn(1, TINY_WIDTH, side + 2, side).bfloat16().contiguous(memory_format=torch.channels_last)
-        operand, name = integers.operand(x), f"3x3 convolution of {TINY_WIDTH} channels, {side}x{side}"
-        cases.append(Case(name=name, own=lambda x=x: integers(integers.operand(x)), other=partial(floats, x)))
-        cases.append(Case(name=f"{name}, codes given", own=partial(integers, operand), other=partial(floats, x)))
+def _tiny_decoders() -> list[Case]:
+    """Return a tiny decoder of TAESD's sizes on integers, beside it in bfloat16, for pictures of several sizes."""
+    if onednn.largest_exact_weight() < onednn.LARGEST:
+        return []
+    floats = TinyDecoder().requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
+    integers, cases = IntegerTinyDecoder(floats, torch.bfloat16), []
+    for side in TINY_SIDES:
+        z = torch.randn(1, 4, side // 8, side // 8).bfloat16().contiguous(memory_format=torch.channels_last)
+        cases.append(Case(name=f"tiny decoder, {side}x{side}", own=partial(integers, z), other=partial(floats, z)))
     return cases
 
 

@@ -23,6 +23,7 @@ from qdiff.engine.cpu import has_bfloat16
 from qdiff.engine.decoder import streamed, whole
 from qdiff.engine.decoder.layers import Convolution, FloatConvolution, IntegerConvolution, Kernel
 from qdiff.engine.decoder.network import FastDecoder
+from qdiff.engine.decoder.tiny import IntegerTinyDecoder
 
 FLOAT32, BF16, INT8, TINY = VAES
 
@@ -49,7 +50,7 @@ def _why_no_int8(ranges: Ranges, device: torch.device) -> str | None:
         return "the model's decoder has no calibrated ranges, which a file of scripts/export.py has"
     if device.type != "cpu":
         return f"there are no kernels for {device.type}: they run on the CPU"
-    if onednn.largest_exact_weight() < onednn.LARGEST:
+    if not _has_exact_kernels():
         return "this CPU, or this build of PyTorch, has no exact kernels for weights of 8 bits"
     return None
 
@@ -116,19 +117,26 @@ def _autoencoder(config: Mapping[str, Any]) -> Any:
     return look_up(config, "model.params.first_stage_config.params.ddconfig")
 
 
-def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder:
-    """Return a tiny decoder, in bfloat16 on CPUs that compute in it. Raises ValueError for one of other latents."""
+def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder | IntegerTinyDecoder:
+    """Return a tiny decoder: on a CPU with exact kernels on integers, in bfloat16 on others that compute in it.
+
+    Raises ValueError for one of other latents.
+    """
     decoder = read_tiny_decoder(file.path)
     own = next(decoder.parameters()).shape[1]
     if own != channels:
         raise ValueError(f"{file.path!r} decodes latents of {own} channels, the model's have {channels}")
     dtype = torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32
     decoder.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_(False)
-    return decoder
+    return IntegerTinyDecoder(decoder, dtype) if device.type == "cpu" and _has_exact_kernels() else decoder
+
+
+def _has_exact_kernels() -> bool:
+    return onednn.largest_exact_weight() >= onednn.LARGEST
 
 
 @torch.no_grad()
-def decode_tiny(decoder: TinyDecoder, z: Tensor) -> Tensor:
+def decode_tiny(decoder: TinyDecoder | IntegerTinyDecoder, z: Tensor) -> Tensor:
     """Return the pictures [B, 3, H, W], float32, about [-1, 1] and not clamped, of scaled latents z [B, C, h, w]."""
     dtype = next(decoder.parameters()).dtype
     return decoder(z.to(dtype).contiguous(memory_format=torch.channels_last)).float()
@@ -147,7 +155,7 @@ class Decoders:
     def __init__(self, channels: int, ranges: Ranges, made: Callable[[], object]):
         self.channels, self.ranges, self.made = channels, ranges, made
         self._fast: dict[str, FastDecoder] = {}  # by the name of what it computes in
-        self._tiny: dict[TinyFile, TinyDecoder] = {}
+        self._tiny: dict[TinyFile, TinyDecoder | IntegerTinyDecoder] = {}
 
     def clear(self) -> None:
         """Drop those that were made of a model, as another one is loaded."""

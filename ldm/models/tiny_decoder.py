@@ -58,7 +58,17 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(torch.tanh(z / LIMIT) * LIMIT) * 2 - 1  # the layers make pictures in [0, 1]
+        return self.pictures(self.layers(self.squeezed(z)))
+
+    @staticmethod
+    def squeezed(z: Tensor) -> Tensor:
+        """Return latents within (-LIMIT, LIMIT), which the layers take."""
+        return torch.tanh(z / LIMIT) * LIMIT
+
+    @staticmethod
+    def pictures(out: Tensor) -> Tensor:
+        """Return the pictures of the layers' output, which is in [0, 1]."""
+        return out * 2 - 1
 
 
 def read_tiny_decoder(path: str | Path) -> TinyDecoder:

@@ -12,6 +12,8 @@ from dsdiff import DrawOptions, ModelOptions, Pipeline, find_model
 from dsdiff.models import decoder as decoders
 from dsdiff.models.registry import EMBEDDED, STABLE_DIFFUSION, TINY_DECODERS
 from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from qdiff.engine.backends import onednn
+from qdiff.engine.decoder.tiny import IntegerTinyDecoder
 
 OPTIONS = DrawOptions(height=32, width=48, steps=2, precision="full", vae="tiny")
 
@@ -38,12 +40,30 @@ def test_pictures_are_those_of_the_tiny_decoder(pipeline, file):
         expected = (read_tiny_decoder(file)(latents) / 2 + 0.5).clamp(0, 1)
     got = pipeline.decode(latents, settings)
     assert got.shape == (1, 3, 32, 48) and got.dtype == torch.float32 and expected.std() > 0
-    assert (got - expected).abs().max() < 0.02  # bfloat16 where the CPU computes in it
+    assert (got - expected).abs().max() < 0.02  # integers, or bfloat16, where the CPU computes in them
     picture = next(iter(pipeline.draw("a red circle", seeds=[3], options=replace(OPTIONS, tiny_decoder=file))))
     drawn = torch.from_numpy(np.asarray(picture.image).copy()).permute(2, 0, 1)[None] / 255
     assert (drawn - expected).abs().max() < 0.03
     other = replace(settings, vae="float32", tiny_decoder=None)
     assert (pipeline.decode(latents, other) - got).abs().max() > 0.05
+
+
+def test_it_computes_in_integers_where_kernels_are_exact(file, monkeypatch):
+    found = decoders.TinyFile(path=str(file), sha256="")
+    exact = onednn.largest_exact_weight() >= onednn.LARGEST
+    kind = type(decoders.load_tiny(found, 4, torch.device("cpu")))
+    assert kind is (IntegerTinyDecoder if exact else TinyDecoder)
+    monkeypatch.setattr(onednn, "largest_exact_weight", lambda: onednn.LARGEST_IN_16_BITS)
+    assert type(decoders.load_tiny(found, 4, torch.device("cpu"))) is TinyDecoder
+
+
+def test_a_picture_is_the_same_in_any_batch(pipeline, file):
+    """Ranges are those of one picture."""
+    settings = pipeline.resolve(replace(OPTIONS, tiny_decoder=file))
+    latents = torch.randn(2, 4, 4, 6) * torch.tensor([0.3, 3.0]).view(2, 1, 1, 1)
+    both = pipeline.decode(latents, settings)
+    assert torch.equal(both[:1], pipeline.decode(latents[:1], settings))
+    assert torch.equal(both[1:], pipeline.decode(latents[1:], settings))
 
 
 def test_the_model_s_own_file_is_taken(pipeline, file, monkeypatch):

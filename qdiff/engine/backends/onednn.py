@@ -70,16 +70,18 @@ class OneDNNLayer(IntegerLayer):
     def __deepcopy__(self, memo: dict) -> "OneDNNLayer":
         raise NotImplementedError("a lowered model cannot be copied: load it anew")
 
-    def to_float(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def to_float(self, codes: Tensor, dtype: torch.dtype, params: QuantParams | None = None) -> Tensor:
+        """Return the layer's output. params: of these codes, if they are not the layer's; of 8 bits."""
+        params = params or self.params
         out = dtype if dtype in OUTPUTS else torch.float32
         if self.pointwise:
             pixels = codes.permute(0, 2, 3, 1).contiguous()  # no copy of a channels_last tensor
-            return self._linear(pixels, 1.0, 0, out).to(dtype).permute(0, 3, 1, 2)
+            return self._linear(pixels, params, out, 1.0, 0).to(dtype).permute(0, 3, 1, 2)
         if self.geometry is None:
-            return self._linear(codes, 1.0, 0, out).to(dtype)
+            return self._linear(codes, params, out, 1.0, 0).to(dtype)
         codes = codes.unsqueeze(2) if self.one_dimensional else codes
         codes = codes.contiguous(memory_format=torch.channels_last)
-        arguments = (*self._numbers(), *self.geometry, 1.0, 0, out, "none", [], "")
+        arguments = (*self._numbers(params), *self.geometry, 1.0, 0, out, "none", [], "")
         result = torch.ops.onednn.qconv_pointwise(codes, *arguments).to(dtype)
         return result.squeeze(2).contiguous() if self.one_dimensional else result
 
@@ -87,13 +89,14 @@ class OneDNNLayer(IntegerLayer):
         saturates = params.high == 255 and 0 <= params.zero_point <= 255  # at the ends of a byte, as the kernel does
         if self.geometry is not None or self.pointwise or not saturates:
             return super().to_codes(codes, params)
-        return self._linear(codes, params.delta, params.zero_point, torch.uint8)
+        return self._linear(codes, self.params, torch.uint8, params.delta, params.zero_point)
 
-    def _linear(self, codes: Tensor, delta: float, zero_point: int, out: torch.dtype) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise(codes, *self._numbers(), delta, zero_point, out, "none", [], "")
+    def _linear(self, codes: Tensor, params: QuantParams, out: torch.dtype, delta: float, zero_point: int) -> Tensor:
+        numbers = self._numbers(params)
+        return torch.ops.onednn.qlinear_pointwise(codes, *numbers, delta, zero_point, out, "none", [], "")
 
-    def _numbers(self) -> tuple[Any, ...]:
-        return self.params.delta, self.params.zero_point, self.packed, self.step, self.zeros, self.bias
+    def _numbers(self, params: QuantParams) -> tuple[Any, ...]:
+        return params.delta, params.zero_point, self.packed, self.step, self.zeros, self.bias
 
 
 def _pair(value: tuple[int, ...], one_dimensional: bool, name: str) -> list[int]:

@@ -103,8 +103,7 @@ class IntegerConvolution(Convolution):
     def __init__(self, kernel: Kernel, dtype: torch.dtype, params: QuantParams, make: MakeLayer):
         super().__init__(kernel, dtype)
         self.fill = params.zero_point
-        step = kernel.weight.flatten(1).abs().amax(1).clamp_min(LEAST_WEIGHT) / LARGEST_WEIGHT
-        codes = (kernel.weight / step.view(-1, 1, 1, 1)).round_().to(torch.int8)
+        codes, step = weight_codes(kernel.weight)
         options = {"stride": (1, 1), "padding": (0, kernel.padding), "dilation": (1, 1), "groups": 1}
         self.layer = make(LayerSpec(weight=codes, step=step, bias=kernel.bias, params=params, options=options))
 
@@ -116,6 +115,12 @@ class IntegerConvolution(Convolution):
 
     def __call__(self, operand: Tensor) -> Tensor:
         return self.layer.to_float(operand, self.dtype)
+
+
+def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes -127..127 of a convolution's weight, int8, and the step of each output channel, float32."""
+    step = weight.flatten(1).abs().amax(1).clamp_min(LEAST_WEIGHT) / LARGEST_WEIGHT
+    return (weight / step.view(-1, 1, 1, 1)).round_().to(torch.int8), step
 
 
 class UpsamplingConvolution:
