@@ -87,6 +87,24 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, context=context, **further)
 
 
+def _check_prediction(parameterization: str, rescale_betas_zero_snr: bool, num_timesteps_cond: int) -> None:
+    if rescale_betas_zero_snr and parameterization != "v":
+        raise ValueError("rescale_betas_zero_snr needs parameterization v: noise alone tells no eps apart")
+    if parameterization not in ("eps", "v"):
+        raise ValueError(f"parameterization {parameterization!r} is not supported: a UNet predicts eps or v")
+    if num_timesteps_cond != 1:
+        raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
+
+
+def _check_loss(loss_type: str, loss_weight: str, max_loss_weight: float | None) -> None:
+    if loss_type not in ("l1", "l2"):
+        raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
+    if loss_weight not in ("uniform", "min_snr", "debiased"):
+        raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
+    if max_loss_weight is not None and loss_weight != "debiased":
+        raise ValueError(f"max_loss_weight has no effect on the loss_weight {loss_weight!r}: leave it out")
+
+
 class LatentDiffusion(nn.Module):
     """A diffusion model on the latents of a first stage, conditioned on text (Rombach et al. 2022).
 
@@ -163,18 +181,8 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         check_neutral(type(self), neutral, NEUTRAL)
-        if rescale_betas_zero_snr and parameterization != "v":
-            raise ValueError("rescale_betas_zero_snr needs parameterization v: noise alone tells no eps apart")
-        if parameterization not in ("eps", "v"):
-            raise ValueError(f"parameterization {parameterization!r} is not supported: a UNet predicts eps or v")
-        if loss_type not in ("l1", "l2"):
-            raise ValueError(f"loss_type {loss_type!r} is unknown: use l1 or l2")
-        if loss_weight not in ("uniform", "min_snr", "debiased"):
-            raise ValueError(f"loss_weight {loss_weight!r} is unknown: use uniform, min_snr or debiased")
-        if max_loss_weight is not None and loss_weight != "debiased":
-            raise ValueError(f"max_loss_weight has no effect on the loss_weight {loss_weight!r}: leave it out")
-        if num_timesteps_cond != 1:
-            raise ValueError(f"num_timesteps_cond is {num_timesteps_cond}: only 1 (conditioning without noise) works")
+        _check_prediction(parameterization, rescale_betas_zero_snr, num_timesteps_cond)
+        _check_loss(loss_type, loss_weight, max_loss_weight)
         self.schedule = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         self.rescale_betas_zero_snr = rescale_betas_zero_snr
         self.num_timesteps = timesteps

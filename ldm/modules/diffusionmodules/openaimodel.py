@@ -224,6 +224,23 @@ class GuidedTimeEmbedding(nn.ModuleDict):
         return self["2"](self["1"](self["0"](t + self["cond_proj"](w))))
 
 
+def _refuse_unsupported(use_fp16: bool, n_embed: int | None) -> None:
+    """Raise ValueError for what configs of other latent diffusion models ask for."""
+    if use_fp16:
+        raise ValueError("use_fp16 is not supported: load the model in float16, or run it under autocast")
+    if n_embed is not None:
+        raise ValueError("n_embed (prediction of codebook ids) is not supported: this UNet predicts noise")
+
+
+def _time_embedding(channels: int, emb_channels: int, cond_dim: int | None) -> nn.Module:
+    """Return the layers of the embedding of the timestep and, with a `cond_dim`, of the guidance."""
+    if cond_dim is None:
+        return nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+    if cond_dim < 4:
+        raise ValueError(f"time_cond_proj_dim is {cond_dim}: it must be 4 or more, or null")
+    return GuidedTimeEmbedding(channels, emb_channels, cond_dim)
+
+
 class UNetModel(nn.Module):
     """The noise predictor eps(x_t, t, context) of latent diffusion.
 
@@ -269,16 +286,11 @@ class UNetModel(nn.Module):
         time_cond_proj_dim: int | None = None,
     ):
         super().__init__()
-        if use_fp16:
-            raise ValueError("use_fp16 is not supported: load the model in float16, or run it under autocast")
-        if n_embed is not None:
-            raise ValueError("n_embed (prediction of codebook ids) is not supported: this UNet predicts noise")
+        _refuse_unsupported(use_fp16, n_embed)
         if use_spatial_transformer != (context_dim is not None):
             raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
         if num_heads == -1 and num_head_channels == -1:
             raise ValueError("give num_heads or num_head_channels")
-        if time_cond_proj_dim is not None and time_cond_proj_dim < 4:
-            raise ValueError(f"time_cond_proj_dim is {time_cond_proj_dim}: it must be 4 or more, or null")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -305,10 +317,7 @@ class UNetModel(nn.Module):
         self.time_cond_proj_dim = time_cond_proj_dim
 
         emb = model_channels * 4
-        if time_cond_proj_dim is None:
-            self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        else:
-            self.time_embed = GuidedTimeEmbedding(model_channels, emb, time_cond_proj_dim)
+        self.time_embed = _time_embedding(model_channels, emb, time_cond_proj_dim)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb)
         skip_channels = self._build_input_blocks(emb)
