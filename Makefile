@@ -38,7 +38,7 @@ fast: $(VENV)/web
 
 # Thousands of damaged files before each loader; commands killed, stopped and left without room. Minutes to hours.
 fuzz: $(VENV)/ready
-	DSDIFF_FUZZ=2000 $(PYTEST) tests/fuzz
+	$(RUN) tests/fuzz/run.py
 
 torture: $(VENV)/ready
 	$(RUN) tests/torture/run.py

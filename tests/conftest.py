@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from dsdiff.models.registry import EMBEDDED
 from ldm.checkpoint import save_checkpoint
 from ldm.util import instantiate_from_config
+from tests.small_model import write_small_model
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +46,4 @@ def small_model(make_small_model):
 @pytest.fixture(scope="session")
 def make_small_model(tmp_path_factory):
     """(name, **more of the UNet's parameters) -> (config, checkpoint) of such a model."""
-    return lambda name, **unet: _write_small_model(tmp_path_factory.mktemp(name), name, unet)
-
-
-def _write_small_model(folder, name, unet):
-    config = OmegaConf.load(EMBEDDED)
-    small = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
-    config.model.params.unet_config.params |= small | unet
-    config.sampling |= {"height": 128, "width": 128}
-    OmegaConf.save(config, folder / f"{name}.yaml")
-    built = OmegaConf.create(OmegaConf.to_container(config.model))
-    built.params.use_ema = False
-    del built.params.cond_stage_config.params["tokenizer"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = instantiate_from_config(built)
-        for parameter in [*model.model.parameters(), *model.cond_stage_model.parameters()]:
-            if not parameter.any() or parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
-    save_checkpoint(model, folder / f"{name}.safetensors")
-    return folder / f"{name}.yaml", folder / f"{name}.safetensors"
+    return lambda name, **unet: write_small_model(tmp_path_factory.mktemp(name), name, unet)

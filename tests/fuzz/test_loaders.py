@@ -1,12 +1,8 @@
 """Damaged and hostile files before each loader: read, or refused in one line; no other error, no code, no hang.
 
-DSDIFF_FUZZ=N tries N variants of each file in place of a few; `make fuzz` does.
+A few of each; tests/fuzz/run.py tries many, and counts them.
 """
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,16 +11,14 @@ from hypothesis import strategies as st
 
 from dsdiff import ModelOptions, find_model
 from ldm.modules.encoders.prompt_syntax import parse_weights
-from tests.fuzz.mutations import damaged_bytes, damaged_header, damaged_values
+from tests.fuzz.loading import damages, load, no_hang
 from tests.fuzz.targets import Target, targets
 
-FEW = 12  # variants of a file
-TRIES = int(os.environ.get("DSDIFF_FUZZ", FEW))
-SECONDS = 5  # a loader that takes longer hangs
+TRIES = 12  # variants of a file
 # Shrinking takes long where a loader does; the first example says enough.
 FUZZ = settings(
     max_examples=TRIES,
-    derandomize=TRIES == FEW,
+    derandomize=True,
     deadline=None,
     database=None,
     phases=(Phase.generate,),
@@ -39,36 +33,11 @@ def loaders(small_model, tmp_path_factory):
     return targets(spec, tmp_path_factory.mktemp("targets"))
 
 
-@contextmanager
-def no_hang(what: str) -> Iterator[None]:
-    """Raise an AssertionError in the block after SECONDS."""
-
-    def stop(number: int, frame: object) -> None:
-        raise AssertionError(f"{what} takes more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def load(target: Target, content: bytes, folder: Path) -> None:
-    """Let a loader read this content: any error but those of bad input fails the test."""
-    path = folder / f"file{target.suffix}"
-    path.write_bytes(content)
-    with no_hang(target.name):
-        try:
-            target.load(path)
-        except (ValueError, OSError) as error:
-            line = str(error)
-            assert line and len(line) < 3000 and "\n" not in line, f"{target.name}: {line[:200]!r}"
-
-
-def check(target: Target, variants: st.SearchStrategy[bytes], folder: Path) -> None:
+def check(target: Target, kind: str, folder: Path) -> None:
     """Let a loader read TRIES variants of its file."""
+    variants = damages(target).get(kind)
+    if variants is None:
+        return
 
     @FUZZ
     @given(variants)
@@ -80,32 +49,23 @@ def check(target: Target, variants: st.SearchStrategy[bytes], folder: Path) -> N
 
 def test_whole_files_are_read(loaders, tmp_path):
     for target in loaders:
-        path = tmp_path / f"file{target.suffix}"
-        path.write_bytes(target.content)
-        target.load(path)
+        assert load(target, target.content, tmp_path), target.name
 
 
 @pytest.mark.slow
 def test_damaged_bytes(loaders, tmp_path):
     for target in loaders:
-        check(target, damaged_bytes(target.content), tmp_path)
+        check(target, "bytes", tmp_path)
 
 
 @pytest.mark.slow
 def test_damaged_values(loaders, tmp_path):
     for target in loaders:
-        if target.values is not None:
-            values, write = target.values
-            variants = damaged_values(values).map(write)
-        elif target.header is not None:
-            variants = damaged_header(target.content, target.header)
-        else:
-            continue
-        check(target, variants, tmp_path)
+        check(target, "values", tmp_path)
 
 
 def test_any_text_is_a_prompt():
-    @settings(max_examples=10 * TRIES, derandomize=TRIES == FEW, deadline=None, database=None)
+    @settings(max_examples=10 * TRIES, derandomize=True, deadline=None, database=None)
     @given(st.one_of(st.text(), st.text(alphabet="()[]:\\1.5 aB,", max_size=60)))
     def check(text):
         with no_hang("a prompt"):
