@@ -53,6 +53,10 @@ class HeldModel:
         """The model as it is now: quantized as asked, with tokens merged as last asked."""
         return self._model if self._model is not None else self._load()
 
+    def hold(self, model: LatentDiffusion) -> None:
+        """Take this model, such as one whose networks another program computes; none is read then."""
+        self._model, self._sites, self._merged, self._graphed = model, None, None, None
+
     def merged(self, merge: MergeOptions | None) -> LatentDiffusion:
         """Return the model with tokens merged so, None for not. The order is quantize, lower, merge."""
         model = self.model

@@ -1,8 +1,5 @@
 """Pictures by OpenVINO: it runs text encoder, UNet and decoder, and our Pipeline all else. Runs in a `child` only."""
 
-# Tests have no OpenVINO: pyright has to tell when Pipeline's methods change.
-# pyright: reportIncompatibleMethodOverride=true
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +67,11 @@ class OpenVINOPipeline(Pipeline):
 
     def __init__(self, request: PictureRequest, **others: Any):
         super().__init__(find_model(ModelOptions(ckpt=Path(request.ckpt), config=Path(request.config))), **others)
-        self.request = request
+        self._held.hold(self._compiled(request))
 
-    def _load(self) -> LatentDiffusion:
-        name, files, settings = self.request.name, self.request.files, self.resolve(options(self.request))
-        _, precision = peers_openvino.FILES[name]
+    def _compiled(self, request: PictureRequest) -> LatentDiffusion:
+        files, settings = request.files, self.resolve(options(request))
+        _, precision = peers_openvino.FILES[request.name]
         with without_weights():
             model = instantiate_from_config(for_inference(self.spec.config["model"])).eval()
         encoder = model.cond_stage_model
@@ -87,9 +84,8 @@ class OpenVINOPipeline(Pipeline):
         model.cond_stage_model = CompiledText(encoder, files["text"], precision)
         model.model.diffusion_model = CompiledDenoiser(Path(files["unet"]), precision, inputs)
         # A tiny decoder takes latents as the UNet has them, which a LatentDiffusion has divided by its scale.
-        scale = float(model.scale_factor) if self.request.tiny else 1.0
+        scale = float(model.scale_factor) if request.tiny else 1.0
         model.first_stage_model = CompiledDecoder(files["decoder"], precision, (1, *shape), scale)
-        self._model = model
         return model
 
 

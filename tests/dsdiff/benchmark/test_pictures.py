@@ -5,6 +5,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 import dsdiff
 from dsdiff.benchmark.figures import Spread
 from dsdiff.benchmark.options import BenchmarkOptions, Draw
-from dsdiff.benchmark.pictures import figures, report, request, run
+from dsdiff.benchmark.pictures import by_openvino, figures, report, request, run
 from dsdiff.benchmark.pictures.figures import Drawn, Row, RowMeasured
 from dsdiff.benchmark.pictures.files import TINY_RANDOM, Files, make
 from dsdiff.benchmark.pictures.request import PHASES, PROMPT, SEED, Clock
@@ -234,3 +235,50 @@ def test_openvino_draws_our_picture(tmp_path):
 def test_diffusers_draws_a_picture_of_the_same_size(tmp_path):
     image, told = drawn_for("diffusers-float32", tmp_path, Draw(sampler="plms", steps=3))
     assert image.size == (256, 256) and min(told.phases.values()) > 0
+
+
+# OpenVINO
+
+
+def test_openvino_computes_all_networks(tmp_path, monkeypatch):
+    """Requests in OpenVINO's place count; a Pipeline that drew with networks of its own would leave them at 0."""
+    shapes, called = {}, []
+
+    class Request:
+        def __init__(self, xml):
+            self.name = xml.stem
+
+        def infer(self, inputs):
+            called.append(self.name)
+            size = {"text": (1, 32, 128), "unet": inputs[0].shape}.get(self.name)
+            size = size or (1, 3, 8 * inputs[0].shape[2], 8 * inputs[0].shape[3])
+            return {"out": np.full(size, 0.25, np.float32)}
+
+    def compiled(xml, precision, inputs):
+        shapes[xml.stem] = [tuple(size) for size in inputs]
+        return Request(xml), None
+
+    monkeypatch.setattr(by_openvino.peers_openvino, "compiled", compiled)
+    source = Source.read(EMBEDDED, False, CPU)
+    for scale, batch in ((1.0, 1), (4.0, 2)):
+        called.clear()
+        asked = request.PictureRequest(
+            name="openvino-int8",
+            ratio=0.0,
+            sampler="dpm_solver",
+            steps=3,
+            scale=scale,
+            config=str(EMBEDDED),
+            ckpt=str(source.ckpt),
+            tokenizer=None,
+            files={name: f"{name}.xml" for name in ("text", "unet", "decoder")},
+            png=str(tmp_path / "picture.png"),
+            device="cpu",
+            threads=None,
+        )
+        clock = Clock()
+        assert by_openvino.draw(asked, clock) == "the rest, text encoder and decoder in bf16"
+        assert called == ["text"] * batch + ["unet"] * 3 + ["decoder"] and len(clock.steps) == 3
+        assert shapes["unet"] == [(batch, 4, 32, 32), (batch,), (batch, 32, 128)]
+        picture = np.asarray(Image.open(tmp_path / "picture.png"))
+        assert picture.shape == (256, 256, 3) and (picture == 159).all()  # 0.25 of [-1, 1]
