@@ -45,6 +45,23 @@ def test_float_outputs_are_those_of_the_simulation(quantized, cpu_backend, asser
 
 @HAS_KERNELS
 @torch.no_grad()
+def test_patches_make_the_outputs_of_a_convolution(quantized, cpu_backend, assert_backends_agree, cases, monkeypatch):
+    """All stripes at once, and a row at a time; convolutions of other strides and groups go their own way."""
+    monkeypatch.setattr(onednn, "MANY", 0)
+    convolutions = [case for case in cases if isinstance(case[1], nn.Conv2d)]
+    taken = []
+    made = onednn._takes_patches
+    monkeypatch.setattr(onednn, "_takes_patches", lambda spec: taken.append(made(spec)) or taken[-1])
+    for stripe in (onednn.STRIPE, 1):
+        monkeypatch.setattr(onednn, "STRIPE", stripe)
+        for dtype in (torch.float32, torch.bfloat16):
+            tools = quantized, cpu_backend, assert_backends_agree, convolutions
+            assert agree(*tools, lambda layer, x, dtype=dtype: layer.to_float(layer.quantize(x), dtype))
+    assert any(taken) and not all(taken)
+
+
+@HAS_KERNELS
+@torch.no_grad()
 def test_codes_are_those_of_the_simulation(quantized, cpu_backend, assert_backends_agree, cases):
     for params in (
         BYTES,
