@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ldm.tensor_files import ENTRY
 
-# Values that a reader might not expect in the place of another.
+# Values that a reader might not expect in the place of another. Copies, as a further damage may change them.
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -19,7 +19,7 @@ ODD = st.one_of(
     st.sampled_from([[], {}, [[]], [None], {"": 0}, {"target": "os.system", "params": {"command": "false"}}]),
     st.integers(),
     st.text(max_size=20),
-)
+).map(copy.deepcopy)
 
 
 class Content(bytes):
