@@ -134,9 +134,14 @@ class Pipeline:
         return self._held.model
 
     def prepare(self, settings: DrawSettings) -> LatentDiffusion:
-        """Return the model, its tokens merged as the settings say. Raises ValueError for settings of other LoRAs."""
+        """Return the model, its tokens merged as the settings say, and read the tiny decoder, if they have one.
+
+        Raises ValueError for settings of other LoRAs, and for a file that is no tiny decoder of this model.
+        """
         if settings.lora != self.lora:
             raise ValueError("these settings are of other LoRAs than the pipeline has now: resolve the options again")
+        if settings.tiny_decoder is not None:  # before the model, which takes longer, and before pictures are drawn
+            self._decoders.tiny(settings.tiny_decoder, self.device)
         return self._held.merged(settings.merge)
 
     def recorded(self) -> AbstractContextManager[nn.Module]:

@@ -161,6 +161,12 @@ class Decoders:
         """Drop those that were made of a model, as another one is loaded."""
         self._fast.clear()
 
+    def tiny(self, file: TinyFile, device: torch.device) -> TinyDecoder | IntegerTinyDecoder:
+        """Return the tiny decoder of a file. Raises ValueError for a file that is none, or of other latents."""
+        if file not in self._tiny:
+            self._tiny[file] = load_tiny(file, self.channels, device)
+        return self._tiny[file]
+
     @torch.no_grad()
     def decode(self, model: LatentDiffusion, latents: Tensor, vae: str, tiling: bool, tiny: TinyFile | None) -> Tensor:
         """Return the pictures [B, 3, H, W], float32, about [-1, 1], on the CPU, of scaled latents [B, C, h, w].
@@ -168,9 +174,8 @@ class Decoders:
         vae, tiling, tiny: see DrawSettings. One picture at a time, which needs little memory.
         """
         if tiny is not None:
-            if tiny not in self._tiny:
-                self._tiny[tiny] = load_tiny(tiny, self.channels, model.device)
-            images = [decode_tiny(self._tiny[tiny], latent[None]).cpu() for latent in latents]
+            decoder = self.tiny(tiny, model.device)
+            images = [decode_tiny(decoder, latent[None]).cpu() for latent in latents]
         elif vae == FLOAT32 and not tiling:
             images = [model.decode_first_stage(latent[None].float()).cpu() for latent in latents]
         else:

@@ -100,4 +100,8 @@ def test_what_cannot_be_is_refused(pipeline, file, tmp_path):
     )
     settings = pipeline.resolve(replace(OPTIONS, tiny_decoder=wide))
     with pytest.raises(ValueError, match="decodes latents of 16 channels, the model's have 4"):
-        pipeline.decode(torch.zeros(1, 4, 4, 6), settings)
+        pipeline.prepare(settings)  # before anything is drawn
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="corrupt or truncated"):
+        pipeline.prepare(pipeline.resolve(replace(OPTIONS, tiny_decoder=broken)))
