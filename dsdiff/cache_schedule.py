@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from dsdiff.checks import check_whole, is_whole
 from ldm.fileio import json_object, write_atomically
+from ldm.messages import brief
 
 FORMAT = "dsdiff cache schedule 1"
 Guidance = tuple[float, float] | None  # the shares of the steps between which there is guidance; None for none
@@ -80,7 +81,7 @@ class CacheSchedule:
                 made=content["made"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            why = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
             raise ValueError(f"cache {str(path)!r} is no file of scripts/schedule_cache.py: {why}") from error
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.fileio import write_atomically
+from ldm.messages import brief
 from ldm.tensor_files import check_whole, save_tensors
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
@@ -252,9 +253,10 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> CaliHeader:
                 source=dict(content["source"]),
             )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {error}") from error
+        raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {brief(error)}") from error
     raise ValueError(
-        f"cali_ckpt {str(path)!r} is of version {version!r}, this program reads {VERSION}: update, or calibrate again"
+        f"cali_ckpt {str(path)!r} is of version {brief(repr(version))}, this program reads {VERSION}: "
+        "update, or calibrate again"
     )
 
 

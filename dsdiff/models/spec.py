@@ -12,6 +12,7 @@ import yaml
 from dsdiff.models.configs import config_for_drawing, look_up, read_config
 from dsdiff.models.registry import CALI_CKPTS, CALI_PROMPTS_NAME, CHECKPOINTS, OTHER_CALI_CKPTS, STABLE_DIFFUSION
 from dsdiff.options import ModelOptions
+from ldm.messages import brief
 
 # The prediction in a file's header, by the names of the modelspec standard -> `parameterization` of a config.
 PREDICTION_TYPES = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
@@ -244,7 +245,8 @@ def _facts(config: Any, path: Path) -> dict[str, Any]:
     defaults = {"description": path.stem, "height": side, "width": side, "steps": 50, "scale": 7.5}
     sampling = config.get("sampling", {})
     if not isinstance(sampling, dict) or not sampling.keys() <= defaults.keys():
-        raise ValueError(f"config {str(path)!r}: sampling may hold {', '.join(defaults)}, and holds {sampling}")
+        held = brief(sampling)
+        raise ValueError(f"config {str(path)!r}: sampling may hold {', '.join(defaults)}, and holds {held}")
     for name, value in sampling.items():
         if not isinstance(value, int | float if name == "scale" else type(defaults[name])):
             raise ValueError(f"config {str(path)!r}: sampling.{name} cannot be {value!r}")
