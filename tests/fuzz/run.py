@@ -33,24 +33,24 @@ from tests.small_model import write_small_model
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of the variants of a file. slowest: seconds of a CPU. bad: a line for each fault."""
+    """What became of the variants of a file. kind: of damage. slowest: seconds of a CPU. bad: a line for each fault."""
 
     name: str
+    kind: str
     read: int = 0
     refused: int = 0
     slowest: float = 0.0
     bad: Counter[str] = field(default_factory=Counter)
 
-    def row(self) -> str:
-        """Return a row of the table."""
-        tried = self.read + self.refused + self.bad.total()
-        cells = (self.name, tried, self.read, self.refused, self.bad.total(), f"{self.slowest:.2f}")
-        return "| " + " | ".join(map(str, cells)) + " |"
+    def cell(self) -> str:
+        """Return "wrong / read / tried" for the table."""
+        wrong = self.bad.total()
+        return f"{wrong} / {self.read} / {wrong + self.read + self.refused}"
 
 
 def tally(target: Target, kind: str, args: argparse.Namespace, place: Path) -> Tally:
     """Let a loader read variants of its file, damaged in this way."""
-    found = Tally(name=f"{target.name}, {kind}")
+    found = Tally(name=target.name, kind=kind)
 
     @seed(args.seed)
     @settings(
@@ -75,6 +75,17 @@ def tally(target: Target, kind: str, args: argparse.Namespace, place: Path) -> T
 
     each()
     return found
+
+
+def table(found: Sequence[Tally]) -> str:
+    """Return a Markdown table: a row for each file, a column for each kind of damage."""
+    kinds = list(dict.fromkeys(each.kind for each in found))
+    cells = {(each.name, each.kind): each.cell() for each in found}
+    lines = [["wrong / read / tried", *kinds], ["---"] * (1 + len(kinds))]
+    lines += [
+        [name, *(cells.get((name, kind), "-") for kind in kinds)] for name in dict.fromkeys(name for name, _ in cells)
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @contextmanager
@@ -111,9 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for target, kind in tqdm([(each, kind) for each in files for kind in damages(each)], unit="file"):
             found.append(tally(target, kind, args, place))
             for line, count in found[-1].bad.items():
-                tqdm.write(f"{found[-1].name}: {count} x {line}")
-    print("| damaged file | tried | read | refused | wrong | slowest, CPU s |\n|---|---|---|---|---|---|")
-    print("\n".join(each.row() for each in found))
+                tqdm.write(f"{target.name}, {kind}: {count} x {line}")
+    print(f"{table(found)}\n\nslowest: {max(each.slowest for each in found):.2f} s of a CPU")
     return int(any(each.bad for each in found))
 
 
