@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.fileio import write_atomically
-from ldm.messages import brief
 from ldm.tensor_files import check_whole, save_tensors
 from qdiff import checkpoint_qdiff
 from qdiff.config import QuantConfig
@@ -253,9 +252,9 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> CaliHeader:
                 source=dict(content["source"]),
             )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {brief(error)}") from error
+        raise ValueError(f"cali_ckpt {str(path)!r} has a damaged header: {str(error)[:300]}") from error
     raise ValueError(
-        f"cali_ckpt {str(path)!r} is of version {brief(repr(version))}, this program reads {VERSION}: "
+        f"cali_ckpt {str(path)!r} is of version {repr(version)[:60]}, this program reads {VERSION}: "
         "update, or calibrate again"
     )
 

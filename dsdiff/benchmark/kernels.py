@@ -23,7 +23,7 @@ from dsdiff.benchmark.report import aligned, piped, write_text
 from dsdiff.benchmark.roofline import HEADS, INPUT, best_seconds, codes
 from dsdiff.benchmark.run import set_threads
 from dsdiff.environment import machine
-from ldm.models.tiny_decoder import TinyDecoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from qdiff.engine import fused_ops, native
 from qdiff.engine.backends import onednn
 from qdiff.engine.decoder.tiny import IntegerTinyDecoder

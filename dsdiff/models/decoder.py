@@ -16,7 +16,8 @@ from ldm.fileio import file_sha256
 from ldm.half_storage import give_back_freed, reuse_freed
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.tiny_decoder import FACTOR, TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import FACTOR, TinyDecoder
 from qdiff.decoder_ranges import Ranges
 from qdiff.engine.backends import onednn
 from qdiff.engine.cpu import has_bfloat16

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import read_weights
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.tiny_decoder import FACTOR, TinyDecoder
+from ldm.modules.diffusionmodules.tiny import FACTOR, TinyDecoder
 from ldm.modules.losses import ReconstructionLoss
 from ldm.util import instantiate_from_config
 

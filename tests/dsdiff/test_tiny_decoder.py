@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from dsdiff import DrawOptions, ModelOptions, Pipeline, find_model
 from dsdiff.models import decoder as decoders
 from dsdiff.models.registry import EMBEDDED, STABLE_DIFFUSION, TINY_DECODERS
-from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from qdiff.engine.backends import onednn
 from qdiff.engine.decoder.tiny import IntegerTinyDecoder
 

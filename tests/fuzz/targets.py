@@ -28,7 +28,8 @@ from dsdiff.models.registry import TOKENIZER
 from dsdiff.prompt_rows import read_rows
 from ldm.checkpoint import read_weights
 from ldm.lora import read_lora
-from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import instantiate_from_config
 from qdiff import QuantConfig, QuantModel

@@ -12,7 +12,7 @@ from dsdiff.models.cuda_graph import GraphedUNet
 from dsdiff.models.held import HeldModel
 from dsdiff.models.registry import CHECKPOINTS, EMBEDDED
 from dsdiff.options import DrawOptions, InitOptions, MergeOptions, QuantizationOptions
-from ldm.models.tiny_decoder import TinyDecoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from scripts import img2img, txt2img
 
 PROMPTS = ["a red circle on a blue background", "a green square"]

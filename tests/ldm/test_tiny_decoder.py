@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 
 
 def theirs(tensors):

@@ -21,7 +21,8 @@ from dsdiff.models.registry import CALI_CKPTS, EMBEDDED, STABLE_DIFFUSION, TINY_
 from ldm.checkpoint import save_checkpoint
 from ldm.fileio import write_atomically
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import for_inference, instantiate_from_config, load_model_from_config
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.tiny_decoder import TinyBlock, TinyDecoder
+from ldm.modules.diffusionmodules.tiny import TinyBlock, TinyDecoder
 from qdiff.engine import fused_ops
 from qdiff.engine.backends.onednn import OneDNNLayer
 from qdiff.engine.decoder.layers import weight_codes

@@ -15,7 +15,8 @@ from dsdiff.training.loop import initialise, run
 from dsdiff.training.options import InitialWeights, TrainingOptions
 from ldm.data.reader import ShapesReader
 from ldm.lora import layer_shapes, read_lora
-from ldm.models.tiny_decoder import TinyDecoder, read_tiny_decoder
+from ldm.models.tiny_decoder import read_tiny_decoder
+from ldm.modules.diffusionmodules.tiny import TinyDecoder
 from ldm.util import instantiate_from_config, load_model_from_config
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.models.tiny_decoder import TinyBlock, TinyDecoder
+from ldm.modules.diffusionmodules.tiny import TinyBlock, TinyDecoder
 from qdiff.engine.backends import onednn
 from qdiff.engine.decoder.tiny import DynamicConv, IntegerTinyDecoder, quantized
 
