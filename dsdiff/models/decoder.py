@@ -27,6 +27,7 @@ from qdiff.engine.decoder.network import FastDecoder
 from qdiff.engine.decoder.tiny import IntegerTinyDecoder
 
 FLOAT32, BF16, INT8, TINY = VAES
+AnyTinyDecoder = TinyDecoder | IntegerTinyDecoder
 
 
 def choose_vae(wanted: str | None, ranges: Ranges, device: torch.device) -> str:
@@ -118,7 +119,7 @@ def _autoencoder(config: Mapping[str, Any]) -> Any:
     return look_up(config, "model.params.first_stage_config.params.ddconfig")
 
 
-def load_tiny(file: TinyFile, channels: int, device: torch.device) -> TinyDecoder | IntegerTinyDecoder:
+def load_tiny(file: TinyFile, channels: int, device: torch.device) -> AnyTinyDecoder:
     """Return a tiny decoder: on a CPU with exact kernels on integers, in bfloat16 on others that compute in it.
 
     Raises ValueError for one of other latents.
@@ -137,7 +138,7 @@ def _has_exact_kernels() -> bool:
 
 
 @torch.no_grad()
-def decode_tiny(decoder: TinyDecoder | IntegerTinyDecoder, z: Tensor) -> Tensor:
+def decode_tiny(decoder: AnyTinyDecoder, z: Tensor) -> Tensor:
     """Return the pictures [B, 3, H, W], float32, about [-1, 1] and not clamped, of scaled latents z [B, C, h, w]."""
     dtype = next(decoder.parameters()).dtype
     return decoder(z.to(dtype).contiguous(memory_format=torch.channels_last)).float()
@@ -156,13 +157,13 @@ class Decoders:
     def __init__(self, channels: int, ranges: Ranges, made: Callable[[], object]):
         self.channels, self.ranges, self.made = channels, ranges, made
         self._fast: dict[str, FastDecoder] = {}  # by the name of what it computes in
-        self._tiny: dict[TinyFile, TinyDecoder | IntegerTinyDecoder] = {}
+        self._tiny: dict[TinyFile, AnyTinyDecoder] = {}
 
     def clear(self) -> None:
         """Drop those that were made of a model, as another one is loaded."""
         self._fast.clear()
 
-    def tiny(self, file: TinyFile, device: torch.device) -> TinyDecoder | IntegerTinyDecoder:
+    def tiny(self, file: TinyFile, device: torch.device) -> AnyTinyDecoder:
         """Return the tiny decoder of a file. Raises ValueError for a file that is none, or of other latents."""
         if file not in self._tiny:
             self._tiny[file] = load_tiny(file, self.channels, device)

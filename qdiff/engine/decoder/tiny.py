@@ -4,6 +4,8 @@ All layers but the first and the last compute with weights of 8 bits, with a ste
 8 bits, with one range for a map. A ReLU costs nothing: where codes begin at 0, quantizing cuts off what is below.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,10 +55,10 @@ class IntegerTinyBlock(nn.Module):
         self.convs = nn.ModuleList(DynamicConv(conv, dtype) for conv in block.conv if isinstance(conv, nn.Conv2d))
 
     def forward(self, x: Tensor) -> Tensor:
-        h, least = x, None
-        for conv in self.convs:
-            h = conv(*quantized(h, least))
-            least = 0.0  # of all that went through a ReLU
+        first, *others = self.convs
+        h = first(*quantized(x))
+        for conv in others:
+            h = conv(*quantized(h, relu=True))
         return h.add_(x).relu_()
 
 
@@ -68,12 +70,15 @@ class IntegerUpsampledConv(nn.Module):
         self.conv = DynamicConv(conv, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, params = quantized(x, 0.0)
+        codes, params = quantized(x, relu=True)
         return self.conv(F.interpolate(codes, scale_factor=2.0), params)
 
 
 class DynamicConv(nn.Module):
-    """A 3x3 convolution of codes with parameters of their own, into features of `dtype`."""
+    """A 3x3 convolution of codes with parameters of their own, into features of `dtype`.
+
+    A map has one range, so that the kernel takes its step; a DynamicLayer has one for each sample, and rescales sums.
+    """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -88,16 +93,12 @@ class DynamicConv(nn.Module):
         return self.layer.to_float(codes, self.dtype, params)
 
 
-def quantized(x: Tensor, least: float | None) -> tuple[Tensor, QuantParams]:
-    """Return the codes of a map and their parameters.
-
-    The range goes from `least` to the map's maximum; None: from its minimum, or from 0 if that is less.
-    """
+def quantized(x: Tensor, *, relu: bool = False) -> tuple[Tensor, QuantParams]:
+    """Return the codes of a map, or of its ReLU, and their parameters. Raises ValueError for NaN and infinity."""
     pixels = x.permute(0, 2, 3, 1)  # in the order of memory; aminmax copies any other
-    if least is None:
-        low, high = (float(value) for value in pixels.aminmax())
-    else:
-        low, high = least, float(pixels.amax())
+    low, high = (0.0, float(pixels.amax())) if relu else (float(value) for value in pixels.aminmax())
+    if not math.isfinite(high - low):
+        raise ValueError("the tiny decoder made NaN or infinite features: use another one")
     low, high = min(low, 0.0), max(high, 0.0)
     delta = max((high - low) / HIGH, LEAST_STEP)
     params = QuantParams(delta=delta, zero_point=round(-low / delta), high=HIGH)

@@ -65,10 +65,10 @@ def test_layers_are_those_of_their_quantizers(decoder):
             .contiguous(memory_format=torch.channels_last)
         )
         expected = reference_conv(conv, x)
-        assert (layer(*quantized(x, None)) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (layer(*quantized(x)) - expected).abs().max() < 1e-5 * expected.abs().max()
     negative = x - 1  # from a range that begins at 0, values below are those of the ReLU
     expected = reference_conv(conv, negative.relu())
-    assert (layer(*quantized(negative, 0.0)) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (layer(*quantized(negative, relu=True)) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_pictures_are_those_of_its_quantizers(decoder):
@@ -93,3 +93,10 @@ def test_maps_of_zeros_and_of_negatives_have_codes(decoder):
             parameter.fill_(value if parameter.ndim == 1 else 0)
         z = torch.randn(1, 4, 3, 5)
         assert torch.equal(lowered(quiet)(z), quiet(z))
+
+
+def test_what_is_not_finite_has_no_codes():
+    for relu in (False, True):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="NaN or infinite features"):
+                quantized(torch.tensor([0.0, value]).view(1, 1, 1, 2), relu=relu)
